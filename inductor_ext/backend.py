@@ -1,0 +1,158 @@
+"""The torch.compile backend: Inductor with the rewrite pass added.
+
+``torch.compile(model, backend="inductor_ext")`` finds `inductor_ext` through the entry point; `backend` makes a configured one.
+``mode=`` and ``options=`` mean what they mean for Inductor; ``options`` may also hold this package's own (``rules``, ``strict``,
+…: see ``settings.py``). A post-grad pass that is already set, in the options or in Inductor's config, runs first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from inductor_ext import jit, registry, settings, torch_compat
+from inductor_ext.errors import StrictError
+from inductor_ext.report import store
+from inductor_ext.report.events import GraphReport
+from inductor_ext.settings import Settings
+
+log = logging.getLogger("inductor_ext")
+
+OwnOptions = {field.name for field in dataclasses.fields(Settings)}
+OnReport = Callable[[GraphReport], None]
+
+
+def inductor_ext(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None, **kwargs: Any
+) -> Callable[..., Any]:
+    """The backend itself, as the entry point names it."""
+    return compile_graph(gm, example_inputs, settings.current(), mode=mode, options=options)
+
+
+def backend(**options: Any) -> Callable[..., Callable[..., Any]]:
+    """A configured backend: ``torch.compile(model, backend=inductor_ext.backend(rules={"fp8_downcast": "always"}))``.
+
+    Takes every option of ``Settings``; unknown names, modes and rules raise ``SettingError`` here.
+    """
+    snapshot = settings.current(**options)
+    _check_rules(snapshot)
+
+    def configured(gm: Any, example_inputs: Any, *, mode: Any = None, options: Any = None, **kwargs: Any) -> Any:
+        return compile_graph(gm, example_inputs, snapshot, mode=mode, options=options)
+
+    return configured
+
+
+def compile_graph(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: Settings,
+    *,
+    mode: str | None = None,
+    options: Any = None,
+    on_report: OnReport | None = None,
+    observer: Any = None,
+    inner_compile: Callable[..., Any] | None = None,
+    inductor_options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph with Inductor and the rules of ``chosen``.
+
+    ``on_report`` gets the report of every graph, cached ones too; ``observer`` and ``inner_compile`` are for `verify`.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    from inductor_ext.passes import RewritePass
+
+    patches, own = _split_options(mode, options)
+    chosen = chosen.replace(**own)
+    _check_rules(chosen)
+    registry.define_lowerings()
+    session = _Session(chosen, on_report)
+    patches.update(inductor_options or {})
+    previous = torch_compat.previous_post_grad_pass(patches)
+    patches["post_grad_custom_post_pass"] = RewritePass(chosen, previous, session.compiled, observer)
+    before = store.snapshot()
+    compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile or compile_fx_inner, config_patches=patches)
+    session.finish(store.replayed(before))
+    return compiled
+
+
+class _Session:
+    """Reports of one backend call: those of graphs compiled now, then those replayed from a cache."""
+
+    def __init__(self, chosen: Settings, on_report: OnReport | None) -> None:
+        self.chosen = chosen
+        self.on_report = on_report
+        self.reports: list[GraphReport] = []
+
+    def compiled(self, report: GraphReport) -> None:
+        self.reports.append(report)
+        self._tell(report)
+
+    def finish(self, counted: list[GraphReport]) -> None:
+        known = [report.before for report in self.reports]
+        for report in counted:
+            if report.before in known:
+                known.remove(report.before)
+                continue
+            self.reports.append(report)
+            self._tell(report)
+            self._load_kernels(report)
+        if self.chosen.strict:
+            self._check_strict()
+
+    def _tell(self, report: GraphReport) -> None:
+        log.info("%s", report.summary())
+        for refusal in report.refusals:
+            log.debug("%s: %s left alone: %s (wanted %s, found %s) %s", refusal.rule, refusal.node, refusal.reason,
+                      refusal.wanted, refusal.found, refusal.source)  # fmt: skip
+        _trace_artifact(report)
+        if self.on_report:
+            self.on_report(report)
+
+    def _load_kernels(self, report: GraphReport) -> None:
+        """A cached graph calls kernels that were built once; build what is gone now, not at the first call."""
+        if report.kernels and self.chosen.build in ("compile", "require"):
+            jit.prepare([jit.JitSpec.from_dict(kernel) for kernel in report.kernels], self.chosen)
+
+    def _check_strict(self) -> None:
+        matched = {event.rule for report in self.reports for event in report.rewrites}
+        missing = [rule for rule, mode in self.chosen.rules.items() if mode != "off" and rule not in matched]
+        if missing:
+            misses = [miss for report in self.reports for miss in report.refusals if miss.rule in missing]
+            lines = [f"  {m.rule} at {m.node}: {m.reason}; wanted {m.wanted}, found {m.found} {m.source}" for m in misses]
+            detail = "\n".join(lines) or "  no near miss either: the graph holds nothing like it"
+            raise StrictError(f"strict=True: {', '.join(missing)} matched nothing in this graph\n{detail}")
+
+
+def _split_options(mode: str | None, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inductor's patches of a mode and options, and this package's own options."""
+    patches: dict[str, Any] = {}
+    if mode and mode != "default":
+        patches.update(torch._inductor.list_mode_options(mode))
+    given = dict(options or {})
+    own = {name: given.pop(name) for name in list(given) if name in OwnOptions}
+    patches.update(given)
+    return patches, own
+
+
+def _check_rules(chosen: Settings) -> None:
+    for name in chosen.rules:
+        registry.rule_named(name)
+
+
+def _trace_artifact(report: GraphReport) -> None:
+    """Put the report into TORCH_TRACE, where tlparse finds it."""
+    import json
+
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "inductor_ext_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps(report.to_dict()),
+    )

@@ -1,0 +1,175 @@
+"""The one pass that Inductor runs: it applies the rules in order and collects what happened.
+
+It is set as ``post_grad_custom_post_pass``, after whatever pass was there before. Its ``uuid`` covers all sources, the settings
+and the wrapped pass, so that Inductor's FX-graph cache and AOTAutograd's cache stay usable and never serve a stale graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor import custom_graph_pass
+from torch.fx import Graph, Node
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+from inductor_ext import graph as graphs
+from inductor_ext import jit, registry, torch_compat
+from inductor_ext.report import store
+from inductor_ext.report.events import GraphReport, Refusal, Rewrite
+from inductor_ext.rule import Call, Context, Match, Rule, source_line
+from inductor_ext.settings import RuleMode, Settings
+
+log = logging.getLogger("inductor_ext")
+
+#: A pass that is told whether the graph is for inference exists from torch 2.12 on.
+_Base: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
+
+#: Called with (rule name, graph text before, graph after as a deep copy) by `verify`; None otherwise.
+Observer = Callable[[str, Graph], None]
+
+_graph_counter = threading.local()
+
+
+class RewritePass(_Base):  # type: ignore[misc]
+    """Runs the rules of ``settings`` over a post-grad graph.
+
+    ``on_report`` gets the `GraphReport` of every graph; ``observer`` a look at the graph before the first rule ("") and after
+    each rule that changed it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        previous: Any = None,
+        on_report: Callable[[GraphReport], None] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.settings = settings
+        self.previous = previous
+        self.on_report = on_report
+        self.observer = observer
+
+    def uuid(self) -> Any:
+        previous = torch_compat.uuid_of_pass(self.previous)
+        if previous is None:  # a bare function: Inductor must not cache what it cannot name
+            return None
+        rules = tuple(sorted(self.settings.rules.items()))
+        return ("inductor_ext", registry.source_digest().hex(), rules, self.settings.build, self.settings.arch, previous)
+
+    def __call__(self, graph: Graph, is_inference: bool = True) -> None:
+        torch_compat.run_pass(self.previous, graph, is_inference)
+        started = time.perf_counter()
+        report = GraphReport(name=_next_name())
+        report.before = graphs.text_of(graph)
+        if self.observer:
+            self.observer("", graph)
+        kernels = self._prepare_kernels(graph)
+        for rule in self._rules():
+            self._apply(rule, graph, report, kernels)
+        graph.lint()
+        report.after = graphs.text_of(graph)
+        report.kernels = [spec.to_dict() for spec, module in kernels.items() if not isinstance(module, Exception)]
+        report.seconds = time.perf_counter() - started
+        store.publish(report)
+        if self.on_report:
+            self.on_report(report)
+
+    def _mode(self, rule: Rule) -> RuleMode:
+        return self.settings.rules.get(rule.name, "auto")
+
+    def _rules(self) -> list[Rule]:
+        return [rule for rule in registry.rules() if self._mode(rule) != "off"]
+
+    # ---- kernels ----------------------------------------------------------------------------------------------------
+
+    def _prepare_kernels(self, graph: Graph) -> dict[jit.JitSpec, Any]:
+        """Build or load, in parallel and before the graph changes, every kernel that the rules would call."""
+        specs: dict[jit.JitSpec, None] = {}
+        for rule in self._rules():
+            context = Context(rule.name, self._mode(rule))
+            for anchor in rule.anchors(graph):
+                found = rule.guard(anchor, context)
+                if isinstance(found, Match):
+                    specs.update(dict.fromkeys(self._specs(found.calls)))
+        if not specs or self.settings.build == "defer":
+            return {}
+        return jit.prepare(list(specs), self.settings)
+
+    def _specs(self, calls: tuple[Call, ...]) -> list[jit.JitSpec]:
+        """The kernels of calls on a CUDA device; the reference needs none."""
+        arch = jit.current_arch(self.settings)
+        found = []
+        for made in calls:
+            first = made.args[0]
+            if arch and first.device.type == "cuda":
+                spec = made.op.spec(made.args, arch)
+                if spec is not None:
+                    found.append(spec)
+        return found
+
+    def _missing(self, match: Match, context: Context, kernels: dict[jit.JitSpec, Any]) -> Refusal | None:
+        """A refusal when the device or a failed build rules a match out."""
+        for made in match.calls:
+            device = made.args[0].device
+            if device.type not in ("cpu", "cuda"):
+                return context.refuse(match.node, "device", wanted="cuda or cpu", found=str(device))
+            if device.type == "cuda" and made.op.kernel is not None:
+                have, need = torch.cuda.get_device_capability(device), made.op.kernel.min_capability
+                if have < need:
+                    wanted = f"compute capability {need[0]}.{need[1]} or later"
+                    return context.refuse(match.node, "device", wanted=wanted, found=f"{have[0]}.{have[1]}")
+        if self.settings.build == "defer":
+            return None
+        for spec in self._specs(match.calls):
+            if spec not in kernels:
+                kernels.update(jit.prepare([spec], self.settings))
+            if isinstance(kernels[spec], Exception):
+                wanted = f"kernel {spec.describe()}"
+                return context.refuse(match.node, "kernel not available", wanted=wanted, found=str(kernels[spec]))
+        return None
+
+    # ---- one rule ---------------------------------------------------------------------------------------------------
+
+    def _apply(self, rule: Rule, graph: Graph, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
+        context = Context(rule.name, self._mode(rule))
+        before = len(report.rewrites)
+
+        def run(graph: Graph) -> None:
+            for anchor in list(rule.anchors(graph)):
+                if not anchor._erased:
+                    self._visit(rule, context, anchor, report, kernels)
+
+        # PyTorch's compiler bisector switches passes off by the observer's name, and so can name a bad rule.
+        owner = graph.owning_module
+        if owner is None:
+            run(graph)
+        else:
+            name = f"inductor_ext.{rule.name}"
+            GraphTransformObserver(owner, name, subsystem="post_grad_passes").apply_graph_pass(run)
+        if self.observer and len(report.rewrites) > before:
+            self.observer(rule.name, graph)
+
+    def _visit(
+        self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]
+    ) -> None:
+        found = rule.guard(anchor, context)
+        if isinstance(found, Match):
+            found = self._missing(found, context, kernels) or found
+        if isinstance(found, Refusal):
+            report.refusals.append(found)
+        elif found is not None:
+            op_names = "+".join(made.op.name for made in found.calls)
+            event = Rewrite(rule.name, found.node.name, source_line(found.node), op_names, found.detail, found.why)
+            rule.replace(found)
+            report.rewrites.append(event)
+
+
+def _next_name() -> str:
+    count = getattr(_graph_counter, "count", 0)
+    _graph_counter.count = count + 1
+    return f"graph {count}"

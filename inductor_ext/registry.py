@@ -1,0 +1,61 @@
+"""The explicit, ordered lists of ops and rules: the one place that names them.
+
+Rules run in this order; structure first (sharing, larger rewrites), then what remains. Adding an op or a rule is one line here
+beside its folder or file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from importlib import import_module
+from pathlib import Path
+
+from inductor_ext.errors import SettingError
+from inductor_ext.op import Op
+from inductor_ext.rule import Rule
+
+OP_MODULES = ("fp8_downcast", "downcast_fp8", "fp8_quantize")
+RULE_MODULES = ("quantize_once", "downcast_fp8", "fp8_quantize", "fp8_downcast")
+
+_HERE = Path(__file__).parent
+
+
+@functools.cache
+def ops() -> tuple[Op, ...]:
+    """Every op, defined in PyTorch's dispatcher on the first call."""
+    found = tuple(import_module(f"inductor_ext.kernels.{name}.op").OP for name in OP_MODULES)
+    for op in found:
+        op.define()
+    return found
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    return tuple(import_module(f"inductor_ext.patterns.{name}").RULE for name in RULE_MODULES)
+
+
+def rule_named(name: str) -> Rule:
+    for rule in rules():
+        if rule.name == name:
+            return rule
+    raise SettingError(f"rules: no rule is called {name!r}; rules are {', '.join(rule.name for rule in rules())}")
+
+
+@functools.cache
+def define_lowerings() -> None:
+    """Register every op's Inductor lowering; imports Inductor, so only the backend asks for it."""
+    for op in ops():
+        op.define_lowering()
+
+
+@functools.cache
+def source_digest() -> bytes:
+    """A hash of every Python source and kernel of the package: a change to any of them must miss Inductor's caches."""
+    digest = hashlib.sha256()
+    for folder in (_HERE, (_HERE / "kernels").resolve(), (_HERE / "patterns").resolve()):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cuh", ".h") and path.is_file():
+                digest.update(path.relative_to(folder).as_posix().encode())
+                digest.update(path.read_bytes())
+    return digest.digest()

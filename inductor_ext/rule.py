@@ -1,0 +1,105 @@
+"""What a rewrite rule is: where to look, a guard, a replacement, and its own examples.
+
+A rule looks at *anchors*, single nodes such as every cast to FP8. For each anchor its guard answers one of three things:
+
+* ``None``: this is not the rule's business (an int8 cast, say);
+* a `Refusal`: it is nearly a match; the refusal says which condition failed first, what was wanted and what was found;
+* a `Match`: it will be rewritten. The match lists the op calls the replacement needs, so that their kernels can be built
+  before the graph is touched, and carries whatever the replacement wants to know in ``data``.
+
+Guards never change the graph. They read ``node.meta["val"]``, the fake tensor of every node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.op import Op
+from inductor_ext.report.events import Refusal
+from inductor_ext.settings import RuleMode
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An op call that a replacement will insert, with fake tensors for arguments: enough to know its kernel."""
+
+    op: Op
+    args: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """An anchor that will be rewritten."""
+
+    node: Node
+    calls: tuple[Call, ...]
+    detail: str
+    why: str
+    data: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a guard may ask besides the graph: whether its rule is forced (``always``) or must pay (``auto``)."""
+
+    rule: str
+    mode: RuleMode
+
+    @property
+    def forced(self) -> bool:
+        return self.mode == "always"
+
+    def refuse(self, node: Node, reason: str, *, wanted: str, found: str) -> Refusal:
+        return Refusal(self.rule, node.name, source_line(node), reason, wanted, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A function, and the inputs it is compiled with, that a rule matches or, when ``reason`` is set, nearly matches.
+
+    ``inputs(device)`` makes the arguments. ``reason`` is the expected `Refusal.reason`.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    inputs: Callable[[str], tuple[Any, ...]]
+    reason: str = ""
+    mode: RuleMode = "auto"
+    count: int = 1
+    dynamic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One rewrite. ``exact`` says whether the result is equal, byte for byte, to the eager nodes; ``cost`` what it costs if not."""
+
+    name: str
+    doc: str
+    anchors: Callable[[Graph], Iterable[Node]]
+    guard: Callable[[Node, Context], Match | Refusal | None]
+    replace: Callable[[Match], None]
+    exact: bool = True
+    cost: str = ""
+    matches: tuple[Example, ...] = ()
+    near_misses: tuple[Example, ...] = ()
+
+
+def source_line(node: Node) -> str:
+    """The user's line that made ``node``: the innermost frame outside PyTorch, "file.py:12 in f: code"."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    own = [frame for frame in frames if f"{torch.__name__}/_" not in frame["file"]]
+    if not frames:
+        return ""
+    frame = (own or frames)[-1]
+    code = linecache.getline(frame["file"], int(frame["line"])).strip()
+    name = frame["file"].replace("\\", "/").rsplit("/", 1)[-1]
+    return f"{name}:{frame['line']} in {frame['function']}" + (f": {code}" if code else "")

@@ -1,0 +1,66 @@
+"""Every difference between the torch versions that are supported (2.11 to 2.15), and the version from which it can go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+
+def fresh_base(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like ``value`` with storage of its own, for the result of ``auto_functionalized_v2``.
+
+    torch 2.11 refuses to reinplace a mutation when the result's fake shares its storage with the base and the result is
+    read later. Can go with 2.11.
+    """
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def previous_post_grad_pass(patches: dict[str, Any]) -> Any:
+    """The post-grad pass somebody else set, from options or from Inductor's config; lists (2.12+) become one pass."""
+    import torch._inductor.config as inductor_config
+
+    return patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
+
+
+def uuid_of_pass(custom_pass: Any) -> Any:
+    """uuid of a pass, or of a list of them (2.12+); None when one has none, which makes Inductor bypass its caches."""
+    if custom_pass is None:
+        return ()
+    if isinstance(custom_pass, (list, tuple)):
+        uuids = [uuid_of_pass(item) for item in custom_pass]
+        return None if None in uuids else tuple(uuids)
+    uuid = getattr(custom_pass, "uuid", None)
+    return uuid() if callable(uuid) else None
+
+
+def run_pass(custom_pass: Any, graph: Graph, is_inference: bool) -> None:
+    """Run a pass of whatever kind the installed torch knows."""
+    if custom_pass is None:
+        return
+    if isinstance(custom_pass, (list, tuple)):
+        for item in custom_pass:
+            run_pass(item, graph, is_inference)
+        return
+    from torch._inductor import custom_graph_pass
+
+    inference_aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # 2.12+
+    if inference_aware is not None and isinstance(custom_pass, inference_aware):
+        custom_pass(graph, is_inference)
+    else:
+        custom_pass(graph)
+
+
+def is_fallback(target: Any) -> bool:
+    """Whether Inductor runs ``target`` as an opaque call rather than generating code for it."""
+    from torch._inductor import lowering
+
+    return target in lowering.fallbacks or target not in lowering.lowerings
+
+
+def fake_mode_of(node: Node) -> Any:
+    """The fake mode of a graph's tensors."""
+    value = node.meta["val"]
+    return getattr(value, "fake_mode", None)

@@ -1,0 +1,77 @@
+"""fp8_downcast: an elementwise chain with static scales, ending in FP8, in one pass over memory.
+
+    out = cast(program(x), dtype)            x, out: same shape; program: see ``kernels/steps.py``
+
+``x`` is bf16, fp16 or fp32, any shape and any dense layout (or rows with a free pitch). Operands are scalars (one element)
+or hold one value a row: ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2, cast as PyTorch casts: round to
+nearest even; e4m3fn overflows to NaN, e5m2 to infinity, unless the program clamps. Bit-exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from inductor_ext.kernels import steps
+from inductor_ext.op import Kernel, Op
+
+STATIC_F32 = "f32 div:s0 max:-448.0 min:448.0"
+
+
+def fake(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> torch.Tensor:
+    _check(x, operands, program, dtype)
+    return torch.empty_like(x, dtype=dtype)
+
+
+def reference(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> torch.Tensor:
+    _check(x, operands, program, dtype)
+    return steps.evaluate(program, x, operands).to(dtype)
+
+
+def _check(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> None:
+    if x.dtype not in steps.TOKEN_OF_DTYPE:
+        raise TypeError(f"fp8_downcast: x: wanted bfloat16, float16 or float32, found {x.dtype}")
+    if dtype not in steps.CPP_FP8:
+        raise TypeError(f"fp8_downcast: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
+    steps.check_program("fp8_downcast", program, len(operands))
+
+
+def key(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> Any:
+    kinds = steps.operand_kinds(operands, x.device.type == "cuda", len(steps.constants(program))) if operands else ()
+    return x.dtype, program, dtype, kinds
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    x_dtype, program, dtype, kinds = key
+    saturated = str(steps.saturated(program, dtype)).lower()
+    types = f"{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {steps.to_cpp(program, x_dtype, kinds)}"
+    return (("run", f"inductor_ext::Fp8Downcast<{types}>::run"),)
+
+
+def launch(module: Any, x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: Any, out: torch.Tensor) -> None:
+    if len(operands) == 1 and operands[0].is_cuda:  # every static chain of a real model: keep the hot path short
+        module.run(x, out, operands[0], None, None, None, *steps.padded_constants(program))
+        return
+    kinds = key(x, operands, program, dtype)[3]
+    device = [None if kind.startswith("host") else operand for operand, kind in zip(operands, kinds)]
+    device += [None] * (steps.MAX_OPERANDS - len(device))
+    module.run(x, out, *device, *steps.call_constants(operands, kinds, program))
+
+
+OP = Op(
+    schema="fp8_downcast(Tensor x, Tensor[] operands, str program, ScalarType dtype) -> Tensor",
+    doc="scale, clamp and cast to FP8 with static scales, in one pass",
+    fake=fake,
+    reference=reference,
+    kernel=Kernel(
+        source="fp8_downcast/fp8_downcast.cuh",
+        key=key,
+        exports=exports,
+        launch=launch,
+        examples=tuple(
+            (x_dtype, STATIC_F32, torch.float8_e4m3fn, ("scalar:f32",)) for x_dtype in (torch.bfloat16, torch.float16)
+        ),
+    ),
+)

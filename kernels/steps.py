@@ -1,0 +1,213 @@
+"""The step language: an elementwise chain as text, run by a reference and translated to C++.
+
+A chain such as ``(x.float() / s).clamp(-448, 448)`` is ``"f32 div:s0 max:-448.0 min:448.0"``: the value starts as ``x`` and
+every token changes it,
+
+    f32 | bf16 | f16        convert to that dtype (rounds)
+    mul:O  div:O            multiply by, divide by O
+    max:O  min:O            ``clamp_min(O)``, ``clamp_max(O)``; NaN stays NaN
+    recip                   1 / value (scale programs only)
+
+with O a number (a Python scalar in the graph), ``s0``, ``s1``, … (a tensor operand) or ``scale`` (the dynamic scale of
+``fp8_quantize``). Each step is *the PyTorch operator of that name, in the dtype the value has there*: `evaluate` calls just
+those operators, so the reference is the eager chain itself and bit-exactness needs no further argument; `to_cpp` names the
+same steps for ``include/inductor_ext/steps.cuh``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+DTYPE_TOKENS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+TOKEN_OF_DTYPE = {dtype: token for token, dtype in DTYPE_TOKENS.items()}
+CPP_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+CPP_FP8 = {torch.float8_e4m3fn: "__nv_fp8_e4m3", torch.float8_e5m2: "__nv_fp8_e5m2"}
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+MAX_CONSTS = 8
+MAX_OPERANDS = 4
+
+_BINARY: dict[str, Callable[..., torch.Tensor]] = {
+    "mul": torch.mul,
+    "div": torch.div,
+    "max": torch.clamp_min,
+    "min": torch.clamp_max,
+}
+_CPP_NAMES = {"mul": "Mul", "div": "Div", "max": "Max", "min": "Min"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """``op`` is "to", "recip", "mul", "div", "max" or "min"; ``operand`` a dtype, a float, "sN", "scale" or None."""
+
+    op: str
+    operand: torch.dtype | float | str | None = None
+
+    def __str__(self) -> str:
+        if self.op == "to":
+            return TOKEN_OF_DTYPE[self.operand]  # type: ignore[index]
+        return self.op if self.operand is None else f"{self.op}:{self.operand}"
+
+
+@functools.lru_cache(maxsize=None)
+def parse(text: str) -> tuple[Step, ...]:
+    """Steps of a program's text. Raises ValueError naming the token that is not understood."""
+    steps = []
+    for token in text.split():
+        op, _, operand = token.partition(":")
+        if token in DTYPE_TOKENS:
+            steps.append(Step("to", DTYPE_TOKENS[token]))
+        elif token == "recip":
+            steps.append(Step("recip"))
+        elif op in _BINARY and operand:
+            steps.append(Step(op, operand if _is_name(operand) else _number(operand, token)))
+        else:
+            raise ValueError(f"steps: {token!r} is none of f32, bf16, f16, recip, mul:O, div:O, max:O, min:O (in {text!r})")
+    return tuple(steps)
+
+
+def text_of(steps: Sequence[Step]) -> str:
+    return " ".join(map(str, steps))
+
+
+def evaluate(
+    text: str, value: torch.Tensor, operands: Sequence[torch.Tensor] = (), scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run the steps with PyTorch's own operators; operands broadcast against ``value`` as in the graph."""
+    for step in parse(text):
+        if step.op == "to":
+            value = value.to(step.operand)  # type: ignore[call-overload]
+        elif step.op == "recip":
+            value = torch.reciprocal(value)
+        else:
+            other = step.operand
+            if other == "scale":
+                other = scale  # type: ignore[assignment]
+            elif isinstance(other, str):
+                other = operands[int(other[1:])]  # type: ignore[assignment]
+            value = _BINARY[step.op](value, other)
+    return value
+
+
+def operand_names(text: str) -> list[str]:
+    return sorted({s.operand for s in parse(text) if isinstance(s.operand, str) and s.operand != "scale"})
+
+
+def constants(*texts: str) -> list[float]:
+    """Every number of the programs, in order: the run-time constants c0, c1, … of the kernel."""
+    return [s.operand for text in texts for s in parse(text) if isinstance(s.operand, float)]
+
+
+def result_dtype(text: str, dtype: torch.dtype) -> torch.dtype:
+    for step in parse(text):
+        if step.op == "to":
+            dtype = step.operand  # type: ignore[assignment]
+    return dtype
+
+
+def saturated(text: str, fp8: torch.dtype) -> bool:
+    """Whether the last steps clamp to constants inside the finite range of ``fp8``, so that the cast cannot overflow."""
+    low = high = None
+    for step in reversed(parse(text)):
+        if step.op == "to":
+            continue
+        if not isinstance(step.operand, float) or step.op not in ("max", "min"):
+            break
+        if step.op == "max":
+            low = step.operand if low is None else low
+        else:
+            high = step.operand if high is None else high
+    limit = FP8_MAX[fp8]
+    return low is not None and high is not None and -limit <= low <= high <= limit
+
+
+def to_cpp(text: str, dtype: torch.dtype, kinds: Sequence[str] = (), first_const: int = 0) -> str:
+    """The C++ type of a program whose value starts in ``dtype``.
+
+    ``kinds[i]`` says how operand i reaches the kernel: ``"scalar:<dtype token>"`` (one element on the device),
+    ``"row:<dtype token>"`` (one element a row) or ``"host:<n>"`` (constant n of the call). Numbers become constants numbered
+    from ``first_const``.
+    """
+    parts, const = [], first_const
+    for step in parse(text):
+        if step.op == "to":
+            dtype = step.operand  # type: ignore[assignment]
+            parts.append(f"To<{CPP_TYPES[dtype]}>")
+            continue
+        if step.op == "recip":
+            parts.append(f"Recip<{CPP_TYPES[dtype]}>")
+            continue
+        if isinstance(step.operand, float):
+            operand, const = f"Const<{const}>", const + 1
+        elif step.operand == "scale":
+            operand = "Scale"
+        else:
+            index = int(step.operand[1:])  # type: ignore[index]
+            kind, _, rest = kinds[index].partition(":")
+            if kind == "host":
+                operand = f"Const<{rest}>"
+            else:
+                operand = f"{kind.capitalize()}<{index}, {CPP_TYPES[DTYPE_TOKENS[rest]]}>"
+        parts.append(f"{_CPP_NAMES[step.op]}<{CPP_TYPES[dtype]}, {operand}>")
+    return f"Steps<{', '.join(parts)}>"
+
+
+def _is_name(text: str) -> bool:
+    return text == "scale" or (text[0] == "s" and text[1:].isdigit())
+
+
+def _number(text: str, token: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"steps: wanted a number, s0, s1, … or scale after the colon, found {token!r}") from None
+
+
+# ---- what the op.py of every kernel that runs programs needs ---------------------------------------------------------
+
+
+def operand_kinds(operands: Sequence[torch.Tensor], on_cuda: bool, constants_before: int) -> tuple[str, ...]:
+    """How each operand reaches a kernel (see `to_cpp`); CPU scalars of a CUDA call are read and passed as constants."""
+    kinds, host = [], constants_before
+    for operand in operands:
+        if on_cuda and operand.device.type == "cpu":
+            kinds.append(f"host:{host}")
+            host += 1
+        else:
+            # Shapes of traced operands may be symbolic; rows are only ever broadcast along the last dimension, so a
+            # scalar is what has no dimension longer than one.
+            scalar = all(isinstance(size, int) and size == 1 for size in operand.shape)
+            kinds.append(f"{'scalar' if scalar else 'row'}:{TOKEN_OF_DTYPE[operand.dtype]}")
+    return tuple(kinds)
+
+
+@functools.lru_cache(maxsize=None)
+def padded_constants(*texts: str) -> tuple[float, ...]:
+    """The constants of the programs, padded with zeros to the kernels' fixed c0 … c7."""
+    values = constants(*texts)
+    return tuple(values + [0.0] * (MAX_CONSTS - len(values)))
+
+
+def call_constants(operands: Sequence[torch.Tensor], kinds: Sequence[str], *texts: str) -> tuple[float, ...]:
+    """`padded_constants` with the host operands' values at their places."""
+    values = padded_constants(*texts)
+    if any(kind.startswith("host") for kind in kinds):
+        filled = list(values)
+        for operand, kind in zip(operands, kinds):
+            if kind.startswith("host"):
+                filled[int(kind.partition(":")[2])] = operand.item()
+        return tuple(filled)
+    return values
+
+
+def check_program(name: str, text: str, operands: int) -> None:
+    """ValueError unless the program parses and uses only operands and constants that exist."""
+    for operand in operand_names(text):
+        if int(operand[1:]) >= operands:
+            raise ValueError(f"{name}: {text!r} names {operand}, but {operands} operands were given")
+    if len(constants(text)) > MAX_CONSTS:
+        raise ValueError(f"{name}: wanted at most {MAX_CONSTS} numbers, found {len(constants(text))} in {text!r}")

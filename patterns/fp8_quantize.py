@@ -1,0 +1,185 @@
+"""fp8_quantize: amax, scale, clamp and cast with a dynamic scale become one kernel with two outputs.
+
+    s = program(amax(|x|));  q = cast(clamp(x / s))   →   q, s = inductor_ext.fp8_quantize(x, "row" | "tensor", …)
+
+A scale a row, a group (a row of ``x.view(…, 128)``) or a tensor; torchao's recipe, which takes ``amax / 448`` in bf16, and the
+usual ones in fp32 alike. Users of the scale get the second output. Left alone unless forced when Inductor can fuse the chain
+with what produces x.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import aten, call, describe, erase_dead, index_of, is_opaque, same_sizes, value_of
+from inductor_ext.kernels import steps
+from inductor_ext.kernels.fp8_quantize.op import OP
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    chain = fp8_chain.trace(node)
+    if isinstance(chain, fp8_chain.Failure):
+        return None  # fp8_downcast reports why it is no chain
+    dynamic = [operand for operand in chain.operands if dynamic_scale.amax_above(operand, chain.x) is not None]
+    if not dynamic:
+        return None
+    if len(chain.operands) != 1:
+        found = ", ".join(map(describe, chain.operands))
+        return context.refuse(node, "more than one scale", wanted="one dynamic scale", found=found)
+    scale = dynamic_scale.trace(chain, dynamic[0])
+    if isinstance(scale, fp8_chain.Failure):
+        return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
+    x = chain.input_value()
+    if not (fp8_chain.collapses_to_rows(x) if scale.granularity == "row" else fp8_chain.is_dense(x)):
+        wanted = "rows of one pitch and unit stride" if scale.granularity == "row" else "a dense tensor"
+        return context.refuse(node, "input layout", wanted=wanted, found=f"{describe(chain.x)} strides {list(x.stride())}")
+    program = chain.program.replace(":s0", ":scale")
+    numbers = len(steps.constants(scale.program, program))
+    if numbers > steps.MAX_CONSTS:
+        return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
+    if not context.forced and not is_opaque(chain.x):
+        return context.refuse(
+            node,
+            "Inductor fuses this chain into its producer for free",
+            wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
+            found=describe(chain.x),
+        )
+    arguments = (x, scale.granularity, scale.program, program, chain.dtype)
+    why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
+    detail = f"{scale.granularity}: scale = {scale.program or 'amax'}; {program} → {chain.dtype}"
+    return Match(node, (Call(OP, arguments),), detail, why, (chain, scale, arguments[1:]))
+
+
+def replace(match: Match) -> None:
+    chain, scale, arguments = match.data
+    graph = match.node.graph
+    order = index_of(graph)
+    scale_value = value_of(scale.node)
+    first = min((scale.node, match.node), key=order.__getitem__)
+    with graph.inserting_before(first):
+        outputs: list[Node] = []
+
+        def make(x: Node) -> Node:
+            pair = call(graph, OP.overload, x, *arguments, like=match.node)
+            outputs.extend(call(graph, operator.getitem, pair, i, like=match.node) for i in range(2))
+            return outputs[0]
+
+        value = chain.insert(graph, make)
+        made = outputs[1]
+        if not same_sizes(value_of(made).shape, scale_value.shape):
+            made = call(graph, aten.reshape.default, made, list(scale_value.shape), like=scale.node)
+    fp8_chain.replace_cast(match.node, value)
+    if not scale.node._erased:
+        scale.node.replace_all_uses_with(made)
+        erase_dead(scale.node)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _x(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.randn(shape or (64, 256), dtype=torch.float32, device=device) * 7).to(dtype)
+
+
+def _one(device: str) -> tuple[Any, ...]:
+    return (_x(device),)
+
+
+def _row(x: torch.Tensor) -> Any:
+    s = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _torchao(x: torch.Tensor, dims: Any) -> Any:
+    s = (x.abs().amax(dims, keepdim=True) / 448.0).float()
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _tensor_reciprocal(x: torch.Tensor) -> Any:
+    s = 448.0 / torch.clamp(x.abs().max().float(), min=1e-12)
+    return (x.float() * s).clamp(-448, 448).to(E4), s.reciprocal()
+
+
+def _group(x: torch.Tensor) -> Any:
+    b = x.float().view(x.shape[0], -1, 128)
+    s = b.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
+    return (b / s).clamp(-448.0, 448.0).to(E4).view(x.shape), s.squeeze(-1)
+
+
+def _mx(x: torch.Tensor) -> Any:
+    b = x.float().view(x.shape[0], -1, 32)
+    e = torch.floor(torch.log2(b.abs().amax(-1, keepdim=True).clamp(min=2**-126))) - 8
+    return (b * torch.exp2(-e)).clamp(-448, 448).to(E4).view(x.shape), e
+
+
+MATCHES = (
+    Example("row", _row, _one),
+    Example("row_dynamic_shape", _row, _one, dynamic=True),
+    Example("row_torchao", lambda x: _torchao(x, -1), _one),
+    Example("tensor_torchao", lambda x: _torchao(x, (0, 1)), _one),
+    Example("tensor_reciprocal", _tensor_reciprocal, _one),
+    Example("group_128", _group, _one),
+    Example("row_fp16", _row, lambda d: (_x(d, dtype=torch.float16),)),
+    Example("row_fp32", _row, lambda d: (_x(d, dtype=torch.float32),)),
+    Example(
+        "row_e5m2",
+        lambda x: (lambda s: ((x.float() / s).clamp(-57344.0, 57344.0).to(E5), s))(x.float().abs().amax(-1, keepdim=True) / 57344.0),
+        _one,
+    ),
+    Example("after_matmul", lambda a, b: _row(a @ b), lambda d: (_x(d), _x(d, 256, 64))),
+    Example("norm_forced", lambda x: _row(torch.nn.functional.rms_norm(x, (256,)) * 1.5), _one, mode="always"),
+)  # fmt: skip
+
+NEAR_MISSES = (
+    Example("mx", _mx, _one, reason="a step of the scale is not one the kernel computes"),
+    Example(
+        "column_amax",
+        lambda x: (lambda s: (x.float() / s).clamp(-448.0, 448.0).to(E4))((x.abs().amax() + x.abs().amax(0).float().mean()).float()),
+        _one,
+        reason="a step of the scale is not one the kernel computes",
+    ),
+    Example(
+        "producer_is_pointwise",
+        lambda x: _row(torch.sin(x)),
+        _one,
+        reason="Inductor fuses this chain into its producer for free",
+    ),
+    Example(
+        "amax_used_twice",
+        lambda x: (lambda a: (*_scaled_by(x, a), a))(x.abs().amax(-1, keepdim=True)),
+        _one,
+        reason="a step of the scale has a second user",
+    ),
+    Example("two_scales", lambda x, t: _scaled_by(x, x.abs().amax(-1, keepdim=True), t), lambda d: (_x(d), torch.tensor(2.0, device=d)), reason="more than one scale"),
+    Example("strided_rows", lambda x: _row(x[:, ::2]), _one, reason="input layout"),
+)  # fmt: skip
+
+
+def _scaled_by(x: torch.Tensor, amax: torch.Tensor, also: Any = None) -> Any:
+    s = amax.float().clamp(min=1e-12) / 448.0
+    y = x.float() if also is None else x.float() * also
+    return (y / s).clamp(-448.0, 448.0).to(E4), s
+
+
+RULE = Rule(
+    name="fp8_quantize",
+    doc="amax, scale, clamp, cast with a dynamic scale → one fused kernel",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    matches=MATCHES,
+    near_misses=NEAR_MISSES,
+)

@@ -1,0 +1,169 @@
+"""quantize_once: the same activation quantised several times with the same chain is quantised once; its users share the result.
+
+    q1, s1 = quantise(x); q2, s2 = quantise(x)   →   q1, s1 used twice
+
+torchao quantises the input of every linear layer on its own, so q, k and v repeat one chain three times, gate and up twice.
+The chains are compared node by node down to what they share; equal chains give equal bytes, so nothing but work is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import CONVERT, RESHAPES, aten, describe, erase_dead
+from inductor_ext.patterns.support import fp8_chain
+from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+
+#: What a quantising chain is made of: deterministic, without side effects, cheap to compare.
+_PURE = frozenset(
+    {
+        CONVERT,
+        aten.abs.default,
+        aten.amax.default,
+        aten.max.default,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.reciprocal.default,
+        aten.clamp_min.default,
+        aten.clamp_min.Tensor,
+        aten.clamp_max.default,
+        aten.clamp_max.Tensor,
+        aten.maximum.default,
+        aten.minimum.default,
+        aten.full.default,
+        aten.log2.default,
+        aten.floor.default,
+        aten.sub.Tensor,
+        aten.neg.default,
+        aten.exp2.default,
+        *RESHAPES,
+    }
+)
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    near: Node | None = None
+    source = _source(node)
+    for other in _casts_before(node):
+        if _same(node, other):
+            return Match(node, (), f"shares {other.name}", "the same chain on the same activation", other)
+        if near is None and _source(other) is source:
+            near = other
+    if near is not None:
+        return context.refuse(
+            node,
+            "another chain quantises the same activation",
+            wanted=f"the chain of '{near.name}': {_program(near)}",
+            found=_program(node),
+        )
+    return None
+
+
+def replace(match: Match) -> None:
+    _merge(match.node, match.data)
+    erase_dead(match.node)
+
+
+def _merge(node: Node, other: Node) -> None:
+    """Let every user of a chain's nodes read the equal node of the other chain."""
+    if node is other:
+        return
+    for mine, theirs in _pairs(node, other):
+        _merge(mine, theirs)
+    if other < node:  # a scale may come before its equal; then both are kept, and both are right
+        node.replace_all_uses_with(other)
+
+
+def _pairs(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
+    yield from zip(a.all_input_nodes, b.all_input_nodes)
+
+
+def _same(a: Node, b: Node) -> bool:
+    if a is b:
+        return True
+    if a.op != "call_function" or b.op != "call_function" or a.target != b.target or a.target not in _PURE:
+        return False
+    if len(a.all_input_nodes) != len(b.all_input_nodes):
+        return False
+    names = {mine: theirs for mine, theirs in _pairs(a, b)}
+    renamed = torch.fx.map_arg((a.args, a.kwargs), lambda n: names[n])
+    return str(renamed) == str((b.args, b.kwargs)) and all(_same(*pair) for pair in _pairs(a, b))
+
+
+def _casts_before(node: Node) -> list[Node]:
+    found = []
+    for other in node.graph.nodes:
+        if other is node:
+            return found
+        if fp8_chain.is_fp8_cast(other) and other.args[1] is node.args[1]:
+            found.append(other)
+    return found
+
+
+def _source(cast: Node) -> Node | None:
+    chain = fp8_chain.trace(cast)
+    return chain.x if isinstance(chain, fp8_chain.Chain) else None
+
+
+def _program(cast: Node) -> str:
+    chain = fp8_chain.trace(cast)
+    if isinstance(chain, fp8_chain.Failure):
+        return describe(cast)
+    scales = ", ".join(describe(operand) for operand in chain.operands)
+    return f"{chain.program} with {scales}" if scales else chain.program
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _x(device: str) -> torch.Tensor:
+    return torch.randn(32, 64, device=device).bfloat16() * 9
+
+
+def _quantise(x: torch.Tensor, limit: float = 448.0) -> tuple[torch.Tensor, torch.Tensor]:
+    s = (x.abs().amax(-1, keepdim=True) / limit).float()
+    return (x.float() / s).clamp(-limit, limit).to(E4), s
+
+
+def _three(x: torch.Tensor) -> list[torch.Tensor]:
+    x = torch.nn.functional.silu(x)
+    return [out for _i in range(3) for out in _quantise(x)]
+
+
+def _static(x: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+    return [(x.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in (s, t)]
+
+
+def _scales(device: str) -> tuple[torch.Tensor, ...]:
+    return _x(device), torch.tensor(0.5, device=device), torch.tensor(0.25, device=device)
+
+
+RULE = Rule(
+    name="quantize_once",
+    doc="equal quantisations of one activation → one, shared",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    matches=(
+        Example("three_users_of_one_norm", _three, lambda d: (_x(d),), count=2),
+        Example("same_static_scale", lambda x, s, t: _static(x, s, s), _scales),
+    ),
+    near_misses=(
+        Example("other_scale", _static, _scales, reason="another chain quantises the same activation"),
+        Example(
+            "other_bounds",
+            lambda x: [*_quantise(x), *_quantise(x, 240.0)],
+            lambda d: (_x(d),),
+            reason="another chain quantises the same activation",
+        ),
+    ),
+)

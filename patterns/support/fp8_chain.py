@@ -1,0 +1,314 @@
+"""Recognise a scale-clamp-cast chain on the nodes of a graph, whatever its spelling, and write it as a step program.
+
+`trace` walks upwards from a cast to FP8. Everything on the way is either a step of ``kernels/steps.py`` (converts, multiplying
+or dividing by a scale, clamping), a view, or the end: the chain's input ``x``. The result holds the program in the dtypes the
+graph computes in, the operands, and where ``x`` and the views are. Nothing is changed here and nothing is assumed about who
+asks, so static, dynamic and KV-cache rules share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import (
+    CONVERT,
+    aten,
+    constant_of,
+    describe,
+    erase_dead,
+    is_call,
+    is_reshape,
+    known_equal,
+    replay,
+    same_sizes,
+    value_of,
+)
+from inductor_ext.kernels import steps
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOATS = tuple(steps.TOKEN_OF_DTYPE)
+
+_CLAMPS = {
+    aten.clamp_min.default: "max",
+    aten.clamp_min.Tensor: "max",
+    aten.maximum.default: "max",
+    aten.clamp_max.default: "min",
+    aten.clamp_max.Tensor: "min",
+    aten.minimum.default: "min",
+}
+_COMMUTATIVE = (aten.mul.Tensor, aten.maximum.default, aten.minimum.default)
+_SCALES = {aten.mul.Tensor: "mul", aten.div.Tensor: "div"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why the walk stopped short of a chain."""
+
+    node: Node
+    reason: str
+    wanted: str
+    found: str
+
+
+@dataclasses.dataclass
+class Chain:
+    """``cast(program(x))``: ``x`` goes through ``pre_views`` before the op, the result through ``post_views``."""
+
+    cast: Node
+    dtype: torch.dtype
+    x: Node  # never a reshape itself
+    pre_views: list[Node]  # nearest x first
+    steps: list[steps.Step]
+    operands: list[Node]
+    post_views: list[Node]
+    inner: list[Node]  # every node strictly between x and the cast
+
+    @property
+    def program(self) -> str:
+        return steps.text_of(self.steps)
+
+    def input_value(self) -> torch.Tensor:
+        """The fake tensor that the op reads: ``x`` after ``pre_views``."""
+        return value_of(self.pre_views[-1] if self.pre_views else self.x)
+
+    def insert(self, graph: Graph, make: Callable[[Node], Node]) -> Node:
+        """``post_views(make(pre_views(x)))`` at the graph's insertion point."""
+        return replay(graph, self.post_views, make(replay(graph, self.pre_views, self.x)))
+
+
+def is_fp8_cast(node: Node) -> bool:
+    return is_call(node, CONVERT) and node.args[1] in FP8
+
+
+def trace(cast: Node) -> Chain | Failure:
+    """The chain that ends in ``cast``, as long as it can be made, or the first condition that failed."""
+    walk = _Walk(cast)
+    failure = walk.run()
+    if failure is not None:
+        return failure
+    return walk.chain()
+
+
+class _Walk:
+    """State of one walk upwards. Steps and views are collected last first."""
+
+    def __init__(self, cast: Node) -> None:
+        self.cast = cast
+        self.node: Node = cast.args[0]  # type: ignore[assignment]
+        self.steps: list[steps.Step] = []
+        self.operands: list[Node] = []
+        self.views: list[Node] = []
+        self.views_at_rows: int | None = None  # how many views are below (after) the step with a row operand
+        self.inner: list[Node] = []
+        self.stopped: Failure | None = None
+
+    def run(self) -> Failure | None:
+        if value_of(self.node) is None or not isinstance(value_of(self.node), torch.Tensor):
+            return Failure(self.cast, "the cast has no tensor input", "a tensor", describe(self.node))
+        while self.stopped is None:
+            node = self.node
+            if is_reshape(node):
+                advanced = self._view(node)
+            elif is_call(node, CONVERT):
+                advanced = self._convert(node)
+            elif is_call(node, *_CLAMPS):
+                advanced = self._binary(node, _CLAMPS[node.target])  # type: ignore[index]
+            elif is_call(node, *_SCALES):
+                advanced = self._binary(node, _SCALES[node.target])  # type: ignore[index]
+            else:
+                break
+            if not advanced:
+                break
+        return self._verdict()
+
+    def _verdict(self) -> Failure | None:
+        if not self.scaled:
+            return self.stopped or Failure(
+                self.cast, "no scale before the cast", "mul or div by a scale", describe(self.node)
+            )
+        dtype = value_of(self.node).dtype
+        if dtype not in FLOATS:
+            return Failure(self.node, "input dtype", "bfloat16, float16 or float32", str(dtype))
+        return None
+
+    def chain(self) -> Chain:
+        keep = self.views_at_rows
+        if keep is None:  # no row operand: the program does not see shapes, so only views directly on x go before it
+            keep = len(self.views)
+            while keep and self.inner and self.views[keep - 1] is self.inner[-1]:
+                keep -= 1
+                self.inner.pop()
+        return Chain(
+            cast=self.cast,
+            dtype=self.cast.args[1],  # type: ignore[arg-type]
+            x=self.node,
+            pre_views=list(reversed(self.views[keep:])),
+            steps=self._renumbered(),
+            operands=list(reversed(self.operands)),
+            post_views=list(reversed(self.views[:keep])),
+            inner=self.inner,
+        )
+
+    def _renumbered(self) -> list[steps.Step]:
+        """Steps and operands in the order they run in; they were collected from the last to the first."""
+        last = len(self.operands) - 1
+        return [
+            dataclasses.replace(step, operand=f"s{last - int(step.operand[1:])}")
+            if isinstance(step.operand, str)
+            else step
+            for step in reversed(self.steps)
+        ]
+
+    @property
+    def scaled(self) -> bool:
+        return any(step.op in ("mul", "div") for step in self.steps)
+
+    # ---- one node upwards; False ends the walk with this node as x ---------------------------------------------------
+
+    def _only_user(self, node: Node) -> bool:
+        """Whether nothing else reads ``node``; when something does, the chain begins below it or there is none."""
+        if len(node.users) <= 1:
+            return True
+        if not self.scaled:
+            kind = "clamped" if node.target in _CLAMPS else "scaled" if node.target in _SCALES else "converted"
+            other = next(user for user in node.users if user is not self._below)
+            self.stopped = Failure(
+                node, f"the {kind} value has a second user", "one user, the next step of the chain", describe(other)
+            )
+        return False
+
+    @property
+    def _below(self) -> Node:
+        return self.inner[-1] if self.inner else self.cast
+
+    def _up(self, node: Node, above: Any) -> bool:
+        self.inner.append(node)
+        self.node = above
+        return True
+
+    def _view(self, node: Node) -> bool:
+        # Views of x itself cost nothing to repeat, so a second user only matters while the scale is still above.
+        if not self.scaled and not self._only_user(node):
+            return False
+        self.views.append(node)
+        return self._up(node, node.args[0])
+
+    def _convert(self, node: Node) -> bool:
+        above = node.args[0]
+        source, target = value_of(above).dtype, node.args[1]
+        if target not in FLOATS or source not in FLOATS:
+            if not self.scaled:
+                self.stopped = Failure(node, "input dtype", "bfloat16, float16 or float32", str(source))
+            return False
+        # A widening convert with other users (RMSNorm reads x.float() too) is free to repeat: the kernel reads x itself.
+        if len(node.users) > 1 and not (target is torch.float32 and source is not torch.float32):
+            self._only_user(node)
+            return False
+        if source is not target:
+            self.steps.append(steps.Step("to", target))
+        return self._up(node, above)
+
+    def _binary(self, node: Node, op: str) -> bool:
+        if not self._only_user(node):
+            return False
+        value, other = node.args[0], node.args[1]
+        shape = value_of(node).shape
+        if node.target in _COMMUTATIVE and not _carries(value, shape):
+            value, other = other, value
+        if not _carries(value, shape):
+            return False
+        operand = self._operand(node, op, value, other, shape)
+        if operand is None:
+            return False
+        self.steps.append(steps.Step(op, operand))
+        if value_of(value).dtype is not value_of(node).dtype:  # type promotion by the operand: bf16 x, fp32 [R, 1] scale
+            if value_of(node).dtype not in FLOATS or value_of(value).dtype not in FLOATS:
+                self.steps.pop()
+                return False
+            self.steps.append(steps.Step("to", value_of(node).dtype))
+        return self._up(node, value)
+
+    def _operand(self, node: Node, op: str, value: Node, other: Any, shape: Any) -> float | str | None:
+        number = constant_of(other)
+        if number is not None:
+            if number != number:
+                return self._stop(node, "a bound or scale is NaN", "a number", "nan")
+            if sum(isinstance(step.operand, float) for step in self.steps) >= steps.MAX_CONSTS:
+                return None
+            return number
+        if not isinstance(other, Node):
+            return self._stop(node, "scale is a symbolic number", "a number or a tensor", describe(other))
+        tensor = value_of(other)
+        if not isinstance(tensor, torch.Tensor):
+            return self._stop(node, "scale is a symbolic number", "a number or a tensor", describe(other))
+        if tensor.dtype not in FLOATS:
+            return self._stop(node, "scale dtype", "float32, bfloat16 or float16", str(tensor.dtype))
+        if not all(known_equal(size, 1) for size in tensor.shape):
+            if not self._rows(tensor.shape, shape):
+                wanted = "one value, or one value a row of the last dimension"
+                return self._stop(node, "scale layout", wanted, describe(other))
+        if len(self.operands) == steps.MAX_OPERANDS:
+            return None
+        self.operands.append(other)
+        return f"s{len(self.operands) - 1}"
+
+    def _rows(self, scale: Any, shape: Any) -> bool:
+        """Whether a scale broadcasts one value a row, and the rows are those of every other row operand."""
+        padded = (1,) * (len(shape) - len(scale)) + tuple(scale)
+        if len(scale) > len(shape) or not known_equal(padded[-1], 1) or not same_sizes(padded[:-1], shape[:-1]):
+            return False
+        if self.scaled:
+            return False  # further up, a product with one value a row is a norm, not a scale
+        self.views_at_rows = len(self.views)
+        return True
+
+    def _stop(self, node: Node, reason: str, wanted: str, found: str) -> None:
+        if not self.scaled:
+            self.stopped = Failure(node, reason, wanted, found)
+
+
+def _carries(value: Any, shape: Any) -> bool:
+    """Whether ``value`` is the big operand: a tensor of the result's own shape."""
+    tensor = value_of(value)
+    return isinstance(value, Node) and isinstance(tensor, torch.Tensor) and same_sizes(tensor.shape, shape)
+
+
+# ---- replacement values ----------------------------------------------------------------------------------------------
+
+
+def collapses_to_rows(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is [R, C] with unit stride in C and one pitch for all rows: what row kernels read without a copy."""
+    if tensor.dim() == 0:
+        return False
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    if not known_equal(strides[-1], 1):
+        return False
+    for dim in range(len(sizes) - 3, -1, -1):
+        if not known_equal(sizes[dim], 1) and not known_equal(strides[dim], strides[dim + 1] * sizes[dim + 1]):
+            return False
+    return True
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements fill one block of memory, in any order of dimensions."""
+    expected: Any = 1
+    pairs = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if not known_equal(size, 1)]
+    while pairs:
+        nearest = next((pair for pair in pairs if known_equal(pair[0], expected)), None)
+        if nearest is None:
+            return False
+        pairs.remove(nearest)
+        expected = expected * nearest[1]
+    return True
+
+
+def replace_cast(cast: Node, value: Node) -> None:
+    """Put ``value`` where the cast was; its fake keeps the strides the rest of the graph was traced with."""
+    value.meta["val"] = value_of(cast)
+    cast.replace_all_uses_with(value)
+    erase_dead(cast)
