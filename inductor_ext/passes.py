@@ -64,6 +64,7 @@ class RewritePass(_Base):  # type: ignore[misc]
     def __call__(self, graph: Graph, is_inference: bool = True) -> None:
         torch_compat.run_pass(self.previous, graph, is_inference)
         started = time.perf_counter()
+        graph.eliminate_dead_code()  # functionalisation leaves dead views behind, which would count as users
         report = GraphReport(name=_next_name())
         report.before = graphs.text_of(graph)
         if self.observer:

@@ -64,3 +64,22 @@ def fake_mode_of(node: Node) -> Any:
     """The fake mode of a graph's tensors."""
     value = node.meta["val"]
     return getattr(value, "fake_mode", None)
+
+
+def symbolic(graph: Graph, sizes: list[Any]) -> list[Any]:
+    """Sizes as arguments of a new node: symbolic ones become nodes where torch can do that (2.13+); it warns otherwise."""
+    materialize = getattr(graph, "materialize_symints", None)
+    if materialize is None or all(isinstance(size, int) for size in sizes):
+        return sizes
+    return materialize(sizes)
+
+
+def run_post_grad_passes(gm: torch.fx.GraphModule, fake_mode: Any, is_inference: bool) -> None:
+    """Inductor's post-grad passes, the custom ones with them, and nothing after: what `explain` needs of a compile."""
+    from torch._inductor import compile_fx
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.virtualized import V
+
+    with V.set_fake_mode(fake_mode):
+        view_to_reshape(gm)
+        compile_fx._recursive_post_grad_passes(gm, is_inference=is_inference)

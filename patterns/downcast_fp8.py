@@ -158,8 +158,19 @@ def _partner(second: Half) -> Half | None:
     first = _neighbour(scatter, "prev")
     if first is None or not _joins(first, second):
         return None
-    own = _between(second)
-    return first if all(user > scatter or user in own for user in first.store.top.users) else None
+    return first if _insertion_point([first, second]) is not None else None
+
+
+def _insertion_point(halves: list[Half]) -> Node | None:
+    """The node after which one op can do both stores: all its inputs are there, nobody has read either cache yet."""
+    inputs = [half.chain.x for half in halves] + [halves[0].store.root]
+    inputs += [node for half in halves for node in (half.scale, half.store.loc, half.store.mult, half.store.offset)]
+    own = set().union(*(_between(half) for half in halves))
+    if halves[-1].store.root not in own:
+        inputs.append(halves[-1].store.root)
+    last = max(node for node in inputs if isinstance(node, Node))
+    readers = [user for half in halves for user in (*half.store.top.users, *half.store.scatter.users) if user not in own]
+    return last if all(reader > last for reader in readers) else None
 
 
 def _is_first_of_a_pair(half: Half) -> bool:
@@ -247,7 +258,11 @@ def replace(match: Match) -> None:
     halves: list[Half] = match.data
     graph = match.node.graph
     last = halves[-1].store
-    with graph.inserting_before(last.scatter):
+    point = _insertion_point(halves)
+    assert point is not None
+    while point.op == "placeholder" and point.next.op == "placeholder":
+        point = point.next
+    with graph.inserting_before(point.next):
         inputs = [replay(graph, half.input_views(), half.chain.x) for half in halves]
         # Two halves of one buffer share a base: the first store's root is the version that both build on.
         shared = len(halves) == 2 and cache_store.written_input(halves[0].store.root) is cache_store.written_input(last.root)
@@ -270,9 +285,9 @@ def replace(match: Match) -> None:
             kwargs[f"_{name}_base_index"] = bases.index(base)
             view = cache_store.geometry(half.store, value_of(base))
             if half.store.views:
-                kwargs[f"_{name}_size"] = tuple(view.shape)
-                kwargs[f"_{name}_stride"] = tuple(view.stride())
-                kwargs[f"_{name}_storage_offset"] = view.storage_offset()
+                kwargs[f"_{name}_size"] = tuple(torch_compat.symbolic(graph, list(view.shape)))
+                kwargs[f"_{name}_stride"] = tuple(torch_compat.symbolic(graph, list(view.stride())))
+                kwargs[f"_{name}_storage_offset"] = torch_compat.symbolic(graph, [view.storage_offset()])[0]
         if len(halves) == 1:
             kwargs["_v_cache_base_index"] = None
         kwargs["_all_bases"] = bases

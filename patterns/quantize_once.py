@@ -70,17 +70,17 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
 
 def replace(match: Match) -> None:
     _merge(match.node, match.data)
-    erase_dead(match.node)
 
 
 def _merge(node: Node, other: Node) -> None:
     """Let every user of a chain's nodes read the equal node of the other chain."""
     if node is other:
         return
-    for mine, theirs in _pairs(node, other):
+    for mine, theirs in list(_pairs(node, other)):
         _merge(mine, theirs)
     if other < node:  # a scale may come before its equal; then both are kept, and both are right
         node.replace_all_uses_with(other)
+        erase_dead(node)
 
 
 def _pairs(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:

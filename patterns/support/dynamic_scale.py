@@ -69,6 +69,8 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
         if isinstance(above, Failure):
             return above
         node = above
+    if len(amax.users) > 1:
+        return Failure(amax, "a step of the scale has a second user", "only the scale itself used", describe(amax))
     granularity = _granularity(amax, chain)
     if isinstance(granularity, Failure):
         return granularity

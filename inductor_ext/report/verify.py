@@ -1,0 +1,224 @@
+"""verify: compare every rewrite with what it replaced, and the compiled model with stock Inductor and eager.
+
+Two questions are answered on the caller's own inputs:
+
+* *Rule by rule*: each graph is kept before the first rule and after every rule, and all these versions run node by node on the
+  same inputs. What an exact rule leaves must give the same bytes (NaN matching NaN) in every output and mutated input.
+* *End to end*: the model in eager mode, through stock ``torch.compile`` and through this backend.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from inductor_ext import registry, settings
+from inductor_ext.errors import VerifyError
+from inductor_ext.report.events import GraphReport
+from inductor_ext.report.explain import cloned, compiled_with, run_passes
+
+
+@dataclasses.dataclass
+class RuleCheck:
+    """One rule on one graph: how many elements of how many differ from the graph before it, and by how much at most."""
+
+    rule: str
+    graph: str
+    rewrites: int
+    exact: bool  # what the rule promises
+    elements: int = 0
+    differing: int = 0
+    max_abs: float = 0.0
+    where: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.differing == 0 if self.exact else self.max_abs == self.max_abs
+
+
+@dataclasses.dataclass
+class EndToEnd:
+    """Relative distance ‖a - b‖ / ‖b‖ between outputs (and mutated arguments), in float64."""
+
+    stock_to_eager: float
+    ours_to_eager: float
+    ours_to_stock: float
+
+    @property
+    def ok(self) -> bool:
+        """Not further from eager than stock is, but for what a different rounding does to it."""
+        return self.ours_to_eager <= 2 * self.stock_to_eager + 1e-2
+
+
+@dataclasses.dataclass
+class Verification:
+    """What `verify` found."""
+
+    checks: list[RuleCheck]
+    end_to_end: EndToEnd | None
+    graphs: list[GraphReport]
+
+    @property
+    def differs(self) -> list[str]:
+        """Names of the rules whose result differs from what they replaced."""
+        return sorted({check.rule for check in self.checks if not check.ok})
+
+    @property
+    def ok(self) -> bool:
+        return not self.differs and (self.end_to_end is None or self.end_to_end.ok)
+
+    def raise_if_different(self) -> None:
+        if not self.ok:
+            raise VerifyError(str(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        return {"ok": self.ok, "differs": self.differs, "checks": found["checks"], "end_to_end": found["end_to_end"]}
+
+    def __str__(self) -> str:
+        from inductor_ext.report import text
+
+        return text.render(self)
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        from inductor_ext.report import text
+
+        return text.verification(self)
+
+
+def verify(
+    model: Callable[..., Any],
+    *args: Any,
+    rules: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    end_to_end: bool = True,
+    **kwargs: Any,
+) -> Verification:
+    """Check ``model(*args, **kwargs)`` rewrite by rewrite; see the module's text. Arguments as for `explain`.
+
+    ``end_to_end=False`` skips the two full compiles.
+    """
+    chosen = settings.current(**({} if rules is None else {"rules": rules}))
+    checks: list[RuleCheck] = []
+    graphs: list[GraphReport] = []
+    stages: list[tuple[str, torch.fx.GraphModule]] = []
+
+    def observe(rule: str, graph: torch.fx.Graph) -> None:
+        stages.append((rule, torch.fx.GraphModule(graph.owning_module or {}, copy_graph(graph))))
+
+    def compile_stages(gm: torch.fx.GraphModule, example_inputs: Any, **keywords: Any) -> Callable[..., Any]:
+        original = copy.deepcopy(gm)
+        run_passes(gm, example_inputs, **keywords)
+        seen, report = list(stages), graphs[-1]
+        stages.clear()
+
+        def run(*inputs: Any) -> Any:
+            checks.extend(_compare_stages(seen, report, inputs))
+            return original.forward(*inputs)
+
+        return run
+
+    with compiled_with(
+        chosen, model, graphs.append, inner_compile=compile_stages, observer=observe, options=options, mode=mode, dynamic=dynamic
+    ) as run:  # fmt: skip
+        run(*cloned(args), **cloned(kwargs))
+    distances = _end_to_end(model, args, kwargs, chosen, options, mode, dynamic) if end_to_end else None
+    return Verification(checks, distances, graphs)
+
+
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+    made = torch.fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
+
+
+def _compare_stages(stages: list[tuple[str, torch.fx.GraphModule]], report: GraphReport, inputs: Any) -> list[RuleCheck]:
+    counts = report.counts()
+    found: list[RuleCheck] = []
+    before = _run(stages[0][1], inputs)
+    for rule, graph in stages[1:]:
+        check = RuleCheck(rule, report.name, counts.get(rule, 0), registry.rule_named(rule).exact)
+        after = _run(graph, inputs)
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            _compare(check, f"value {index}", old, new)
+        before = after
+        found.append(check)
+    return found
+
+
+def _run(graph: torch.fx.GraphModule, inputs: Any) -> list[Any]:
+    """Outputs and, for what the graph writes to, inputs after running a graph node by node on copies."""
+    copies = cloned(list(inputs))
+    with torch.no_grad():
+        outputs = torch.fx.Interpreter(graph).run(*copies)
+    return [value for value in pytree.tree_leaves((outputs, copies)) if isinstance(value, torch.Tensor)]
+
+
+def _compare(check: RuleCheck, where: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    check.elements += old.numel()
+    if old.shape != new.shape or old.dtype != new.dtype:
+        check.differing += old.numel()
+        check.where = check.where or f"{where}: {old.dtype} {list(old.shape)} became {new.dtype} {list(new.shape)}"
+        return
+    a, b = old.double() if old.is_floating_point() else old, new.double() if new.is_floating_point() else new
+    different = (a != b) & ~(_isnan(a) & _isnan(b))
+    count = int(different.sum())
+    if count:
+        check.differing += count
+        check.where = check.where or f"{where}, first at {different.nonzero()[0].tolist()}"
+        gap = (a[different].double() - b[different].double()).abs().nan_to_num(nan=float("inf"))
+        check.max_abs = max(check.max_abs, float(gap.max()))
+
+
+def _isnan(value: torch.Tensor) -> torch.Tensor:
+    return torch.isnan(value) if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
+
+
+def _end_to_end(model: Any, args: Any, kwargs: Any, chosen: Any, options: Any, mode: Any, dynamic: Any) -> EndToEnd:
+    from inductor_ext.backend import backend
+
+    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    # torch.compile takes a mode or options, not both; a callable backend takes what it is given.
+    stock: dict[str, Any] = {"mode": mode} if mode else {"options": _inductor_only(options)}
+    runs = [
+        model,
+        torch.compile(model, dynamic=dynamic, **stock),
+        torch.compile(model, backend=backend(**fields), dynamic=dynamic, **({"mode": mode} if mode else {"options": options})),
+    ]
+    results = []
+    for run in runs:
+        own_args, own_kwargs = cloned(args), cloned(kwargs)
+        outputs = run(*own_args, **own_kwargs)
+        results.append(_floats((outputs, own_args, own_kwargs)))
+    eager, reference, ours = results
+    return EndToEnd(_distance(reference, eager), _distance(ours, eager), _distance(ours, reference))
+
+
+def _inductor_only(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    from inductor_ext.backend import OwnOptions
+
+    return {name: value for name, value in options.items() if name not in OwnOptions} if options else None
+
+
+def _floats(tree: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(tree)
+    found = [leaf.detach().double() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return [value.nan_to_num() for value in found]
+
+
+def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """The largest relative distance of any tensor."""
+    worst = 0.0
+    for one, two in zip(a, b, strict=True):
+        norm = float(two.norm())
+        worst = max(worst, float((one - two).norm()) / norm if norm else float((one - two).norm()))
+    return worst
