@@ -8,8 +8,8 @@ every token changes it,
     max:O  min:O            ``clamp_min(O)``, ``clamp_max(O)``; NaN stays NaN
     recip                   1 / value (scale programs only)
 
-with O a number (a Python scalar in the graph), ``s0``, ``s1``, … (a tensor operand) or ``scale`` (the dynamic scale of
-``fp8_quantize``). Each step is *the PyTorch operator of that name, in the dtype the value has there*: `evaluate` calls just
+with O a number (a Python scalar in the graph), ``sN`` (tensor operand N, one element), ``rN`` (tensor operand N, one element
+a row) or ``scale`` (the dynamic scale of ``fp8_quantize``). Each step is *the PyTorch operator of that name, in the dtype the value has there*: `evaluate` calls just
 those operators, so the reference is the eager chain itself and bit-exactness needs no further argument; `to_cpp` names the
 same steps for ``include/inductor_ext/steps.cuh``.
 """
@@ -37,12 +37,13 @@ _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "max": torch.clamp_min,
     "min": torch.clamp_max,
 }
+_CPP_OPERANDS = {"s": "Scalar", "r": "Row"}
 _CPP_NAMES = {"mul": "Mul", "div": "Div", "max": "Max", "min": "Min"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """``op`` is "to", "recip", "mul", "div", "max" or "min"; ``operand`` a dtype, a float, "sN", "scale" or None."""
+    """``op`` is "to", "recip", "mul", "div", "max" or "min"; ``operand`` a dtype, a float, "sN", "rN", "scale" or None."""
 
     op: str
     operand: torch.dtype | float | str | None = None
@@ -125,64 +126,45 @@ def saturated(text: str, fp8: torch.dtype) -> bool:
     return low is not None and high is not None and -limit <= low <= high <= limit
 
 
-def to_cpp(text: str, dtype: torch.dtype, kinds: Sequence[str] = (), first_const: int = 0) -> str:
+def to_cpp(text: str, dtype: torch.dtype, operands: Sequence[torch.dtype | None] = (), first_const: int = 0) -> str:
     """The C++ type of a program whose value starts in ``dtype``.
 
-    ``kinds[i]`` says how operand i reaches the kernel: ``"scalar:<dtype token>"`` (one element on the device),
-    ``"row:<dtype token>"`` (one element a row) or ``"host:<n>"`` (constant n of the call). Numbers become constants numbered
-    from ``first_const``.
+    ``operands[i]`` is the dtype of operand i on the device, or None for an operand that the host reads and passes as a
+    constant: those are numbered after all numbers of the call's programs. Numbers are numbered from ``first_const``.
     """
     parts, const = [], first_const
+    host_const = first_const + len(constants(text))
     for step in parse(text):
-        if step.op == "to":
-            dtype = step.operand  # type: ignore[assignment]
-            parts.append(f"To<{CPP_TYPES[dtype]}>")
-            continue
-        if step.op == "recip":
-            parts.append(f"Recip<{CPP_TYPES[dtype]}>")
+        if step.op in ("to", "recip"):
+            dtype = step.operand if step.op == "to" else dtype  # type: ignore[assignment]
+            parts.append(f"{step.op.capitalize()}<{CPP_TYPES[dtype]}>")
             continue
         if isinstance(step.operand, float):
             operand, const = f"Const<{const}>", const + 1
         elif step.operand == "scale":
             operand = "Scale"
         else:
-            index = int(step.operand[1:])  # type: ignore[index]
-            kind, _, rest = kinds[index].partition(":")
-            if kind == "host":
-                operand = f"Const<{rest}>"
+            kind, index = _CPP_OPERANDS[step.operand[0]], int(step.operand[1:])  # type: ignore[index]
+            if operands[index] is None:
+                operand = f"Const<{host_const + sum(other is None for other in operands[:index])}>"
             else:
-                operand = f"{kind.capitalize()}<{index}, {CPP_TYPES[DTYPE_TOKENS[rest]]}>"
+                operand = f"{kind}<{index}, {CPP_TYPES[operands[index]]}>"  # type: ignore[index]
         parts.append(f"{_CPP_NAMES[step.op]}<{CPP_TYPES[dtype]}, {operand}>")
     return f"Steps<{', '.join(parts)}>"
 
 
 def _is_name(text: str) -> bool:
-    return text == "scale" or (text[0] == "s" and text[1:].isdigit())
+    return text == "scale" or (text[0] in "sr" and text[1:].isdigit())
 
 
 def _number(text: str, token: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"steps: wanted a number, s0, s1, … or scale after the colon, found {token!r}") from None
+        raise ValueError(f"steps: wanted a number, sN, rN or scale after the colon, found {token!r}") from None
 
 
 # ---- what the op.py of every kernel that runs programs needs ---------------------------------------------------------
-
-
-def operand_kinds(operands: Sequence[torch.Tensor], on_cuda: bool, constants_before: int) -> tuple[str, ...]:
-    """How each operand reaches a kernel (see `to_cpp`); CPU scalars of a CUDA call are read and passed as constants."""
-    kinds, host = [], constants_before
-    for operand in operands:
-        if on_cuda and operand.device.type == "cpu":
-            kinds.append(f"host:{host}")
-            host += 1
-        else:
-            # Shapes of traced operands may be symbolic; rows are only ever broadcast along the last dimension, so a
-            # scalar is what has no dimension longer than one.
-            scalar = all(isinstance(size, int) and size == 1 for size in operand.shape)
-            kinds.append(f"{'scalar' if scalar else 'row'}:{TOKEN_OF_DTYPE[operand.dtype]}")
-    return tuple(kinds)
 
 
 @functools.lru_cache(maxsize=None)
@@ -192,16 +174,10 @@ def padded_constants(*texts: str) -> tuple[float, ...]:
     return tuple(values + [0.0] * (MAX_CONSTS - len(values)))
 
 
-def call_constants(operands: Sequence[torch.Tensor], kinds: Sequence[str], *texts: str) -> tuple[float, ...]:
-    """`padded_constants` with the host operands' values at their places."""
-    values = padded_constants(*texts)
-    if any(kind.startswith("host") for kind in kinds):
-        filled = list(values)
-        for operand, kind in zip(operands, kinds):
-            if kind.startswith("host"):
-                filled[int(kind.partition(":")[2])] = operand.item()
-        return tuple(filled)
-    return values
+def call_constants(text: str, operands: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """`padded_constants` of a CUDA call, with the values of operands that live on the CPU after the program's numbers."""
+    values = constants(text) + [operand.item() for operand in operands if not operand.is_cuda]
+    return tuple(values + [0.0] * (MAX_CONSTS - len(values)))
 
 
 def check_program(name: str, text: str, operands: int) -> None:

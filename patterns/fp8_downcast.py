@@ -35,7 +35,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if any(amax_above(operand, chain.x) is not None for operand in chain.operands):
         return None  # a dynamic scale: fp8_quantize's business
     x = chain.input_value()
-    rows = any(value_of(operand).numel() != 1 for operand in chain.operands)
+    rows = ":r" in chain.program
     if not (fp8_chain.collapses_to_rows(x) or (not rows and fp8_chain.is_dense(x))):
         wanted = "rows of one pitch and unit stride" if rows else "a dense tensor, or rows of one pitch and unit stride"
         return context.refuse(node, "input layout", wanted=wanted, found=f"{describe(chain.x)} strides {list(x.stride())}")

@@ -46,7 +46,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if not (fp8_chain.collapses_to_rows(x) if scale.granularity == "row" else fp8_chain.is_dense(x)):
         wanted = "rows of one pitch and unit stride" if scale.granularity == "row" else "a dense tensor"
         return context.refuse(node, "input layout", wanted=wanted, found=f"{describe(chain.x)} strides {list(x.stride())}")
-    program = chain.program.replace(":s0", ":scale")
+    program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
     numbers = len(steps.constants(scale.program, program))
     if numbers > steps.MAX_CONSTS:
         return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))

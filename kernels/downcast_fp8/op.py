@@ -112,17 +112,13 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
             steps.CPP_TYPES[k_dtype],
             steps.CPP_FP8[dtype],
             str(saturated).lower(),
-            steps.to_cpp(k_program, k_dtype, _kinds(k_scale)),
-            steps.to_cpp(v_or_k, k_dtype, _kinds(v_scale), 0 if v_program is None else len(steps.constants(k_program))),
+            steps.to_cpp(k_program, k_dtype, (k_scale,)),
+            steps.to_cpp(v_or_k, k_dtype, (v_scale,), 0 if v_program is None else len(steps.constants(k_program))),
             "int32_t" if loc == torch.int32 else "int64_t",
         )
     )
     entry = "run_one" if v_program is None else "run"
     return ((entry, f"inductor_ext::DowncastFp8<{types}>::{entry}"),)
-
-
-def _kinds(scale: torch.dtype | None) -> list[str]:
-    return [] if scale is None else [f"scalar:{steps.TOKEN_OF_DTYPE[scale]}"]
 
 
 def launch(

@@ -2,8 +2,8 @@
 
     out = cast(program(x), dtype)            x, out: same shape; program: see ``kernels/steps.py``
 
-``x`` is bf16, fp16 or fp32, any shape and any dense layout (or rows with a free pitch). Operands are scalars (one element)
-or hold one value a row: ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2, cast as PyTorch casts: round to
+``x`` is bf16, fp16 or fp32, any shape and any dense layout (or rows with a free pitch). Operands are scalars (one element,
+``sN`` in the program) or hold one value a row (``rN``): ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2, cast as PyTorch casts: round to
 nearest even; e4m3fn overflows to NaN, e5m2 to infinity, unless the program clamps. Bit-exact.
 """
 
@@ -39,25 +39,28 @@ def _check(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtyp
 
 
 def key(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> Any:
-    kinds = steps.operand_kinds(operands, x.device.type == "cuda", len(steps.constants(program))) if operands else ()
-    return x.dtype, program, dtype, kinds
+    if len(operands) == 1 and operands[0].is_cuda:  # every static chain of a real model: keep the hot path short
+        return x.dtype, program, dtype, operands[0].dtype
+    return x.dtype, program, dtype, tuple(None if o.device != x.device else o.dtype for o in operands)
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
-    x_dtype, program, dtype, kinds = key
+    x_dtype, program, dtype, operands = key
+    operands = operands if isinstance(operands, tuple) else (operands,)
     saturated = str(steps.saturated(program, dtype)).lower()
-    types = f"{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {steps.to_cpp(program, x_dtype, kinds)}"
+    types = f"{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {steps.to_cpp(program, x_dtype, operands)}"
     return (("run", f"inductor_ext::Fp8Downcast<{types}>::run"),)
 
 
-def launch(module: Any, x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: Any, out: torch.Tensor) -> None:
-    if len(operands) == 1 and operands[0].is_cuda:  # every static chain of a real model: keep the hot path short
+def launch(
+    module: Any, x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: Any, out: torch.Tensor
+) -> None:
+    if len(operands) == 1 and operands[0].is_cuda:
         module.run(x, out, operands[0], None, None, None, *steps.padded_constants(program))
         return
-    kinds = key(x, operands, program, dtype)[3]
-    device = [None if kind.startswith("host") else operand for operand, kind in zip(operands, kinds)]
+    device = [operand if operand.is_cuda else None for operand in operands]
     device += [None] * (steps.MAX_OPERANDS - len(device))
-    module.run(x, out, *device, *steps.call_constants(operands, kinds, program))
+    module.run(x, out, *device, *steps.call_constants(program, operands))
 
 
 OP = Op(
@@ -71,7 +74,7 @@ OP = Op(
         exports=exports,
         launch=launch,
         examples=tuple(
-            (x_dtype, STATIC_F32, torch.float8_e4m3fn, ("scalar:f32",)) for x_dtype in (torch.bfloat16, torch.float16)
+            (x_dtype, STATIC_F32, torch.float8_e4m3fn, torch.float32) for x_dtype in (torch.bfloat16, torch.float16)
         ),
     ),
 )

@@ -158,7 +158,7 @@ class _Walk:
         """Steps and operands in the order they run in; they were collected from the last to the first."""
         last = len(self.operands) - 1
         return [
-            dataclasses.replace(step, operand=f"s{last - int(step.operand[1:])}")
+            dataclasses.replace(step, operand=f"{step.operand[0]}{last - int(step.operand[1:])}")
             if isinstance(step.operand, str)
             else step
             for step in reversed(self.steps)
@@ -248,14 +248,16 @@ class _Walk:
             return self._stop(node, "scale is a symbolic number", "a number or a tensor", describe(other))
         if tensor.dtype not in FLOATS:
             return self._stop(node, "scale dtype", "float32, bfloat16 or float16", str(tensor.dtype))
+        kind = "s"
         if not all(known_equal(size, 1) for size in tensor.shape):
+            kind = "r"
             if not self._rows(tensor.shape, shape):
                 wanted = "one value, or one value a row of the last dimension"
                 return self._stop(node, "scale layout", wanted, describe(other))
         if len(self.operands) == steps.MAX_OPERANDS:
             return None
         self.operands.append(other)
-        return f"s{len(self.operands) - 1}"
+        return f"{kind}{len(self.operands) - 1}"
 
     def _rows(self, scale: Any, shape: Any) -> bool:
         """Whether a scale broadcasts one value a row, and the rows are those of every other row operand."""
