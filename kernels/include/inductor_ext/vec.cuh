@@ -1,0 +1,94 @@
+// Vectors of N elements in registers, loaded and stored in the widest accesses their alignment allows.
+//
+// `Raw<T, N>` holds N elements of float, __half or __nv_bfloat16 as they are in memory; `unpack` gives their exact fp32 values.
+// `load` reads through the read-only path and keeps the lines out of L1 (each element is read once).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace inductor_ext {
+
+__device__ __forceinline__ void load_16(uint32_t* r, const void* p) {
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(p));
+}
+
+// 32 bytes, 32-byte aligned: one access where the hardware has it (compute capability 10.0).
+__device__ __forceinline__ void load_32(uint32_t* r, const void* p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  asm volatile("ld.global.nc.L1::no_allocate.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]), "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7])
+               : "l"(p));
+#else
+  load_16(r, p);
+  load_16(r + 4, static_cast<const char*>(p) + 16);
+#endif
+}
+
+template <typename T, int N>
+struct Raw {
+  static constexpr int kBytes = sizeof(T) * N;
+  static constexpr int kWords = (kBytes + 3) / 4;
+  static constexpr int kAlign = kBytes < 16 ? kBytes : 16;  // what `load` asks of the address
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const T* p) {
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) load_16(words + 4 * i, reinterpret_cast<const char*>(p) + 16 * i);
+    } else if constexpr (kBytes == 2) {
+      words[0] = __ldg(reinterpret_cast<const unsigned short*>(p));
+    } else {
+      static_assert(kBytes == 4, "vectors are one element or whole 16-byte accesses");
+      words[0] = __ldg(reinterpret_cast<const unsigned*>(p));
+    }
+  }
+  __device__ __forceinline__ void zero() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+  }
+  __device__ __forceinline__ void unpack(float (&v)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = get(i);
+  }
+  __device__ __forceinline__ float get(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else {
+      uint32_t word = words[i / 2];
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+      } else {
+        return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? word >> 16 : word)));
+      }
+    }
+  }
+};
+
+// N bytes to global memory; the address is N-byte aligned.
+template <int N>
+struct Bytes {
+  static_assert(N % 4 == 0, "whole words");
+  uint32_t words[N / 4];
+  __device__ __forceinline__ void store(void* p) const {
+    if constexpr (N == 4) {
+      *static_cast<uint32_t*>(p) = words[0];
+    } else if constexpr (N == 8) {
+      *static_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+    } else {
+      static_assert(N == 16, "4, 8 or 16 bytes");
+      *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+};
+template <>
+struct Bytes<1> {
+  uint8_t byte;
+  __device__ __forceinline__ void store(void* p) const { *static_cast<uint8_t*>(p) = byte; }
+};
+
+}  // namespace inductor_ext
