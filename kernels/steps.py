@@ -37,6 +37,7 @@ _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "max": torch.clamp_min,
     "min": torch.clamp_max,
 }
+_NS = "inductor_ext::"
 _CPP_OPERANDS = {"s": "Scalar", "r": "Row"}
 _CPP_NAMES = {"mul": "Mul", "div": "Div", "max": "Max", "min": "Min"}
 
@@ -137,20 +138,20 @@ def to_cpp(text: str, dtype: torch.dtype, operands: Sequence[torch.dtype | None]
     for step in parse(text):
         if step.op in ("to", "recip"):
             dtype = step.operand if step.op == "to" else dtype  # type: ignore[assignment]
-            parts.append(f"{step.op.capitalize()}<{CPP_TYPES[dtype]}>")
+            parts.append(f"{_NS}{step.op.capitalize()}<{CPP_TYPES[dtype]}>")
             continue
         if isinstance(step.operand, float):
-            operand, const = f"Const<{const}>", const + 1
+            operand, const = f"{_NS}Const<{const}>", const + 1
         elif step.operand == "scale":
-            operand = "Scale"
+            operand = f"{_NS}Scale"
         else:
             kind, index = _CPP_OPERANDS[step.operand[0]], int(step.operand[1:])  # type: ignore[index]
             if operands[index] is None:
-                operand = f"Const<{host_const + sum(other is None for other in operands[:index])}>"
+                operand = f"{_NS}Const<{host_const + sum(other is None for other in operands[:index])}>"
             else:
-                operand = f"{kind}<{index}, {CPP_TYPES[operands[index]]}>"  # type: ignore[index]
-        parts.append(f"{_CPP_NAMES[step.op]}<{CPP_TYPES[dtype]}, {operand}>")
-    return f"Steps<{', '.join(parts)}>"
+                operand = f"{_NS}{kind}<{index}, {CPP_TYPES[operands[index]]}>"  # type: ignore[index]
+        parts.append(f"{_NS}{_CPP_NAMES[step.op]}<{CPP_TYPES[dtype]}, {operand}>")
+    return f"{_NS}Steps<{', '.join(parts)}>"
 
 
 def _is_name(text: str) -> bool:
