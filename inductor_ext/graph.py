@@ -98,7 +98,23 @@ def is_opaque(node: Node) -> bool:
         return True
     if made_by.op != "call_function":
         return False
-    target = made_by.target
+    return _runs_alone(made_by.target)
+
+
+def feeds_opaque(node: Node) -> bool:
+    """Whether ``node`` has to be in memory anyway: the graph returns it, or something reads it that Inductor cannot fuse."""
+    for user in node.users:
+        if user.op == "output":
+            return True
+        if is_reshape(user) or is_call(user, aten.view.dtype, aten.slice.Tensor):
+            if feeds_opaque(user):
+                return True
+        elif user.op == "call_function" and _runs_alone(user.target):
+            return True
+    return False
+
+
+def _runs_alone(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
     if target.namespace not in ("aten", "prims"):

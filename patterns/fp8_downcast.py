@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import call, describe, is_opaque, value_of
+from inductor_ext.graph import call, describe, feeds_opaque, is_opaque, value_of
 from inductor_ext.kernels.fp8_downcast.op import OP
 from inductor_ext.patterns.support import fp8_chain
 from inductor_ext.patterns.support.dynamic_scale import amax_above
@@ -45,6 +45,13 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             "Inductor fuses this chain into its producer for free",
             wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
             found=describe(chain.x),
+        )
+    if not context.forced and not feeds_opaque(node):
+        return context.refuse(
+            node,
+            "Inductor fuses this chain into its consumer for free",
+            wanted="a GEMM, another opaque kernel or the graph's output as consumer",
+            found=", ".join(map(describe, node.users)),
         )
     arguments = (x, [value_of(operand) for operand in chain.operands], chain.program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
@@ -113,6 +120,12 @@ MATCHES = (
 )  # fmt: skip
 
 NEAR_MISSES = (
+    Example(
+        "consumer_is_pointwise",
+        lambda x, s: _clamp(x.float() / s).to(E4).float() * s,
+        _scaled,
+        reason="Inductor fuses this chain into its consumer for free",
+    ),
     Example("no_scale", lambda x: x.clamp(-448, 448).to(E4), lambda d: (_x(d),), reason="no scale before the cast"),
     Example("float64", lambda x, s: _clamp(x / s).to(E4), lambda d: (_x(d).double(), torch.tensor(0.5, device=d)), reason="input dtype"),
     Example("column_scale", lambda x, s: _clamp(x.float() / s).to(E4), lambda d: (_x(d), torch.rand(128, device=d) + 0.1), reason="scale layout"),

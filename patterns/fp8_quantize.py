@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, index_of, is_opaque, same_sizes, value_of
+from inductor_ext.graph import aten, call, describe, erase_dead, feeds_opaque, index_of, is_opaque, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.fp8_quantize.op import OP
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain
@@ -56,6 +56,13 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             "Inductor fuses this chain into its producer for free",
             wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
             found=describe(chain.x),
+        )
+    if not context.forced and not feeds_opaque(node):
+        return context.refuse(
+            node,
+            "Inductor fuses this chain into its consumer for free",
+            wanted="a GEMM, another opaque kernel or the graph's output as consumer",
+            found=", ".join(map(describe, node.users)),
         )
     arguments = (x, scale.granularity, scale.program, program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
@@ -144,6 +151,12 @@ MATCHES = (
 )  # fmt: skip
 
 NEAR_MISSES = (
+    Example(
+        "consumer_is_pointwise",
+        lambda x: (lambda q, s: q.float() * s)(*_row(x)),
+        _one,
+        reason="Inductor fuses this chain into its consumer for free",
+    ),
     Example("mx", _mx, _one, reason="a step of the scale is not one the kernel computes"),
     Example(
         "column_amax",
