@@ -99,7 +99,12 @@ class RewritePass(_Base):  # type: ignore[misc]
                     specs.update(dict.fromkeys(self._specs(found.calls)))
         if not specs or self.settings.build == "defer":
             return {}
-        return jit.prepare(list(specs), self.settings)
+        kernels = jit.prepare(list(specs), self.settings)
+        if self.settings.build == "require":  # asked for: no cold build and no stock operators behind one's back
+            for found in kernels.values():
+                if isinstance(found, Exception):
+                    raise found
+        return kernels
 
     def _specs(self, calls: tuple[Call, ...]) -> list[jit.JitSpec]:
         """The kernels of calls on a CUDA device; the reference needs none."""
