@@ -73,31 +73,35 @@ __device__ __forceinline__ int64_t cache_row(const DowncastFp8Params& p, int64_t
   return row >= 0 && row < p.slots ? row : kOutside;
 }
 
-// The vectors [first, first + Lanes * U) of one row of one side.
+// The vectors [first, first + Lanes * U) of one row of one side: loaded, cast, stored.
 template <typename In, typename Fp8, bool Saturated, typename Program, int Lanes, int E, int U>
 struct DowncastFp8Chunk {
+  typename Program::Prepared prepared;
   Raw<In, E> raw[U];
+  Bytes<E> bytes[U];
 
   __device__ __forceinline__ void load(const DowncastFp8Side& side, int64_t token, int64_t first, int lane) {
-    const In* x = static_cast<const In*>(side.x) + token * side.x_stride;
+    const In* x = static_cast<const In*>(side.x) + token * side.x_stride + (first + lane) * E;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int64_t i = first + u * Lanes + lane;
-      if (i < side.vectors) raw[u].load(x + i * E);
+      raw[u].zero();
+      if (first + u * Lanes + lane < side.vectors) raw[u].load(x + u * Lanes * E);
     }
   }
-  __device__ __forceinline__ void store(const DowncastFp8Side& side, const typename Program::Prepared& prepared, int64_t row,
-                                        int64_t first, int lane) const {
-    uint8_t* cache = side.cache + row * side.cache_stride;
+  __device__ __forceinline__ void cast() {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int64_t i = first + u * Lanes + lane;
-      if (i < side.vectors) {
-        float v[E];
-        raw[u].unpack(v);
-        Program::apply(prepared, v);
-        cast_fp8<Fp8, Saturated>(v).store(cache + i * E);
-      }
+      float v[E];
+      raw[u].unpack(v);
+      Program::apply(prepared, v);
+      bytes[u] = cast_fp8<Fp8, Saturated>(v);
+    }
+  }
+  __device__ __forceinline__ void store(const DowncastFp8Side& side, int64_t row, int64_t first, int lane) const {
+    uint8_t* cache = side.cache + row * side.cache_stride + (first + lane) * E;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * Lanes + lane < side.vectors) bytes[u].store(cache + u * Lanes * E);
     }
   }
 };
@@ -115,7 +119,7 @@ constexpr int kDowncastFp8Threads = 128;
 
 template <typename In, typename Fp8, bool Saturated, typename KProgram, typename VProgram, typename Loc, bool IsPair, int Lanes,
           int E, int U>
-__global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_kernel(const __grid_constant__ DowncastFp8Params p) {
+__global__ void __launch_bounds__(kDowncastFp8Threads, sizeof(In) == 2 ? 6 : 4) downcast_fp8_kernel(const __grid_constant__ DowncastFp8Params p) {
   constexpr int kChunk = Lanes * U;
   const int lane = threadIdx.x % Lanes;
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / Lanes;
@@ -134,8 +138,8 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_kernel(const
   }
   if (p.check && row == kOutside && lane == 0) atomicMin(&downcast_fp8_outside, static_cast<unsigned long long>(token));
 
-  const auto k_prepared = KProgram::prepare(Env{p.consts, p.k.operands});
-  const auto v_prepared = VProgram::prepare(Env{p.consts, IsPair ? p.v.operands : p.k.operands});
+  k.prepared = KProgram::prepare(Env{p.consts, p.k.operands});
+  if constexpr (IsPair) v.prepared = VProgram::prepare(Env{p.consts, p.v.operands});
   const unsigned group = Lanes == 32 ? 0xffffffffu : ((1u << (Lanes % 32)) - 1) << (threadIdx.x % 32 / Lanes * Lanes);
 
   if (p.repeats == Repeats::kScan) {
@@ -154,20 +158,22 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_kernel(const
   const unsigned long long key = reinterpret_cast<unsigned long long>(p.k.cache + row * p.k.cache_stride);
   unsigned long long* slot = downcast_fp8_claims + ((row ^ (row >> 16)) & (kClaimSlots - 1));
   bool pending = row >= 0;
+  unsigned long long seen = 0;
+  if (claims && pending && lane == 0) seen = claim(slot, key);
+  k.cast();  // the claim is on its way meanwhile
+  if constexpr (IsPair) v.cast();
   while (__any_sync(0xffffffffu, pending)) {
-    unsigned long long seen = 0;
-    if (claims) {
-      if (pending && lane == 0) seen = claim(slot, key);
-      seen = __shfl_sync(0xffffffffu, seen, 0, Lanes);
-    }
+    if (claims) seen = __shfl_sync(0xffffffffu, seen, 0, Lanes);
     if (pending && seen == 0) {
-      while (true) {
-        k.store(p.k, k_prepared, row, first, lane);
-        if constexpr (IsPair) v.store(p.v, v_prepared, row, first, lane);
-        first += static_cast<int64_t>(gridDim.y) * kChunk;
-        if (first >= vectors) break;
+      k.store(p.k, row, first, lane);
+      if constexpr (IsPair) v.store(p.v, row, first, lane);
+      while ((first += static_cast<int64_t>(gridDim.y) * kChunk) < vectors) {
         k.load(p.k, token, first, lane);
         if constexpr (IsPair) v.load(p.v, token, first, lane);
+        k.cast();
+        if constexpr (IsPair) v.cast();
+        k.store(p.k, row, first, lane);
+        if constexpr (IsPair) v.store(p.v, row, first, lane);
       }
       if (claims) {
         __syncwarp(group);
@@ -175,7 +181,10 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_kernel(const
       }
     }
     pending = pending && seen != 0 && seen != key;
-    if (pending) __nanosleep(100);
+    if (pending) {
+      __nanosleep(100);
+      if (lane == 0) seen = claim(slot, key);
+    }
   }
 }
 

@@ -256,7 +256,11 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(con
   if (tile >= 0) load();
   wait_for_previous_kernel();
   uint32_t bits = 0;
-  for (int i = threadIdx.x; i < p.partials; i += kTensorThreads) bits = max(bits, __float_as_uint(__ldcg(p.partial + i)));
+#pragma unroll
+  for (int i = 0; i < kTensorMaxPartials; i += kTensorThreads) {
+    const int j = i + threadIdx.x;
+    if (j < p.partials) bits = max(bits, __float_as_uint(__ldcg(p.partial + j)));
+  }
   const float scale = scale_of<ScaleProgram>(p.consts, block_max<kTensorThreads>(bits, shared));
   if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<ScaleT*>(p.scale) = from_float<ScaleT>(scale);
   const auto prepared = prepare_scaled<Program>(p.consts, scale);

@@ -1,0 +1,137 @@
+"""Timing on a CUDA device, the same way for every benchmark.
+
+    seconds = graph_time([lambda: op(x0, y0), lambda: op(x1, y1), …])    median of CUDA-graph replays, per call
+    rate    = copy_bandwidth(nbytes)                                     bytes/s, read + written, of a device-to-device copy
+    write_json("benchmarks/results/h200/name.json", {"rows": rows})      that and `environment()`
+
+One graph holds many calls, so that launch gaps count as they do in a served model and the host does not. To measure with a
+cold L2, pass calls over enough buffer sets: `sets_for(bytes_per_call)` says how many.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COLD_FACTOR = 4  # buffers between two uses of the same one, in sizes of L2
+
+
+def sets_for(bytes_per_call: int, limit: int = 64) -> int:
+    """How many buffer sets to rotate over so that each call finds nothing of its own in L2 (at most ``limit``)."""
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(1, min(limit, math.ceil(COLD_FACTOR * l2 / max(bytes_per_call, 1))))
+
+
+def graph_time(calls: Sequence[Callable[[], Any]], *, replays: int = 25, least_calls: int = 20, least_s: float = 5e-4) -> float:
+    """Seconds per call: the median over ``replays`` of one CUDA graph that makes the calls in turn, again and again."""
+    once = torch.cuda.Stream()
+    with torch.cuda.stream(once):
+        for call in calls[:3]:
+            call()  # modules load, allocators fill
+    torch.cuda.synchronize()
+    count = _round_up(least_calls, len(calls))
+    graph = _capture(calls, count)
+    guess = min(_replay_times(graph, 3)) / count
+    if guess * count < least_s:
+        count = _round_up(min(4000, math.ceil(least_s / guess)), len(calls))
+        graph = _capture(calls, count)
+    _replay_times(graph, 3)
+    return statistics.median(_replay_times(graph, replays)) / count
+
+
+def graph_us(call: Callable[[], Any], calls: int = 10) -> float:
+    """Microseconds of one call, over the same buffers every time."""
+    return graph_time([call], least_calls=calls) * 1e6
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple
+
+
+def _capture(calls: Sequence[Callable[[], Any]], count: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            calls[i % len(calls)]()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _replay_times(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
+def copy_time(nbytes: int) -> float:
+    """Seconds of a device-to-device copy that reads and writes ``nbytes`` together, cold."""
+    half = max(nbytes // 2, 1)
+    pairs = []
+    for _ in range(sets_for(nbytes)):
+        source = torch.randint(0, 255, (half,), dtype=torch.uint8, device="cuda")
+        pairs.append((source, torch.empty_like(source)))
+    return graph_time([lambda s=s, d=d: d.copy_(s) for s, d in pairs])
+
+
+def copy_bandwidth(nbytes: int = 1 << 31) -> float:
+    """Bytes read and written a second by a device-to-device copy of that many bytes."""
+    return nbytes / copy_time(nbytes)
+
+
+def call_time(call: Callable[[], Any], *, calls: int = 2000) -> float:
+    """Host seconds a call costs to submit, the device being far behind or idle; the median of batches."""
+    call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(calls // 10):
+            call()
+        times.append((time.perf_counter() - start) / (calls // 10))
+        torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def environment() -> dict[str, Any]:
+    import triton
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *map(str, sys.argv)]),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _nvidia_smi("driver_version"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+def _nvidia_smi(field: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def write_json(path: str | Path, payload: dict[str, Any]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
