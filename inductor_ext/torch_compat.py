@@ -67,11 +67,51 @@ def fake_mode_of(node: Node) -> Any:
 
 
 def symbolic(graph: Graph, sizes: list[Any]) -> list[Any]:
-    """Sizes as arguments of a new node: symbolic ones become nodes where torch can do that (2.13+); it warns otherwise."""
-    materialize = getattr(graph, "materialize_symints", None)
-    if materialize is None or all(isinstance(size, int) for size in sizes):
+    """Sizes as arguments of a new node, at the graph's insertion point: symbolic ones become nodes, numbers stay.
+
+    ``Graph.materialize_symints`` does it from torch 2.13 on; the rest can go with 2.12.
+    """
+    if all(isinstance(size, int) for size in sizes):
         return sizes
-    return materialize(sizes)
+    materialize = getattr(graph, "materialize_symints", None)
+    if materialize is not None:
+        return materialize(sizes)
+    return [size if isinstance(size, int) else _size_node(graph, size) for size in sizes]
+
+
+def _size_node(graph: Graph, size: torch.SymInt) -> Node:
+    """Nodes that compute a symbolic size from the graph's inputs."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    known = set(graph.nodes)
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+    symbols = {
+        symbol: torch.fx.Proxy(_symbol_node(graph, symbol), tracer) for symbol in size.node.expr.free_symbols
+    }
+    made = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
+    for node in graph.nodes:
+        if node not in known and "val" not in node.meta:
+            values = torch.fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            node.meta["val"] = node.target(*values[0], **values[1])
+    return made
+
+
+def _symbol_node(graph: Graph, symbol: Any) -> Node:
+    """An input that is the symbol, or a size of an input that is."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node
+    for node in inputs:
+        value = node.meta.get("val")
+        for dim, extent in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(extent, torch.SymInt) and extent.node.expr == symbol:
+                made = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                made.meta["val"] = extent
+                return made
+    raise LookupError(f"no graph input has the size {symbol}")
 
 
 def run_post_grad_passes(gm: torch.fx.GraphModule, fake_mode: Any, is_inference: bool) -> None:
