@@ -1,0 +1,287 @@
+"""fp8_downcast, downcast_fp8 and fp8_quantize on one GPU: bytes against eager, time against a device copy and stock Inductor.
+
+    python benchmarks/kernels/downcast.py --check --time --out benchmarks/results/h200/downcast.json
+    compute-sanitizer --tool memcheck python benchmarks/kernels/downcast.py --sanitize     (racecheck, initcheck, synccheck)
+
+Times are CUDA-graph replays, median. Large sizes rotate over enough buffers to find L2 cold. `copy` is a device-to-device copy
+that reads and writes as many bytes together, in the same run; `of copy` is its time over ours. A whole-tensor amax must read
+its input twice: its bytes are 2 reads and 1 write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import timing  # noqa: E402
+from downcast_checks import Report, division, eager_facts, quantized, static_chains, static_shapes  # noqa: E402
+from downcast_units import (  # noqa: E402
+    BF16, DIVISION, E4, E5, F16, F32, IN_DTYPES, quantize, quantize_unit, static, static_unit, store, store_unit,
+)  # fmt: skip
+from local_build import build  # noqa: E402
+from store_checks import repeats, stores, streams_and_graphs  # noqa: E402
+
+PLAIN = ("-DINDUCTOR_EXT_PLAIN_DIVISION",)
+TIME_UNITS = [
+    static_unit(BF16, E4),
+    static_unit(F32, E4),
+    static_unit(BF16, E4, ("f32_div",), PLAIN),
+    quantize_unit(BF16, E4, "torchao"),
+    quantize_unit(BF16, E4, "torchao", PLAIN),
+    quantize_unit(BF16, E4, "recip"),
+    store_unit(BF16, E4, torch.int64),
+]
+CHECK_UNITS = [
+    DIVISION,
+    *(static_unit(x, fp8) for x in IN_DTYPES for fp8 in (E4, E5)),
+    *(quantize_unit(x, E4, "torchao") for x in IN_DTYPES),
+    quantize_unit(BF16, E5, "torchao"),
+    quantize_unit(BF16, E4, "recip"),
+    store_unit(BF16, E4, torch.int64),
+    store_unit(BF16, E4, torch.int32),
+    store_unit(F32, E5, torch.int64),
+    store_unit(F16, E4, torch.int32),
+]
+
+
+def check_all(modules: dict[str, Any]) -> Report:
+    report = Report()
+    report.run("eager facts", eager_facts)
+    report.run("division", division, modules["division"])
+    for x in IN_DTYPES:
+        for fp8 in (E4, E5):
+            module = modules[static_unit(x, fp8).name]
+            report.run(f"chains {x} {fp8}", static_chains, module, x, fp8)
+            report.run(f"shapes {x} {fp8}", static_shapes, module, x, fp8)
+        report.run(f"quantize {x}", quantized, modules[quantize_unit(x, E4, "torchao").name], "torchao", x, E4)
+    report.run("quantize e5m2", quantized, modules[quantize_unit(BF16, E5, "torchao").name], "torchao", BF16, E5)
+    report.run("quantize recip", quantized, modules[quantize_unit(BF16, E4, "recip").name], "recip", BF16, E4)
+    for x, fp8, loc in ((BF16, E4, torch.int64), (BF16, E4, torch.int32), (F32, E5, torch.int64), (F16, E4, torch.int32)):
+        report.run(f"stores {x} {fp8} {loc}", stores, modules[store_unit(x, fp8, loc).name], x, fp8, loc)
+    by_loc = {loc: modules[store_unit(BF16, E4, loc).name] for loc in (torch.int32, torch.int64)}
+    report.run("repeats", repeats, by_loc)
+    report.run("streams and graphs", streams_and_graphs, by_loc)
+    return report
+
+
+def sanitize() -> None:
+    """Every kernel once, small, for compute-sanitizer."""
+    modules = build([static_unit(BF16, E4, ("f32_div", "row_div")), quantize_unit(BF16, E4, "torchao"), store_unit(BF16, E4, torch.int64)])
+    stat, quant, kv = modules.values()
+    s = torch.tensor(0.3, device="cuda")
+
+    def bf16(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(BF16).cuda()
+
+    def blank(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.uint8).cuda().view(E4)
+
+    for shape in ((5,), (3, 131), (4, 1024), (600, 2048)):
+        static(stat, "f32_div", E4, bf16(*shape), blank(*shape), s)
+    static(stat, "f32_div", E4, bf16(30, 300)[:, 1:98], blank(30, 97), s)
+    static(stat, "row_div", E4, bf16(30, 96), blank(30, 96), torch.ones(30, 1, device="cuda"))
+    for cols in (5, 128, 130, 500, 1024, 1001, 4096, 4097, 8192, 16384, 16383, 16392, 16385):
+        quantize(quant, "row", "torchao", E4, bf16(9, cols), blank(9, cols), torch.zeros(9, 1).cuda())
+    for n in (5, 4096, 100_001):
+        quantize(quant, "tensor", "torchao", E4, bf16(n), blank(n), torch.zeros(()).cuda(), torch.zeros(1024).cuda())
+    for tokens in (1, 7, 300, 1500):
+        for cols in (1024, 128, 100, 33, 4096):
+            loc = torch.randint(-3, 40, (tokens,)).cuda()
+            store(kv, E4, bf16(tokens, cols), bf16(tokens, cols), blank(37, cols), blank(37, cols), s, s, loc)
+    torch.cuda.synchronize()
+    print("sanitize: ran")
+
+
+# ---- times -------------------------------------------------------------------------------------------------------------------------
+
+
+class Times:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.copies: dict[int, float] = {}
+
+    def add(self, kernel: str, size: str, nbytes: int, calls: dict[str, list[Callable[[], Any]]]) -> None:
+        if nbytes not in self.copies:
+            self.copies[nbytes] = timing.copy_time(nbytes)
+        copy = self.copies[nbytes]
+        row: dict[str, Any] = {"kernel": kernel, "size": size, "bytes": nbytes, "copy_us": copy * 1e6}
+        for name, variants in calls.items():
+            try:
+                row[f"{name}_us"] = timing.graph_time(variants) * 1e6
+            except Exception as error:
+                row[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
+                print(row[f"{name}_error"], flush=True)
+        row["of_copy"] = row["copy_us"] / row["ours_us"]
+        row["tb_s"] = nbytes / row["ours_us"] * 1e-6
+        if "stock_us" in row:
+            row["stock_over_ours"] = row["stock_us"] / row["ours_us"]
+        self.rows.append(row)
+        line = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
+        print(f"{kernel:26} {size:16} {line}", flush=True)
+
+
+def cold(make: Callable[[], Any], nbytes: int) -> list[Any]:
+    return [make() for _ in range(timing.sets_for(nbytes))]
+
+
+def time_static(times: Times, modules: dict[str, Any]) -> None:
+    s = torch.tensor(0.37, device="cuda")
+    stock = torch.compile(lambda x, s: (x.float() / s).clamp(-448.0, 448.0).to(E4), dynamic=False)
+    for dtype, name, sizes in (
+        (BF16, "f32_div", ((65536, 1024), (65536, 8192), (7168, 3072), (128, 4096), (1, 4096))),
+        (BF16, "mul", ((65536, 8192), (7168, 3072))),
+        (BF16, "f32_mul_const", ((7168, 3072),)),
+        (BF16, "row_div", ((65536, 1024), (7168, 3072))),
+        (F32, "f32_div", ((65536, 1024), (7168, 3072))),
+    ):
+        for shape in sizes:
+            n = shape[0] * shape[1]
+            nbytes = n * (dtype.itemsize + 1)
+            sets = cold(lambda: (torch.randn(shape, device="cuda", dtype=dtype), torch.empty(shape, dtype=E4, device="cuda")), nbytes)
+            operand = torch.rand(shape[0], 1, device="cuda") + 0.1 if name == "row_div" else None if "const" in name else s
+            module = modules[static_unit(dtype, E4).name]
+            calls = {"ours": [lambda x=x, o=o: static(module, name, E4, x, o, operand) for x, o in sets]}
+            if name == "f32_div":
+                calls["stock"] = [lambda x=x: stock(x, s) for x, _ in sets]
+                if dtype == BF16:
+                    plain = modules[static_unit(BF16, E4, ("f32_div",), PLAIN).name]
+                    calls["plain_division"] = [lambda x=x, o=o: static(plain, name, E4, x, o, s) for x, o in sets]
+            times.add(f"downcast {str(dtype)[6:]} {name}", f"{list(shape)}", nbytes, calls)
+            del sets, calls
+            torch.cuda.empty_cache()
+
+
+def stock_row(x: torch.Tensor) -> Any:
+    scale = (x.abs().amax(-1, keepdim=True) / 448.0).float()
+    return (x.float() / scale).clamp(-448.0, 448.0).to(E4), scale
+
+
+def stock_tensor(x: torch.Tensor) -> Any:
+    scale = (x.abs().amax() / 448.0).float()
+    return (x.float() / scale).clamp(-448.0, 448.0).to(E4), scale
+
+
+def time_quantize(times: Times, modules: dict[str, Any]) -> None:
+    module = modules[quantize_unit(BF16, E4, "torchao").name]
+    plain = modules[quantize_unit(BF16, E4, "torchao", PLAIN).name]
+    recip = modules[quantize_unit(BF16, E4, "recip").name]
+    workspace = torch.empty(1024, device="cuda")
+    for kind, sizes, stock in (
+        ("row", ((65536, 1024), (65536, 8192), (7168, 3072), (524288, 128), (65536, 4096), (16384, 16384), (4096, 32768),
+                 (128, 4096), (1, 4096)), torch.compile(stock_row, dynamic=False)),
+        ("tensor", ((65536, 1024), (65536, 8192), (7168, 3072), (128, 4096)), torch.compile(stock_tensor, dynamic=False)),
+    ):  # fmt: skip
+        for shape in sizes:
+            rows, cols = shape
+            nbytes = rows * cols * (3 if kind == "row" else 5) + (rows if kind == "row" else 1) * 4
+            sets = cold(lambda: (
+                torch.randn(shape, device="cuda", dtype=BF16), torch.empty(shape, dtype=E4, device="cuda"),
+                torch.empty(rows if kind == "row" else 1, device="cuda"),
+            ), nbytes)  # fmt: skip
+            more = [workspace] if kind == "tensor" else []
+            calls = {
+                "ours": [lambda t=t: quantize(module, kind, "torchao", E4, *t, *more) for t in sets],
+                "stock": [lambda t=t: stock(t[0]) for t in sets],
+                "plain_division": [lambda t=t: quantize(plain, kind, "torchao", E4, *t, *more) for t in sets],
+                "recip": [lambda t=t: quantize(recip, kind, "recip", E4, *t, *more) for t in sets],
+            }
+            times.add(f"quantize {kind}", f"{list(shape)}", nbytes, calls)
+            del sets, calls
+            torch.cuda.empty_cache()
+
+
+def time_store(times: Times, modules: dict[str, Any]) -> None:
+    module = modules[store_unit(BF16, E4, torch.int64).name]
+    ks, vs = torch.tensor(0.37, device="cuda"), torch.tensor(1.7, device="cuda")
+
+    def eager(k: Any, v: Any, kc: Any, vc: Any, loc: Any) -> None:
+        kc[loc] = (k.float() / ks).clamp(-448.0, 448.0).to(E4)
+        vc[loc] = (v.float() / vs).clamp(-448.0, 448.0).to(E4)
+
+    stock = torch.compile(eager, dynamic=False)
+    h, d, slots = 8, 128, 131072
+    for tokens in (1, 16, 128, 512, 1024, 1025, 2048, 7168, 65536):
+        nbytes = tokens * (h * d * 2 * 3 + 8)
+        small = tokens <= 2048
+        for what in ("random rows", "rows in order") if not small else ("random rows",):
+
+            def make() -> Any:
+                qkv = torch.randn(tokens, 3 * h, d, device="cuda", dtype=BF16)
+                caches = [torch.zeros(slots, h, d, dtype=torch.uint8, device="cuda").view(E4) for _ in range(2)]
+                rows = torch.randperm(slots, device="cuda")[:tokens] if what == "random rows" else torch.arange(tokens, device="cuda")
+                return qkv[:, h : 2 * h], qkv[:, 2 * h :], *caches, rows
+
+            sets = [make()] if small else [make() for _ in range(timing.sets_for(nbytes))]
+            calls = {
+                "ours": [lambda t=t: store(module, E4, *t[:4], ks, vs, t[4]) for t in sets],
+                "no_loc": [lambda t=t: store(module, E4, *t[:4], ks, vs, None) for t in sets],
+            }
+            if what == "random rows":
+                calls["stock"] = [lambda t=t: stock(*t) for t in sets]
+            times.add(f"KV store, {what}", f"T={tokens}", nbytes, calls)
+            del sets, calls
+            torch.cuda.empty_cache()
+        if not small:  # every row the same: what repeats cost at worst
+            t = make()
+            one = torch.full_like(t[4], 3)
+            times.add("KV store, one row", f"T={tokens}", nbytes, {"ours": [lambda: store(module, E4, *t[:4], ks, vs, one)]})
+
+
+def host_overhead(modules: dict[str, Any]) -> dict[str, float]:
+    x, out, s = torch.randn(1, 4096, device="cuda", dtype=BF16), torch.empty(1, 4096, dtype=E4, device="cuda"), torch.ones((), device="cuda")
+    k, cache = torch.randn(1, 8, 128, device="cuda", dtype=BF16), torch.zeros(64, 8, 128, dtype=torch.uint8, device="cuda")
+    loc, scale = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.empty(1, 1, device="cuda")
+    stat, kv = modules[static_unit(BF16, E4).name], modules[store_unit(BF16, E4, torch.int64).name]
+    quant = modules[quantize_unit(BF16, E4, "torchao").name]
+    return {
+        "fp8_downcast": timing.call_time(lambda: static(stat, "f32_div", E4, x, out, s)) * 1e6,
+        "downcast_fp8": timing.call_time(lambda: store(kv, E4, k, k, cache, cache, s, s, loc)) * 1e6,
+        "fp8_quantize row": timing.call_time(lambda: quantize(quant, "row", "torchao", E4, x, out, scale)) * 1e6,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.sanitize:
+        sanitize()
+        return 0
+    units = {unit.name: unit for unit in (CHECK_UNITS if options.check else []) + (TIME_UNITS if options.time else [])}
+    modules = build(list(units.values()))
+    print("built", len(modules), flush=True)
+    payload: dict[str, Any] = {}
+    failed = 0
+    if options.check:
+        report = check_all(modules)
+        failed = len(report.failed())
+        payload["checks"] = {"run": len(report.lines), "failed": report.failed()}
+        payload["facts"] = [line for line in report.lines if line["check"].startswith(("fact", "division"))]
+        for line in payload["facts"]:
+            print("ok  " if line["ok"] else "FAIL", line["check"], "|", line["detail"])
+        print(f"{len(report.lines)} checks, {failed} failed", flush=True)
+    if options.time:
+        times = Times()
+        payload["rows"] = times.rows
+        payload["copy_tb_s"] = timing.copy_bandwidth() * 1e-12
+        print(f"copy {payload['copy_tb_s']:.3f} TB/s", flush=True)
+        for part in (time_static, time_quantize, time_store):
+            part(times, modules)
+        payload["host_us"] = host_overhead(modules)
+        print(payload["host_us"])
+    if options.out:
+        timing.write_json(options.out, payload)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
