@@ -33,8 +33,11 @@ from inductor_ext.settings import Settings
 logger = logging.getLogger("inductor_ext.jit")
 
 _TRIES = 3  # when sources are edited while they compile
+# collect2 only repeats that ld failed: what it could not find stands a line before
 _ERROR = re.compile(
-    r"\berror\b\s*(#\S+)?\s*:|\bfatal\s*:|fatal error|undefined reference|No space left|\bKilled\b", re.I
+    r"^(?!collect2).*(\berror\b\s*(#\S+)?\s*:|\bfatal\s*:|undefined reference|ld: cannot find"
+    r"|No space left|\bKilled\b)",
+    re.IGNORECASE,
 )
 
 _running: set[subprocess.Popen[str]] = set()
@@ -162,7 +165,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _load_test(job: _Job, binary: Path) -> None:
-    """Nothing is published that does not load. A machine that only builds may lack the driver: no fault of the binary."""
+    """Nothing is published that does not load. A machine that only builds may lack the driver."""
     try:
         load(binary, job.spec)
     except BuildError as error:

@@ -117,7 +117,7 @@ def _build_and_load(spec: JitSpec, settings: Settings, toolchain: Toolchain) -> 
     state = headers.digest((headers.snapshot(), toolchain.nvcc_version, toolchain.host_version))
     key = (_place(spec, settings), state)
     if key in _failed:
-        raise _failed[key]
+        raise _failed[key].with_traceback(None)
     try:
         entry = build_into(writable_cache(settings), spec, toolchain, settings, state=state)
         return load_binary(entry.binary, spec)
