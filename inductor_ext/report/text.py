@@ -1,0 +1,171 @@
+"""Reports as text: tables for a terminal (`renderable`, `verification`) and the same as plain text (`render`).
+
+Events that differ only in the numbers inside node names, as those of 28 equal layers do, share one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from inductor_ext.report.events import Refusal, Rewrite
+
+if TYPE_CHECKING:
+    from inductor_ext.report.explain import Explanation
+    from inductor_ext.report.verify import Verification
+
+WIDTH = 140
+
+#: The number that torch.fx gives a node to tell it from others of the same operator: ``mul_14``, ``arg3_1``.
+_NODE_NUMBER = re.compile(r"(?<=[a-z])\d*_\d+\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Equal events: the first of them, and the nodes of all."""
+
+    event: Any
+    nodes: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def where(self) -> str:
+        """The first node's name, and how many more there are."""
+        return self.nodes[0] + (f" +{self.count - 1}" if self.count > 1 else "")
+
+
+def rows(events: Iterable[Rewrite | Refusal]) -> list[Row]:
+    """Events in order of first appearance, equal ones together."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for event in events:
+        fields = dataclasses.asdict(event)
+        del fields["node"]
+        found.setdefault(tuple(_NODE_NUMBER.sub("", value) for value in fields.values()), []).append(event)
+    return [Row(same[0], tuple(event.node for event in same)) for same in found.values()]
+
+
+def render(report: Any, width: int = WIDTH) -> str:
+    """Plain text of an `Explanation` or a `Verification`: fixed width, no colours, no trailing blanks."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None, legacy_windows=False, force_terminal=False)
+    console.print(report.__rich__())
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def renderable(explanation: Explanation) -> RenderableType:
+    """A summary line a graph, a table of rewrites, one of near misses, and what to try when nothing was found."""
+    parts: list[RenderableType] = [Text(graph.summary(), "bold") for graph in explanation.graphs]
+    if explanation.rewrites:
+        parts.append(_rewrites(explanation.rewrites))
+    if explanation.refusals:
+        parts.append(_near_misses(explanation.refusals))
+    if not explanation.rewrites:
+        parts.append(Text("\n".join(["What to try:", *(f"  - {line}" for line in advice(explanation))])))
+    return Group(*parts)
+
+
+def advice(explanation: Explanation) -> list[str]:
+    """What a person can do when nothing was rewritten, by how far the rules got."""
+    if not explanation.graphs:
+        return [
+            "no graph was compiled: the model ran no tensor operators under Dynamo, or compiling is switched off "
+            "(torch.compiler.disable, TORCH_COMPILE_DISABLE)"
+        ]
+    if explanation.refusals:
+        names = sorted({miss.rule for miss in explanation.refusals})
+        forced = ", ".join(f'"{name}": "always"' for name in names)
+        return [
+            'make the model give what the column "wanted" names, at the source line beside it',
+            f"a rewrite refused because it would not pay is done all the same with rules={{{forced}}}",
+        ]
+    return [
+        "no rule saw anything like its pattern: `inductor-ext rules` lists what each looks for, and "
+        "`inductor-ext rules show NAME` shows code that it matches",
+        "the rules look for casts to float8 in the model's own graph: quantise the model first, and run it on the "
+        "inputs that it will serve",
+        "print(explanation.graphs[0].before) is the graph that the rules saw",
+    ]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_lines=True)
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column == "×" else "left")
+    return table
+
+
+def _where(row: Row) -> Text:
+    place = Text(row.event.source or "no source line known")
+    return place.append(f"\nnode {row.where}", "dim")
+
+
+def _rewrites(events: list[Rewrite]) -> Table:
+    table = _table(f"Rewrites ({len(events)})", "×", "rule", "where", "now", "why")
+    for row in rows(events):
+        event: Rewrite = row.event
+        now = f"{event.kernel}\n{event.detail}" if event.kernel else event.detail
+        table.add_row(str(row.count), Text(event.rule), _where(row), Text(now), Text(event.why))
+    return table
+
+
+def _near_misses(events: list[Refusal]) -> Table:
+    table = _table(f"Near misses ({len(events)})", "×", "rule", "where", "reason", "wanted and found")
+    for row in rows(events):
+        event: Refusal = row.event
+        facts = Text.assemble(("wanted ", "dim"), event.wanted, ("\nfound  ", "dim"), event.found)
+        table.add_row(str(row.count), Text(event.rule), _where(row), Text(event.reason), facts)
+    return table
+
+
+def verification(found: Verification) -> RenderableType:
+    """One verdict, a table with a row for each rule on each graph, and the distances end to end."""
+    if found.ok:
+        verdict = Text("verify: every rewrite agrees with what it replaced", "bold green")
+    elif found.differs:
+        verdict = Text(f"verify: {', '.join(found.differs)} differs from what it replaced", "bold red")
+    else:
+        verdict = Text("verify: each rewrite agrees, but the compiled model is further from eager than stock is", "bold red")
+    parts: list[RenderableType] = [verdict]
+    if found.checks:
+        parts.append(_checks(found))
+    else:
+        parts.append(Text("  nothing was rewritten, so there was nothing to compare rule by rule"))
+    if found.end_to_end:
+        distances = found.end_to_end
+        parts.append(
+            Text(
+                "relative distance of the outputs: "
+                f"stock to eager {distances.stock_to_eager:.3g}, ours to eager {distances.ours_to_eager:.3g}, "
+                f"ours to stock {distances.ours_to_stock:.3g}"
+            )
+        )
+    return Group(*parts)
+
+
+def _checks(found: Verification) -> Table:
+    table = _table("Rule by rule", "rule", "graph", "rewrites", "promise", "elements", "differing", "max diff", "result")
+    for check in found.checks:
+        result = "equal" if check.differing == 0 else f"{'ok' if check.ok else 'DIFFERS'}: {check.where}"
+        cells = (
+            check.rule,
+            check.graph,
+            str(check.rewrites),
+            "same bytes" if check.exact else "close",
+            f"{check.elements:,}",
+            f"{check.differing:,}",
+            f"{check.max_abs:.3g}",
+            result,
+        )
+        table.add_row(*map(Text, cells), style=None if check.ok else "red")
+    return table
