@@ -26,6 +26,7 @@ from inductor_ext import registry
 
 E4 = torch.float8_e4m3fn
 SLOTS = 131072
+LINE = "{form:12} T={T:<6} stock {stock_us:8.2f} us  ours {ours_us:8.2f} us  {ratio:5.2f}x  equal {bytes_equal}"
 
 
 def quantise(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -129,11 +130,13 @@ def main() -> None:
     parser.add_argument("--out", default="kv_cache_compiled.json")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 7168, 65536])
     options = parser.parse_args()
-    rows = [run(form, tokens) for form in FORMS for tokens in options.tokens]
+    rows = []
+    for form in FORMS:
+        for tokens in options.tokens:
+            rows.append(row := run(form, tokens))
+            print(LINE.format(**row), flush=True)
     calls = overhead()
     timing.write_json(options.out, {"what": "KV-cache stores through torch.compile", "rows": rows, "overhead_us": calls})
-    for row in rows:
-        print("{form:12} T={T:<6} stock {stock_us:8.2f} us  ours {ours_us:8.2f} us  {ratio:5.2f}x  equal {bytes_equal}".format(**row))
     print({name: round(value, 2) for name, value in calls.items()}, inductor_ext.__version__)
 
 

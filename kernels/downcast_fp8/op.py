@@ -30,7 +30,7 @@ def fake(*args: Any) -> None:
 
 def _check(
     k: Any, v: Any, k_cache: Any, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, k_program: str, v_program: str,
-    dtype: torch.dtype, mult: Any, offset: Any, wrap: bool,
+    dtype: torch.dtype, mult: Any = 1, offset: Any = 0, wrap: bool = False,
 ) -> None:  # fmt: skip
     if (v is None) != (v_cache is None):
         raise ValueError("downcast_fp8: wanted both v and v_cache or neither")
