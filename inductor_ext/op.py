@@ -33,13 +33,14 @@ class Kernel:
     """How an op runs on a CUDA device. Every callable takes the op's arguments in schema order.
 
     ``key(*args)`` is a hashable value of all that is compiled in; ``exports(key)`` the functions to instantiate, as
-    (name, C++ expression); ``launch(module, *args, *outputs)`` calls them. ``examples`` are keys worth prebuilding.
+    (name, C++ expression); ``bind(module, key)`` gives what a call of that key runs, as ``run(*args, *outputs)``: whatever
+    does not change between calls is looked up there, once. ``examples`` are keys worth prebuilding.
     """
 
     source: str
     key: Callable[..., Hashable]
     exports: Callable[[Any], tuple[tuple[str, str], ...]]
-    launch: Callable[..., None]
+    bind: Callable[[Any, Any], Callable[..., None]]
     min_capability: tuple[int, int] = (8, 9)
     examples: tuple[Hashable, ...] = ()
 
@@ -90,7 +91,7 @@ class Op:
         _library.impl(f"{self.name}.out", self._run_reference_out, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}.out", lambda *args, **kwargs: None, lib=_library)
         if self.kernel is not None:
-            _library.impl(f"{self.name}.out", self._run_cuda_out, "CUDA")
+            _library.impl(f"{self.name}.out", self._call, "CUDA")
 
     @staticmethod
     def _out_names(returns: str) -> list[str]:
@@ -98,19 +99,30 @@ class Op:
         return ["out"] if count == 1 else [f"out{i}" for i in range(count)]
 
     def define_lowering(self) -> None:
-        """Let Inductor plan the outputs of a functional op; mutating ops need none (it is their ``auto_functionalized``)."""
-        if self.mutates:
-            return
-        from torch._inductor import ir, lowering
+        """Let Inductor plan the outputs of a functional op, and call the kernel from generated code without the dispatcher.
 
-        out_names = self._out_names(self.schema.rpartition(" -> ")[2])
+        The dispatcher takes 3 to 5 µs for arguments like these, more than the rest of the call. Generated code therefore
+        calls ``extern_kernels.inductor_ext_<name>``, Inductor's own place for Python kernels, where `_call` is put.
+        """
+        from torch._inductor import ir, lowering
+        from torch._inductor.select_algorithm import extern_kernels
+
+        direct = f"{NAMESPACE}_{self.name}"
+        setattr(extern_kernels, direct, self._call)
+        target = self.overload if self.mutates else self.packet.out
+        out_names = [] if self.mutates else self._out_names(self.schema.rpartition(" -> ")[2])
 
         def lower(*args: Any, **kwargs: Any) -> Any:
-            node = ir.V.graph.current_node
-            values = node.meta["val"]
+            values = ir.V.graph.current_node.meta["val"] if out_names else ()
             values = values if isinstance(values, (tuple, list)) else (values,)
             buffers = {name: _planned_buffer(value) for name, value in zip(out_names, values, strict=True)}
-            ir.FallbackKernel.create(self.packet.out, *args, **kwargs, **buffers)
+            known = len(ir.V.graph.operations)
+            result = ir.FallbackKernel.create(target, *args, **kwargs, **buffers)
+            for operation in ir.V.graph.operations[known:]:
+                if isinstance(operation, ir.FallbackKernel) and operation.op_overload is target:
+                    operation.python_kernel_name = f"extern_kernels.{direct}"
+            if not buffers:
+                return result
             return tuple(buffers.values()) if len(buffers) > 1 else next(iter(buffers.values()))
 
         lowering.register_lowering(self.overload, type_promotion_kind=None)(lower)
@@ -127,60 +139,54 @@ class Op:
         assert self.kernel is not None
         return jit.JitSpec(self.name, self.kernel.source, self.kernel.exports(key), arch)
 
-    def _module(self, key: Hashable, device: int) -> Any:
-        """The loaded kernel, or None after one warning when it cannot be had."""
-        options = settings.current()
-        major, minor = torch.cuda.get_device_capability(device)
+    def _bound(self, key: Hashable, device: torch.device) -> Callable[..., None]:
+        """What a call of ``key`` on ``device`` runs: the kernel or, after one warning, PyTorch's own operators."""
+        module = self._module(key, device) if device.type == "cuda" and self.kernel is not None else None
+        run = self._run_reference_into if module is None else self.kernel.bind(module, key)  # type: ignore[union-attr]
+        self._loaded[key, device.index] = run
+        return run
+
+    def _module(self, key: Hashable, device: torch.device) -> Any:
         assert self.kernel is not None
-        module = None
-        if (major, minor) < self.kernel.min_capability:
-            need = ".".join(map(str, self.kernel.min_capability))
-            log.warning("%s: needs compute capability %s, found %d.%d; running PyTorch's own operators instead",
-                        self.name, need, major, minor)  # fmt: skip
-        else:
-            try:
-                module = jit.load(self.spec_of_key(key, jit.current_arch(options) or ""), options)
-            except InductorExtError as error:
-                log.warning("%s: running PyTorch's own operators instead, since its kernel is not available: %s", self.name, error)
-        self._loaded[key, device] = module
-        return module
+        options = settings.current()
+        found, need = torch.cuda.get_device_capability(device), self.kernel.min_capability
+        if found < need:
+            log.warning("%s: needs compute capability %d.%d, found %d.%d; running PyTorch's own operators instead",
+                        self.name, *need, *found)  # fmt: skip
+            return None
+        try:
+            return jit.load(self.spec_of_key(key, jit.current_arch(options) or ""), options)
+        except InductorExtError as error:
+            log.warning("%s: running PyTorch's own operators instead, since its kernel is not available: %s", self.name, error)
+            return None
 
     # ---- implementations --------------------------------------------------------------------------------------------
+
+    def _call(self, *args: Any, **outs: torch.Tensor) -> None:
+        """The hot path: everything given, outputs too. ``args`` are complete and in schema order."""
+        key = self.kernel.key(*args) if self.kernel is not None else None
+        device = args[0].device
+        run = self._loaded.get((key, device.index)) or self._bound(key, device)
+        run(*args, *outs.values())
 
     def _run_reference(self, *args: Any) -> Any:
         return self.reference(*args)
 
     def _run_reference_out(self, *args: Any, **outs: torch.Tensor) -> None:
-        self._copy_reference(args, tuple(outs.values()))
+        self._run_reference_into(*args, *outs.values())
 
-    def _copy_reference(self, args: Sequence[Any], outs: Sequence[torch.Tensor]) -> None:
+    def _run_reference_into(self, *values: Any) -> None:
+        count = 0 if self.mutates else self.schema.rpartition(" -> ")[2].count("Tensor")
+        args, outs = values[: len(values) - count], values[len(values) - count :]
         results = self.reference(*args)
-        for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
+        for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
             out.copy_(result.view(out.shape))
 
     def _run_cuda(self, *args: Any) -> Any:
-        outputs = self.fake(*args)  # real, empty tensors here: the arguments are real
+        outputs = self.fake(*args)  # checks; real, empty tensors, since the arguments are real
         outs = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
-        self._launch(args, outs)
+        self._call(*args, **{str(index): out for index, out in enumerate(outs)})
         return outputs
-
-    def _run_cuda_out(self, *args: Any, **outs: torch.Tensor) -> None:
-        self._launch(args, tuple(outs.values()))
-
-    def _launch(self, args: Sequence[Any], outs: Sequence[torch.Tensor]) -> None:
-        kernel = self.kernel
-        assert kernel is not None
-        key, device = kernel.key(*args), args[0].device.index
-        try:
-            module = self._loaded[key, device]
-        except KeyError:
-            module = self._module(key, device)
-        if module is not None:
-            kernel.launch(module, *args, *outs)
-        elif outs:
-            self._copy_reference(args, outs)
-        else:
-            self.reference(*args)
 
 
 def _planned_buffer(value: torch.Tensor) -> Any:

@@ -23,6 +23,7 @@ from inductor_ext import torch_compat
 from inductor_ext.graph import (
     RESHAPES,
     aten,
+    call,
     describe,
     erase_dead,
     fake_replay,
@@ -64,7 +65,12 @@ class Half:
 
     def input_value(self) -> torch.Tensor:
         """What the op reads: the chain's input in the shape of the stored rows."""
-        return fake_replay(self.input_views(), value_of(self.chain.x))
+        value = fake_replay(self.input_views(), value_of(self.chain.x))
+        return value.unsqueeze(0) if self.store.one_row else value
+
+    def insert_input(self, graph: Graph) -> Node:
+        node = replay(graph, self.input_views(), self.chain.x)
+        return call(graph, aten.unsqueeze.default, node, 0) if self.store.one_row else node
 
 
 def anchors(graph: Graph) -> Iterable[Node]:
@@ -208,7 +214,7 @@ def _joins(first: Half, second: Half) -> bool:
     a, b = first.store, second.store
     if a.scatter.target != b.scatter.target or a.loc is not b.loc or (a.mult, a.offset) != (b.mult, b.offset):
         return False
-    if first.chain.dtype != second.chain.dtype or not known_equal(value_of(a.value).shape[0], value_of(b.value).shape[0]):
+    if first.chain.dtype != second.chain.dtype or not same_sizes(first.input_value().shape[:1], second.input_value().shape[:1]):
         return False
     if value_of(first.chain.x).dtype != value_of(second.chain.x).dtype:
         return False
@@ -263,7 +269,7 @@ def replace(match: Match) -> None:
     while point.op == "placeholder" and point.next.op == "placeholder":
         point = point.next
     with graph.inserting_before(point.next):
-        inputs = [replay(graph, half.input_views(), half.chain.x) for half in halves]
+        inputs = [half.insert_input(graph) for half in halves]
         # Two halves of one buffer share a base: the first store's root is the version that both build on.
         shared = len(halves) == 2 and cache_store.written_input(halves[0].store.root) is cache_store.written_input(last.root)
         bases = [halves[0].store.root] if len(halves) == 1 or shared else [half.store.root for half in halves]
@@ -335,6 +341,11 @@ def _x(device: str) -> torch.Tensor:
 
 def _cache(device: str, *shape: int, dtype: torch.dtype = E4) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)
+
+
+def _single(device: str) -> tuple[Any, ...]:
+    k, v, ks, vs, cache, slots = _inputs(2, 64, 8, 64, caches=1)(device)
+    return k[:1], v[:1], ks, vs, cache, slots[3:4]
 
 
 def _slots(device: str) -> torch.Tensor:
@@ -420,6 +431,7 @@ MATCHES = (
     Example("view", _view, _inputs(4, 16, 8, 64)),
     Example("view_dynamic_shape", _view, _inputs(4, 16, 8, 64), dynamic=True),
     Example("unbind", _unbind, _inputs(2, 64, 8, 64, caches=1)),
+    Example("unbind_one_token", _unbind, _single),
     Example("uint8_view", _bytes, _inputs(64, 8, 64, dtype=torch.uint8)),
     Example("uint8_index_copy", _index_copy, _inputs(4, 16, 8, 64, dtype=torch.uint8)),
     Example("slice", _slice, _inputs(64, 8, 64)),

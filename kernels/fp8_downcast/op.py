@@ -9,7 +9,7 @@ nearest even; e4m3fn overflows to NaN, e5m2 to infinity, unless the program clam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,21 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     return (("run", f"inductor_ext::Fp8Downcast<{types}>::run"),)
 
 
-def launch(
-    module: Any, x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: Any, out: torch.Tensor
-) -> None:
-    if len(operands) == 1 and operands[0].is_cuda:
-        module.run(x, out, operands[0], None, None, None, *steps.padded_constants(program))
-        return
-    device = [operand if operand.is_cuda else None for operand in operands]
-    device += [None] * (steps.MAX_OPERANDS - len(device))
-    module.run(x, out, *device, *steps.call_constants(program, operands))
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run, program, operands = module.run, key[1], key[3]
+    constants = steps.padded_constants(program)
+    if not isinstance(operands, tuple):
+
+        def one(x: Any, scales: Any, program: str, dtype: Any, out: Any) -> None:
+            run(x, out, scales[0], None, None, None, *constants)
+
+        return one
+
+    def many(x: Any, scales: Any, program: str, dtype: Any, out: Any) -> None:
+        device = [scale if scale.is_cuda else None for scale in scales] + [None] * (steps.MAX_OPERANDS - len(scales))
+        run(x, out, *device, *(constants if None not in operands else steps.call_constants(program, scales)))
+
+    return many
 
 
 OP = Op(
@@ -72,7 +78,7 @@ OP = Op(
         source="fp8_downcast/fp8_downcast.cuh",
         key=key,
         exports=exports,
-        launch=launch,
+        bind=bind,
         examples=tuple(
             (x_dtype, STATIC_F32, torch.float8_e4m3fn, torch.float32) for x_dtype in (torch.bfloat16, torch.float16)
         ),

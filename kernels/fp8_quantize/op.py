@@ -12,6 +12,7 @@ Row: one pass up to 16 384 columns; tensor: two launches. An empty row, or an em
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,14 +75,21 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     return (("run", f"inductor_ext::Fp8Quantize{granularity.capitalize()}<{types}>::run"),)
 
 
-def launch(
-    module: Any, x: torch.Tensor, granularity: str, scale_program: str, program: str, dtype: Any, out: Any, scale: Any
-) -> None:
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = module.run
+    _, granularity, scale_program, program, _ = key
     constants = steps.padded_constants(scale_program, program)
     if granularity == "row":
-        module.run(x, out, scale, *constants)
-    else:
-        module.run(x, out, scale, x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32), *constants)
+
+        def row(x: Any, _g: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
+            run(x, out, scale, *constants)
+
+        return row
+
+    def tensor(x: Any, _g: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
+        run(x, out, scale, x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32), *constants)
+
+    return tensor
 
 
 OP = Op(
@@ -93,7 +101,7 @@ OP = Op(
         source="fp8_quantize/fp8_quantize.cuh",
         key=key,
         exports=exports,
-        launch=launch,
+        bind=bind,
         examples=tuple(
             (torch.bfloat16, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn)
             for granularity in GRANULARITIES

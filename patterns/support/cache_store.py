@@ -42,6 +42,11 @@ class Store:
     offset: Any
 
     @property
+    def one_row(self) -> bool:
+        """Whether the value is a single row without the leading dimension, as the tracer leaves it for T = 1."""
+        return value_of(self.value).dim() < value_of(self.scatter).dim()
+
+    @property
     def direct(self) -> bool:
         """Whether the cache is written without any view: what stock Inductor does in one kernel."""
         return not self.views
@@ -125,8 +130,10 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
         start = 0 if start is None else start
         if isinstance(start, int) and start < 0:
             return Failure(scatter, "index layout", "a slice that starts at or after 0", f"start {start}")
-        rows, count = (None, step, start), value_of(value).shape[0]
+        rows, count = (None, step, start), value_of(value).shape[0] if value_of(value).dim() else 0
     shape = value_of(value).shape
+    if known_equal(count, 1) and same_sizes(shape, target_shape[1:]):
+        shape = (1, *shape)
     if len(shape) < 2 or not same_sizes(shape[1:], target_shape[1:]) or not known_equal(shape[0], count):
         found = f"{describe(value)} into {list(target_shape)}"
         return Failure(scatter, "the stored rows broadcast", "[T, …] rows of the cache's own trailing sizes", found)
