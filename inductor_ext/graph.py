@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,10 +131,21 @@ def constant_of(node: Any) -> float | None:
     if isinstance(node, (int, float)) and not isinstance(node, bool):
         return float(node)
     if is_call(node, aten.full.default) and isinstance(node.args[1], (int, float)) and _single(node):
-        return float(node.args[1])
+        return _stored(float(node.args[1]), value_of(node).dtype)
     if is_call(node, aten.scalar_tensor.default, aten.lift_fresh_copy.default) and isinstance(node.args[0], (int, float)):
-        return float(node.args[0])
+        return _stored(float(node.args[0]), value_of(node).dtype)
     return None
+
+
+def _stored(number: float, dtype: torch.dtype) -> float | None:
+    """``number`` if a tensor of ``dtype`` holds it as it is, or rounded no more than the operator that uses it would round."""
+    if dtype in (torch.float32, torch.float64):
+        return number
+    if dtype in (torch.bfloat16, torch.float16):
+        info, bits = torch.finfo(dtype), 8 if dtype is torch.bfloat16 else 11
+        exact = (math.frexp(number)[0] * 2**bits).is_integer() and info.tiny <= abs(number) <= info.max
+        return number if exact or number == 0 else None
+    return number if number.is_integer() and dtype is not torch.bool else None
 
 
 def _single(node: Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -136,4 +137,16 @@ def _granularity(amax: Node, chain: Chain) -> str | Failure:
         return Failure(amax, "amax granularity", wanted, f"dimensions {dims} of {taken.dim()}")
     if not same_sizes(taken.shape, chain.input_value().shape):
         return Failure(amax, "amax granularity", wanted, f"{list(taken.shape)} scaled as {list(chain.input_value().shape)}")
+    if _permutes(amax.args[0], chain.x) != [view for view in chain.pre_views if is_call(view, aten.permute.default)]:
+        return Failure(amax, "amax granularity", wanted, "rows of a permuted view of what is scaled")
     return "row"
+
+
+def _permutes(node: Any, x: Node) -> list[Node]:
+    """The permutes between ``x`` and ``node``, nearest ``x`` first."""
+    found: list[Node] = []
+    while node is not x:
+        if is_call(node, aten.permute.default):
+            found.insert(0, node)
+        node = node.args[0]
+    return found

@@ -238,6 +238,9 @@ class _Walk:
         if number is not None:
             if number != number:
                 return self._stop(node, "a bound or scale is NaN", "a number", "nan")
+            if number == 0 and isinstance(other, Node) and op in ("max", "min"):
+                # maximum(-0.0, 0.0) is +0.0 or -0.0 by the order of its arguments; clamp_min(-0.0, 0) keeps -0.0.
+                return self._stop(node, "a bound of zero in a tensor", "a Python number, or a bound that is not zero", describe(other))
             if sum(isinstance(step.operand, float) for step in self.steps) >= steps.MAX_CONSTS:
                 return None
             return number
@@ -266,6 +269,8 @@ class _Walk:
             return False
         if self.scaled:
             return False  # further up, a product with one value a row is a norm, not a scale
+        if self.views_at_rows not in (None, len(self.views)):
+            return False  # rows of another view than those of the operand below
         self.views_at_rows = len(self.views)
         return True
 
