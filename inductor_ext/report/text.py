@@ -75,6 +75,15 @@ def renderable(explanation: Explanation) -> RenderableType:
     return Group(*parts)
 
 
+def diff(lines: str) -> Text:
+    """A unified diff in colours; print it with ``soft_wrap=True``, so that no line is cut."""
+    styles = {"+": "green", "-": "red", "@": "magenta"}
+    found = Text()
+    for line in lines.splitlines(keepends=True):
+        found.append(line, styles.get(line[:1], ""))
+    return found
+
+
 def advice(explanation: Explanation) -> list[str]:
     """What a person can do when nothing was rewritten, by how far the rules got."""
     if not explanation.graphs:
@@ -135,7 +144,9 @@ def verification(found: Verification) -> RenderableType:
     elif found.differs:
         verdict = Text(f"verify: {', '.join(found.differs)} differs from what it replaced", "bold red")
     else:
-        verdict = Text("verify: each rewrite agrees, but the compiled model is further from eager than stock is", "bold red")
+        verdict = Text(
+            "verify: each rewrite agrees, but the compiled model is further from eager than stock is", "bold red"
+        )
     parts: list[RenderableType] = [verdict]
     if found.checks:
         parts.append(_checks(found))
@@ -154,7 +165,7 @@ def verification(found: Verification) -> RenderableType:
 
 
 def _checks(found: Verification) -> Table:
-    table = _table("Rule by rule", "rule", "graph", "rewrites", "promise", "elements", "differing", "max diff", "result")
+    table = _table("Rule by rule", "rule", "graph", "rewrites", "promise", "differing", "max diff", "result")
     for check in found.checks:
         result = "equal" if check.differing == 0 else f"{'ok' if check.ok else 'DIFFERS'}: {check.where}"
         cells = (
@@ -162,8 +173,7 @@ def _checks(found: Verification) -> Table:
             check.graph,
             str(check.rewrites),
             "same bytes" if check.exact else "close",
-            f"{check.elements:,}",
-            f"{check.differing:,}",
+            f"{check.differing:,} of {check.elements:,}",
             f"{check.max_abs:.3g}",
             result,
         )

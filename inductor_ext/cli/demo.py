@@ -1,0 +1,120 @@
+"""``inductor-ext demo``: the whole road on a Qwen3 model, with a progress display, tables and the HTML report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from inductor_ext import demo as work
+from inductor_ext.cli.common import stdout, table
+from inductor_ext.demo import Result
+from inductor_ext.report import html as report_html
+from inductor_ext.report.html import Section, verification_section
+
+TableData = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+
+STAGES = 7
+
+CPU_NOTE = (
+    "There is no GPU here, so the ops run their references, which are PyTorch's own operators: no speed-up is to be "
+    "expected, and these times only show that the road runs."
+)
+
+
+def demo(
+    html: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("inductor_ext_demo.html"),
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model, instead of its own number.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+) -> None:
+    """Compile an FP8 Qwen3 model stock and through inductor_ext: what is rewritten, is it right, is it faster.
+
+    Random weights, nothing downloaded: the 0.6B shape on a GPU, a small one on a CPU.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise work.DemoError(f"--device: wanted cpu, or cuda with a GPU that torch sees; found {device!r}")
+    shape = work.QWEN3_06B if device == "cuda" else work.SMALL
+    if layers:
+        shape = dataclasses.replace(shape, layers=layers)
+    console = stdout()
+    console.print(f"Qwen3Model, random weights: {shape}; on {device}")
+    with stages(console) as stage:
+        result = work.run(shape, device, stage)
+        with stage("Writing the report"):
+            path = report_html.write(result.explanation, html, sections(result))
+    console.print(f"Linear layers: {result.quantisation}\n", soft_wrap=True)
+    console.print(result.explanation)
+    console.print(result.verification)
+    for columns, rows in (output_rows(result), time_rows(result)):
+        shown = table(*columns)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    if device == "cpu":
+        console.print(CPU_NOTE, style="yellow")
+    if json_path:
+        json_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    console.print(Text.assemble("Report: ", (str(path), "bold")), soft_wrap=True)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def stages(console: Console) -> Iterator[Any]:
+    """Gives ``stage(title)``: a bar over all stages while they run, a line for each that has ended."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=STAGES)
+
+        @contextlib.contextmanager
+        def stage(title: str) -> Iterator[None]:
+            started = time.perf_counter()
+            bar.update(task, description=title)
+            yield
+            bar.advance(task)
+            console.print(Text(f"  ✓ {title:<48} {time.perf_counter() - started:6.1f} s"))
+
+        yield stage
+
+
+def output_rows(result: Result) -> TableData:
+    rows = [
+        (pair, f"{found.max_abs:.3g}", f"{found.cosine:.6f}", f"{found.relative:.3g}")
+        for pair, found in result.distances.items()
+    ]
+    return ("outputs", "max |a - b|", "cosine", "relative distance"), rows
+
+
+def time_rows(result: Result) -> TableData:
+    stock = result.run_ms["stock"]
+    rows = [(name, f"{ms:.2f} ms", f"{stock / ms:.2f}×") for name, ms in result.run_ms.items()]
+    return ("compiled with", result.how_timed, "of stock's speed"), rows
+
+
+def sections(result: Result) -> list[Section]:
+    """The demo's own parts of the HTML report."""
+    note = CPU_NOTE if result.device == "CPU" else ""
+    outputs = (
+        "FP8 turns one different rounding into a step of up to an eighth, so compiled outputs differ from eager ones, "
+        "stock's too; ours must not be further from eager than stock's are."
+    )
+    return [
+        Section("The demo", f"Hugging Face Qwen3Model with random weights on {result.device}: {result.shape}. "
+                f"Linear layers: {result.quantisation}."),
+        Section("Times", note, *time_rows(result)),
+        Section("Outputs", outputs, *output_rows(result), ok=result.outputs_ok),
+        verification_section(result.verification),
+    ]  # fmt: skip
