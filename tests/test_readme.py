@@ -1,0 +1,40 @@
+"""README.md against the code: its options, rules, commands and links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inductor_ext import registry, settings
+from inductor_ext.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_options_table_is_that_of_the_settings() -> None:
+    rows = [line for line in README.splitlines() if re.match(r"\| `\w+` \| `INDUCTOR_EXT_", line)]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+    listed = [(*(cell.strip("`") for cell in found[:3]), found[3].replace("\\|", "|")) for found in cells]
+    assert listed == settings.table()
+
+
+def test_every_rule_is_listed() -> None:
+    for rule in registry.rules():
+        assert f"| `{rule.name}` |" in README
+
+
+def test_commands_exist() -> None:
+    names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    assert set(re.findall(r"`?inductor-ext ([a-z]+)", README)) <= names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-it-works.md", "docs/adding-an-op-and-rule.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for target in re.findall(r"`((?:report|jit)/\w+\.py|\w+\.py)`", text) if page.startswith("docs/how") else ():
+        assert (ROOT / "inductor_ext" / target).exists(), target
