@@ -116,6 +116,11 @@ class Op:
             values = ir.V.graph.current_node.meta["val"] if out_names else ()
             values = values if isinstance(values, (tuple, list)) else (values,)
             buffers = {name: _planned_buffer(value) for name, value in zip(out_names, values, strict=True)}
+            for argument, value in zip(self.overload._schema.arguments, args):
+                if argument.is_write and value is not None:
+                    # `FallbackKernel` would do it too, but after it has taken its place in the order of operations: what has
+                    # read the buffer so far, and is not computed yet, would then run after the write.
+                    ir.V.graph.mark_buffer_mutated(value.get_name())
             known = len(ir.V.graph.operations)
             result = ir.FallbackKernel.create(target, *args, **kwargs, **buffers)
             for operation in ir.V.graph.operations[known:]:

@@ -11,6 +11,7 @@ a partner is rewritten on its own. Negative indices count from the end, as they 
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
 from inductor_ext.graph import (
@@ -41,6 +43,7 @@ from inductor_ext.patterns.support.fp8_chain import Chain, Failure
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+_OTHER_VIEWS = (aten.view.dtype, aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.split_with_sizes.default, operator.getitem)
 
 
 @dataclasses.dataclass
@@ -87,6 +90,13 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     halves = [half] if partner is None else [partner, half]
     if partner is None and _is_first_of_a_pair(half):
         return None  # the pair is matched at its second store
+    if _insertion_point(halves) is None:
+        return context.refuse(
+            node,
+            "the old rows are read after the new ones",
+            wanted="every read of the cache as it was before any read of it as it becomes",
+            found=describe(half.store.root),
+        )
     if not context.forced and all(h.store.direct for h in halves) and not all(is_opaque(h.chain.x) for h in halves):
         fusible = next(h for h in halves if not is_opaque(h.chain.x))
         return context.refuse(
@@ -123,9 +133,16 @@ def _half(scatter: Node) -> Half | Failure | None:
         return Failure(cast, "scale layout", "one scale of one element", found)
     if any(value_of(o).device != value_of(chain.x).device for o in chain.operands):
         return Failure(cast, "scale device", str(value_of(chain.x).device), describe(chain.operands[0]))
-    stored = value_of(scatter.args[0]).dtype
-    if stored not in (chain.dtype, torch.uint8):
-        return Failure(scatter, "cache dtype", f"{chain.dtype} or uint8", str(stored))
+    stored, buffer = value_of(scatter.args[0]).dtype, value_of(store.root)
+    for found in (stored, buffer.dtype):  # the op gets the buffer, not the view of it
+        if found not in (chain.dtype, torch.uint8):
+            return Failure(scatter, "cache dtype", f"{chain.dtype} or uint8", str(found))
+    if value_of(value).dtype is not stored:  # copy_ converts, and a number is not its byte
+        return Failure(scatter, "the store converts", f"rows of the cache's dtype {stored}", describe(value))
+    devices = [value_of(node).device for node in (chain.x, store.loc) if node is not None]
+    if any(device != buffer.device for device in devices):
+        found = ", ".join(map(str, devices))
+        return Failure(scatter, "device", f"rows and indices on the cache's device {buffer.device}", found)
     if not _rows_contiguous(cache_store.geometry(store, value_of(store.root))):
         found = f"strides {list(store.destination().stride())}"
         return Failure(scatter, "cache layout", "rows that are contiguous in memory", found)
@@ -168,15 +185,29 @@ def _partner(second: Half) -> Half | None:
 
 
 def _insertion_point(halves: list[Half]) -> Node | None:
-    """The node after which one op can do both stores: all its inputs are there, nobody has read either cache yet."""
+    """The node after which one op can do the stores: its inputs are there and the caches' old rows have been read, but not
+    yet the new ones. None when there is no such place."""
     inputs = [half.chain.x for half in halves] + [halves[0].store.root]
     inputs += [node for half in halves for node in (half.scale, half.store.loc, half.store.mult, half.store.offset)]
     own = set().union(*(_between(half) for half in halves))
     if halves[-1].store.root not in own:
         inputs.append(halves[-1].store.root)
+    inputs += [reader for half in halves for reader in _readers(half.store.root) if reader not in own]
     last = max(node for node in inputs if isinstance(node, Node))
     readers = [user for half in halves for user in (*half.store.top.users, *half.store.scatter.users) if user not in own]
     return last if all(reader > last for reader in readers) else None
+
+
+def _readers(root: Node) -> list[Node]:
+    """What reads a version of a cache, through views too; not the copy back into the buffer itself."""
+    found, pending = [], list(root.users)
+    while pending:
+        user = pending.pop()
+        if is_call(user, *RESHAPES, *_OTHER_VIEWS):
+            pending.extend(user.users)
+        elif user.op != "output" and not is_call(user, aten.copy_.default):
+            found.append(user)
+    return found
 
 
 def _is_first_of_a_pair(half: Half) -> bool:
@@ -222,15 +253,26 @@ def _joins(first: Half, second: Half) -> bool:
     if not same_sizes(a.destination().shape, b.destination().shape):
         return False
     one, two = cache_store.written_input(a.root), cache_store.written_input(b.root)
-    if one is two:  # halves of one buffer: the second store must build on the first, and through another view
-        return b.root is a.top and b.views != [] and not _same_view(a, b)
+    if one is two:  # halves of one buffer: the second store must build on the first, and write other memory
+        return b.root is a.top and b.views != [] and _disjoint(a, b)
     return True
 
 
-def _same_view(a: Store, b: Store) -> bool:
+def _disjoint(a: Store, b: Store) -> bool:
+    """Whether two views of one buffer share no memory: one after the other, or their rows side by side."""
     base = value_of(a.root)
     one, two = cache_store.geometry(a, base), cache_store.geometry(b, base)
-    return known_equal(one.storage_offset(), two.storage_offset())
+    if not same_sizes(one.stride(), two.stride()):
+        return False
+    row = math.prod(one.shape[1:])
+    pitch, slots = one.stride(0), one.shape[0]
+    for low, high in ((one, two), (two, one)):
+        gap = high.storage_offset() - low.storage_offset()
+        if statically_known_true(gap >= (slots - 1) * pitch + row):
+            return True
+        if statically_known_true(gap >= row) and statically_known_true(gap + row <= pitch):
+            return True
+    return False
 
 
 # ---- replacement -------------------------------------------------------------------------------------------------------
