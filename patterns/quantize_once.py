@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, RESHAPES, aten, describe, erase_dead
+from inductor_ext.graph import CONVERT, RESHAPES, aten, describe, erase_dead, is_reshape
 from inductor_ext.patterns.support import fp8_chain
 from inductor_ext.rule import Context, Example, Match, Refusal, Rule
 
@@ -55,6 +55,13 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     source = _source(node)
     for other in _casts_before(node):
         if _same(node, other):
+            if _returned(node) and _returned(other):
+                return context.refuse(
+                    node,
+                    "both results are returned",
+                    wanted="at most one of them among the outputs, since a caller may write to either",
+                    found=f"'{other.name}' and '{node.name}' among the outputs",
+                )
             return Match(node, (), f"shares {other.name}", "the same chain on the same activation", other)
         if near is None and _source(other) is source:
             near = other
@@ -78,9 +85,14 @@ def _merge(node: Node, other: Node) -> None:
         return
     for mine, theirs in list(_pairs(node, other)):
         _merge(mine, theirs)
-    if other < node:  # a scale may come before its equal; then both are kept, and both are right
+    if other < node and not (_returned(node) and _returned(other)):  # a scale may come before its equal; then both are kept, and both are right
         node.replace_all_uses_with(other)
         erase_dead(node)
+
+
+def _returned(node: Node) -> bool:
+    """Whether the graph returns ``node`` or a view of it."""
+    return any(user.op == "output" or (is_reshape(user) and _returned(user)) for user in node.users)
 
 
 def _pairs(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
@@ -136,11 +148,11 @@ def _quantise(x: torch.Tensor, limit: float = 448.0) -> tuple[torch.Tensor, torc
 
 def _three(x: torch.Tensor) -> list[torch.Tensor]:
     x = torch.nn.functional.silu(x)
-    return [out for _i in range(3) for out in _quantise(x)]
+    return [q.float() * s for q, s in (_quantise(x), _quantise(x), _quantise(x))]
 
 
 def _static(x: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
-    return [(x.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in (s, t)]
+    return [(x.float() / scale).clamp(-448.0, 448.0).to(E4).float() for scale in (s, t)]
 
 
 def _scales(device: str) -> tuple[torch.Tensor, ...]:
@@ -159,6 +171,9 @@ RULE = Rule(
     ),
     near_misses=(
         Example("other_scale", _static, _scales, reason="another chain quantises the same activation"),
+        Example(
+            "both_returned", lambda x: [*_quantise(x), *_quantise(x)], lambda d: (_x(d),), reason="both results are returned"
+        ),
         Example(
             "other_bounds",
             lambda x: [*_quantise(x), *_quantise(x, 240.0)],
