@@ -1,0 +1,33 @@
+"""What every test shares: caches of its own, no settings from the environment, a fresh Dynamo, a fixed seed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before torch is imported: compiled code and reports of earlier runs must not decide what a test sees.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor_ext-tests-")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import torch
+
+    for name in list(os.environ):
+        if name.startswith("INDUCTOR_EXT_"):
+            monkeypatch.delenv(name)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_cache() -> Iterator[None]:
+    import shutil
+
+    yield
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
