@@ -128,12 +128,11 @@ class _Walk:
 
     def _verdict(self) -> Failure | None:
         if not self.scaled:
-            return self.stopped or Failure(
-                self.cast, "no scale before the cast", "mul or div by a scale", describe(self.node)
-            )
+            return self.stopped or Failure(self.cast, "no scale before the cast", "mul or div by a scale", describe(self.node))
         dtype = value_of(self.node).dtype
         if dtype not in FLOATS:
-            return Failure(self.node, "input dtype", "bfloat16, float16 or float32", str(dtype))
+            # Named by the node that reads it: a graph input has no source line.
+            return Failure(self._below, "input dtype", "bfloat16, float16 or float32", describe(self.node))
         return None
 
     def chain(self) -> Chain:
@@ -240,7 +239,9 @@ class _Walk:
                 return self._stop(node, "a bound or scale is NaN", "a number", "nan")
             if number == 0 and isinstance(other, Node) and op in ("max", "min"):
                 # maximum(-0.0, 0.0) is +0.0 or -0.0 by the order of its arguments; clamp_min(-0.0, 0) keeps -0.0.
-                return self._stop(node, "a bound of zero in a tensor", "a Python number, or a bound that is not zero", describe(other))
+                return self._stop(
+                    node, "a bound of zero in a tensor", "a Python number, or a bound that is not zero", describe(other)
+                )
             if sum(isinstance(step.operand, float) for step in self.steps) >= steps.MAX_CONSTS:
                 return None
             return number
@@ -274,7 +275,7 @@ class _Walk:
         self.views_at_rows = len(self.views)
         return True
 
-    def _stop(self, node: Node, reason: str, wanted: str, found: str) -> None:
+    def _stop(self, node: Node, reason: str, wanted: str, found: str) -> Any:
         if not self.scaled:
             self.stopped = Failure(node, reason, wanted, found)
 
