@@ -161,5 +161,9 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeGpu]:
 def fake_cuda_inputs() -> Iterator[None]:
     """Only fake CUDA tensors and an H200's capability: enough for the rules, which never reach code generation."""
     load_guard()
-    with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)):
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        # Folding would run the constants of a graph on the device.
+        torch._inductor.config.patch(joint_graph_constant_folding=False),
+    ):
         yield

@@ -1,0 +1,131 @@
+"""Every example that a rule carries: counts, graphs, bytes, refusals; on CPU tensors and on fake CUDA tensors."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import inductor_ext
+from inductor_ext import registry
+from inductor_ext.report.explain import Explanation
+from inductor_ext.report.verify import Verification
+from inductor_ext.rule import Example, Rule
+from tests.support.compiled import run_compiled, run_copies
+from tests.support.equal import assert_all_same_bytes
+from tests.support.fakegpu import fake_cuda_inputs
+from tests.support.golden import assert_golden, golden_torch_only
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _examples(kind: str) -> list[Any]:
+    return [
+        pytest.param(rule, example, id=f"{rule.name}-{example.name}")
+        for rule in registry.rules()
+        for example in getattr(rule, kind)
+    ]
+
+
+MATCHES, NEAR_MISSES = _examples("matches"), _examples("near_misses")
+#: Inductor's own code for the rest of such a graph need not give eager's bytes: rsqrt and silu are its own.
+WITH_PRODUCER = {"norm_forced", "three_users_of_one_norm"}
+
+
+def _modes(rule: Rule, example: Example) -> dict[str, str]:
+    return {rule.name: example.mode}
+
+
+@functools.cache
+def _verified(rule: Rule, example: Example) -> Verification:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return inductor_ext.verify(
+        example.fn, *example.inputs("cpu"), rules=_modes(rule, example), dynamic=example.dynamic, end_to_end=False
+    )
+
+
+def _explained_on_cuda(rule: Rule, example: Example) -> Explanation:
+    with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
+        return inductor_ext.explain(
+            example.fn, *example.inputs("cuda"), rules=_modes(rule, example), dynamic=example.dynamic
+        )
+
+
+@pytest.mark.parametrize(("rule", "example"), MATCHES)
+def test_match_is_rewritten_as_often_as_it_says(rule: Rule, example: Example) -> None:
+    found = _verified(rule, example)
+    rewrites = [event for graph in found.graphs for event in graph.rewrites if event.rule == rule.name]
+    assert len(rewrites) == example.count
+    for event in rewrites:
+        assert event.node and event.why
+        assert event.source.endswith(tuple("0123456789")) or ": " in event.source, event.source
+        if rule.name != "quantize_once":
+            assert event.kernel == rule.name
+
+
+@pytest.mark.parametrize(("rule", "example"), MATCHES)
+def test_match_gives_the_bytes_of_what_it_replaced(rule: Rule, example: Example) -> None:
+    found = _verified(rule, example)
+    checks = [check for check in found.checks if check.rule == rule.name]
+    assert checks and all(check.elements > 0 for check in checks)
+    assert found.differs == []
+    assert all(check.differing == 0 for check in checks if check.exact)
+
+
+@pytest.mark.parametrize(("rule", "example"), MATCHES)
+def test_match_changes_the_graph_as_agreed(rule: Rule, example: Example) -> None:
+    golden_torch_only()
+    texts = []
+    for report in _verified(rule, example).graphs:
+        before, after = report.before.splitlines(), report.after.splitlines()
+        texts.extend(list(difflib.unified_diff(before, after, n=1000, lineterm=""))[3:])
+    assert_golden(GOLDEN / rule.name / f"{example.name}.txt", "\n".join(texts))
+
+
+@pytest.mark.parametrize(("rule", "example"), [p for p in MATCHES if p.values[1].name not in WITH_PRODUCER])
+def test_compiled_match_gives_the_bytes_of_eager(rule: Rule, example: Example) -> None:
+    inputs = example.inputs("cpu")
+    wanted = run_copies(example.fn, inputs)
+    found, recorder = run_compiled(example.fn, inputs, rules=_modes(rule, example), dynamic=example.dynamic)
+    assert recorder.counts().get(rule.name) == example.count
+    assert_all_same_bytes(found, wanted)
+
+
+@pytest.mark.parametrize(("rule", "example"), MATCHES)
+def test_match_on_fake_cuda(rule: Rule, example: Example) -> None:
+    assert _explained_on_cuda(rule, example).counts().get(rule.name) == example.count
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("rule", "example"), NEAR_MISSES)
+def test_near_miss_is_refused_for_its_reason(rule: Rule, example: Example, device: str) -> None:
+    if device == "cuda":
+        found = _explained_on_cuda(rule, example)
+    else:
+        found = inductor_ext.explain(
+            example.fn, *example.inputs("cpu"), rules=_modes(rule, example), dynamic=example.dynamic
+        )
+    assert found.counts().get(rule.name, 0) == 0
+    refusals = [refusal for refusal in found.refusals if refusal.rule == rule.name]
+    assert example.reason in [refusal.reason for refusal in refusals]
+    for refusal in refusals:
+        assert refusal.node and refusal.wanted and refusal.found and refusal.source, refusal
+        assert any(refusal.node in graph.before for graph in found.graphs)
+
+
+def test_every_rule_has_examples_of_both_kinds() -> None:
+    for rule in registry.rules():
+        names = [example.name for example in (*rule.matches, *rule.near_misses)]
+        assert rule.matches and rule.near_misses and len(names) == len(set(names)), rule.name
+
+
+def test_no_golden_file_is_left_over() -> None:
+    known = {f"{rule.name}/{example.name}.txt" for rule in registry.rules() for example in rule.matches}
+    assert {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.txt")} <= known
