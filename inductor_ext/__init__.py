@@ -22,14 +22,14 @@ __all__ = ["InductorExtError", "Settings", "backend", "explain", "verify"]
 registry.ops()
 
 
-def explain(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+def explain(model, *args, **kwargs):
     """See `inductor_ext.report.explain.explain`."""
     from inductor_ext.report.explain import explain as run
 
     return run(model, *args, **kwargs)
 
 
-def verify(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+def verify(model, *args, **kwargs):
     """See `inductor_ext.report.verify.verify`."""
     from inductor_ext.report.verify import verify as run
 

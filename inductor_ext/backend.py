@@ -1,8 +1,8 @@
 """The torch.compile backend: Inductor with the rewrite pass added.
 
 ``torch.compile(model, backend="inductor_ext")`` finds `inductor_ext` through the entry point; `backend` makes a configured one.
-``mode=`` and ``options=`` mean what they mean for Inductor; ``options`` may also hold this package's own (``rules``, ``strict``,
-…: see ``settings.py``). A post-grad pass that is already set, in the options or in Inductor's config, runs first.
+``mode=`` and ``options=`` mean what they mean for Inductor; ``options`` may also hold this package's own (``rules``,
+``strict``, …: see ``settings.py``). A post-grad pass that is already set, in the options or in Inductor's config, runs first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +27,12 @@ OnReport = Callable[[GraphReport], None]
 
 
 def inductor_ext(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None, **kwargs: Any
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Any = None,
+    **kwargs: Any,
 ) -> Callable[..., Any]:
     """The backend itself, as the entry point names it."""
     return compile_graph(gm, example_inputs, settings.current(), mode=mode, options=options)
@@ -78,7 +83,7 @@ def compile_graph(
     before = store.snapshot()
     compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile or compile_fx_inner, config_patches=patches)
     session.finish(store.replayed(before))
-    return compiled
+    return cast(Callable[..., Any], compiled)
 
 
 class _Session:

@@ -80,15 +80,21 @@ def is_reshape(node: Any) -> bool:
 def through_reshapes(node: Node) -> Node:
     """The first node above ``node`` that is not a reshape."""
     while is_reshape(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
 def producer(node: Node) -> Node:
     """The node whose kernel makes ``node``'s memory: through reshapes, slices, getitems and splits."""
-    lookthrough = {aten.slice.Tensor, aten.select.int, aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
+    lookthrough = {
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.split_with_sizes.default,
+        aten.split.Tensor,
+        aten.unbind.int,
+    }
     while is_reshape(node) or is_call(node, operator.getitem, *lookthrough):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -189,16 +195,16 @@ def _fake_mode(value: Any) -> Any:
 def replay(graph: Graph, views: Sequence[Node], value: Node) -> Node:
     """Apply copies of ``views`` (a chain of one-input calls, innermost first) to ``value``."""
     for view in views:
-        value = call(graph, view.target, value, *view.args[1:], like=view, **view.kwargs)  # type: ignore[arg-type]
+        value = call(graph, view.target, value, *view.args[1:], like=view, **view.kwargs)
     return value
 
 
 def fake_replay(views: Sequence[Node], value: torch.Tensor) -> torch.Tensor:
     """What `replay` gives, on fake values only: the graph is not touched."""
-    with value.fake_mode:  # type: ignore[attr-defined]
+    with value.fake_mode:
         for view in views:
             arguments, keywords = torch.fx.map_arg((view.args[1:], view.kwargs), value_of)
-            value = view.target(value, *arguments, **keywords)  # type: ignore[operator]
+            value = view.target(value, *arguments, **keywords)
     return value
 
 

@@ -25,7 +25,7 @@ from inductor_ext.errors import InductorExtError
 log = logging.getLogger("inductor_ext")
 
 NAMESPACE = "inductor_ext"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901 (kept for the life of the process)
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,10 @@ class Op:
     def _bound(self, key: Hashable, device: torch.device) -> Callable[..., None]:
         """What a call of ``key`` on ``device`` runs: the kernel or, after one warning, PyTorch's own operators."""
         module = self._module(key, device) if device.type == "cuda" and self.kernel is not None else None
-        run = self._run_reference_into if module is None else self.kernel.bind(module, key)  # type: ignore[union-attr]
+        if module is None or self.kernel is None:
+            run: Callable[..., None] = self._run_reference_into
+        else:
+            run = self.kernel.bind(module, key)
         self._loaded[key, device.index] = run
         return run
 

@@ -35,7 +35,7 @@ Observer = Callable[[str, Graph], None]
 _graph_counter = threading.local()
 
 
-class RewritePass(_Base):  # type: ignore[misc]
+class RewritePass(_Base):
     """Runs the rules of ``settings`` over a post-grad graph.
 
     ``on_report`` gets the `GraphReport` of every graph; ``observer`` a look at the graph before the first rule ("") and after
@@ -59,7 +59,14 @@ class RewritePass(_Base):  # type: ignore[misc]
         if previous is None:  # a bare function: Inductor must not cache what it cannot name
             return None
         rules = tuple(sorted(self.settings.rules.items()))
-        return ("inductor_ext", registry.source_digest().hex(), rules, self.settings.build, self.settings.arch, previous)
+        return (
+            "inductor_ext",
+            registry.source_digest().hex(),
+            rules,
+            self.settings.build,
+            self.settings.arch,
+            previous,
+        )
 
     def __call__(self, graph: Graph, is_inference: bool = True) -> None:
         torch_compat.run_pass(self.previous, graph, is_inference)
@@ -101,9 +108,9 @@ class RewritePass(_Base):  # type: ignore[misc]
             return {}
         kernels = jit.prepare(list(specs), self.settings)
         if self.settings.build == "require":  # asked for: no cold build and no stock operators behind one's back
-            for found in kernels.values():
-                if isinstance(found, Exception):
-                    raise found
+            for module in kernels.values():
+                if isinstance(module, Exception):
+                    raise module
         return kernels
 
     def _specs(self, calls: tuple[Call, ...]) -> list[jit.JitSpec]:
@@ -160,9 +167,7 @@ class RewritePass(_Base):  # type: ignore[misc]
         if self.observer and len(report.rewrites) > before:
             self.observer(rule.name, graph)
 
-    def _visit(
-        self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]
-    ) -> None:
+    def _visit(self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
         found = rule.guard(anchor, context)
         if isinstance(found, Match):
             found = self._missing(found, context, kernels) or found

@@ -80,7 +80,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rewrite. ``exact`` says whether the result is equal, byte for byte, to the eager nodes; ``cost`` what it costs if not."""
+    """One rewrite. ``exact``: the result equals the eager nodes', byte for byte; ``cost`` says what it costs if not."""
 
     name: str
     doc: str

@@ -36,7 +36,7 @@ class Settings:
     )
     strict: bool = _option(False, "INDUCTOR_EXT_STRICT", "a rule named in `rules` that matches nothing is an error")
     checks: bool = _option(False, "INDUCTOR_EXT_CHECKS", "kernels check index ranges and raise (one host sync a call)")
-    build: BuildMode = _option(
+    build: BuildMode = _option(  # noqa: RUF009 (a dataclasses.field)
         "compile",
         "INDUCTOR_EXT_BUILD",
         "compile: build kernels while the graph compiles; defer: at first call; never: only load binaries that exist; "
@@ -110,8 +110,7 @@ def table() -> list[tuple[str, str, str, str]]:
     """(option, environment variable, default, doc) of every option, for the CLI and the docs."""
     defaults = Settings()
     return [
-        (f.name, f.metadata["env"], str(getattr(defaults, f.name)), f.metadata["doc"])
-        for f in dataclasses.fields(Settings)
+        (f.name, f.metadata["env"], str(getattr(defaults, f.name)), f.metadata["doc"]) for f in dataclasses.fields(Settings)
     ]
 
 

@@ -14,7 +14,7 @@ def fresh_base(value: torch.Tensor) -> torch.Tensor:
     torch 2.11 refuses to reinplace a mutation when the result's fake shares its storage with the base and the result is
     read later. Can go with 2.11.
     """
-    with value.fake_mode:  # type: ignore[attr-defined]
+    with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
@@ -86,9 +86,7 @@ def _size_node(graph: Graph, size: torch.SymInt) -> Node:
 
     known = set(graph.nodes)
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-    symbols = {
-        symbol: torch.fx.Proxy(_symbol_node(graph, symbol), tracer) for symbol in size.node.expr.free_symbols
-    }
+    symbols = {symbol: torch.fx.Proxy(_symbol_node(graph, symbol), tracer) for symbol in size.node.expr.free_symbols}
     made = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
     for node in graph.nodes:
         if node not in known and "val" not in node.meta:

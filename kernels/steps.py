@@ -9,9 +9,9 @@ every token changes it,
     recip                   1 / value (scale programs only)
 
 with O a number (a Python scalar in the graph), ``sN`` (tensor operand N, one element), ``rN`` (tensor operand N, one element
-a row) or ``scale`` (the dynamic scale of ``fp8_quantize``). Each step is *the PyTorch operator of that name, in the dtype the value has there*: `evaluate` calls just
-those operators, so the reference is the eager chain itself and bit-exactness needs no further argument; `to_cpp` names the
-same steps for ``include/inductor_ext/steps.cuh``.
+a row) or ``scale`` (the dynamic scale of ``fp8_quantize``). Each step is *the PyTorch operator of that name, in the dtype the
+value has there*: `evaluate` calls just those operators, so the reference is the eager chain itself and bit-exactness needs no
+further argument; `to_cpp` names the same steps for ``include/inductor_ext/steps.cuh``.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Step:
 
     def __str__(self) -> str:
         if self.op == "to":
-            return TOKEN_OF_DTYPE[self.operand]  # type: ignore[index]
+            return TOKEN_OF_DTYPE[self.operand]
         return self.op if self.operand is None else f"{self.op}:{self.operand}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse(text: str) -> tuple[Step, ...]:
     """Steps of a program's text. Raises ValueError naming the token that is not understood."""
     steps = []
@@ -82,15 +82,15 @@ def evaluate(
     """Run the steps with PyTorch's own operators; operands broadcast against ``value`` as in the graph."""
     for step in parse(text):
         if step.op == "to":
-            value = value.to(step.operand)  # type: ignore[call-overload]
+            value = value.to(step.operand)
         elif step.op == "recip":
             value = torch.reciprocal(value)
         else:
             other = step.operand
             if other == "scale":
-                other = scale  # type: ignore[assignment]
+                other = scale
             elif isinstance(other, str):
-                other = operands[int(other[1:])]  # type: ignore[assignment]
+                other = operands[int(other[1:])]
             value = _BINARY[step.op](value, other)
     return value
 
@@ -107,7 +107,7 @@ def constants(*texts: str) -> list[float]:
 def result_dtype(text: str, dtype: torch.dtype) -> torch.dtype:
     for step in parse(text):
         if step.op == "to":
-            dtype = step.operand  # type: ignore[assignment]
+            dtype = step.operand
     return dtype
 
 
@@ -137,7 +137,7 @@ def to_cpp(text: str, dtype: torch.dtype, operands: Sequence[torch.dtype | None]
     host_const = first_const + len(constants(text))
     for step in parse(text):
         if step.op in ("to", "recip"):
-            dtype = step.operand if step.op == "to" else dtype  # type: ignore[assignment]
+            dtype = step.operand if step.op == "to" else dtype
             parts.append(f"{_NS}{step.op.capitalize()}<{CPP_TYPES[dtype]}>")
             continue
         if isinstance(step.operand, float):
@@ -145,11 +145,12 @@ def to_cpp(text: str, dtype: torch.dtype, operands: Sequence[torch.dtype | None]
         elif step.operand == "scale":
             operand = f"{_NS}Scale"
         else:
-            kind, index = _CPP_OPERANDS[step.operand[0]], int(step.operand[1:])  # type: ignore[index]
+            name = str(step.operand)
+            kind, index = _CPP_OPERANDS[name[0]], int(name[1:])
             if operands[index] is None:
                 operand = f"{_NS}Const<{host_const + sum(other is None for other in operands[:index])}>"
             else:
-                operand = f"{_NS}{kind}<{index}, {CPP_TYPES[operands[index]]}>"  # type: ignore[index]
+                operand = f"{_NS}{kind}<{index}, {CPP_TYPES[operands[index]]}>"
         parts.append(f"{_NS}{_CPP_NAMES[step.op]}<{CPP_TYPES[dtype]}, {operand}>")
     return f"{_NS}Steps<{', '.join(parts)}>"
 
@@ -168,7 +169,7 @@ def _number(text: str, token: str) -> float:
 # ---- what the op.py of every kernel that runs programs needs ---------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def padded_constants(*texts: str) -> tuple[float, ...]:
     """The constants of the programs, padded with zeros to the kernels' fixed c0 … c7."""
     values = constants(*texts)

@@ -43,7 +43,14 @@ from inductor_ext.patterns.support.fp8_chain import Chain, Failure
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
-_OTHER_VIEWS = (aten.view.dtype, aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.split_with_sizes.default, operator.getitem)
+_OTHER_VIEWS = (
+    aten.view.dtype,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.unbind.int,
+    aten.split_with_sizes.default,
+    operator.getitem,
+)
 
 
 @dataclasses.dataclass
@@ -63,7 +70,7 @@ class Half:
         while node is not self.chain.cast:
             if not is_call(node, aten.view.dtype):
                 after.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         return [*self.chain.pre_views, *self.chain.post_views, *reversed(after)]
 
     def input_value(self) -> torch.Tensor:
@@ -152,14 +159,18 @@ def _half(scatter: Node) -> Half | Failure | None:
         return Failure(cast, "input layout", "rows that are contiguous in memory", found)
     if len(cast.users) > 1 or (value is not cast and len(value.users) > 1):
         other = [user for user in cast.users if user is not scatter and user is not value]
-        return Failure(cast, "the stored FP8 rows have a second user", "the store alone", describe(other[0] if other else value))
+        return Failure(
+            cast, "the stored FP8 rows have a second user", "the store alone", describe(other[0] if other else value)
+        )
     return half
 
 
 def _cast_above(value: Node) -> Node | None:
     """The cast that a stored value comes from, through views and ``.view(uint8)``."""
-    while is_call(value, aten.view.dtype) or (isinstance(value, Node) and value.op == "call_function" and value.target in RESHAPES):
-        value = value.args[0]  # type: ignore[assignment]
+    while is_call(value, aten.view.dtype) or (
+        isinstance(value, Node) and value.op == "call_function" and value.target in RESHAPES
+    ):
+        value = value.args[0]
     return value if fp8_chain.is_fp8_cast(value) else None
 
 
@@ -233,7 +244,7 @@ def _between(half: Half) -> set[Node]:
     nodes = {*half.store.views, half.store.top, half.store.scatter}
     for view in half.store.views:
         if is_call(view, operator.getitem):
-            nodes.add(view.args[0])  # type: ignore[arg-type]
+            nodes.add(view.args[0])
     node: Node = half.store.scatter
     while node is not half.store.top:
         node = next(user for user in node.users if user is half.store.top or user.target in cache_store.INVERSES)
@@ -397,7 +408,14 @@ def _slots(device: str) -> torch.Tensor:
 def _inputs(*shape: int, caches: int = 2, dtype: torch.dtype = E4) -> Any:
     def make(device: str) -> tuple[Any, ...]:
         s = torch.tensor(0.5, device=device)
-        return (_x(device), _x(device), s, s * 2, *(_cache(device, *shape, dtype=dtype) for _ in range(caches)), _slots(device))
+        return (
+            _x(device),
+            _x(device),
+            s,
+            s * 2,
+            *(_cache(device, *shape, dtype=dtype) for _ in range(caches)),
+            _slots(device),
+        )
 
     return make
 

@@ -3,8 +3,8 @@
     convert_element_type(clamp(mul | div (x, scale)), float8)   →   inductor_ext.fp8_downcast(x, [scale], program, float8)
 
 The chain may clamp in any spelling or not at all, in bf16, fp16 or fp32, with views and converts anywhere; the program keeps
-every step and its dtype, so the result is the eager chain's, byte for byte. A chain whose producer Inductor can fuse it into
-is left alone unless the rule is forced: as an extern kernel it would have to read from memory what the producer has in registers.
+every step and its dtype, so the result is the eager chain's, byte for byte. A chain that Inductor can fuse into its producer
+is left alone unless the rule is forced: an extern kernel has to read from memory what the producer has in registers.
 """
 
 from __future__ import annotations
@@ -110,14 +110,20 @@ MATCHES = (
     Example("fp16", lambda x, s: _clamp(x * s).to(E4), lambda d: (_x(d, dtype=torch.float16), torch.tensor(0.5, device=d))),
     Example("fp32", lambda x, s: _clamp(x * s).to(E4), lambda d: (_x(d, dtype=torch.float32), torch.tensor(0.5, device=d))),
     Example("views_between", lambda x, s: _clamp((x.float() / s).view(-1)).to(E4).view(32, 256), _scaled),
-    Example("after_matmul", lambda a, b, s: _clamp((a @ b).float() / s).to(E4), lambda d: (_x(d), _x(d, 128, 32), torch.tensor(9.0, device=d))),
+    Example(
+        "after_matmul",
+        lambda a, b, s: _clamp((a @ b).float() / s).to(E4),
+        lambda d: (_x(d), _x(d, 128, 32), torch.tensor(9.0, device=d)),
+    ),
     Example(
         "norm_forced",
-        lambda x, s: _clamp((x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16().float() / s).to(E4),
+        lambda x, s: _clamp(
+            (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16().float() / s
+        ).to(E4),
         _scaled,
         mode="always",
     ),
-)  # fmt: skip
+)
 
 NEAR_MISSES = (
     Example(
@@ -127,9 +133,24 @@ NEAR_MISSES = (
         reason="Inductor fuses this chain into its consumer for free",
     ),
     Example("no_scale", lambda x: x.clamp(-448, 448).to(E4), lambda d: (_x(d),), reason="no scale before the cast"),
-    Example("float64", lambda x, s: _clamp(x / s).to(E4), lambda d: (_x(d).double(), torch.tensor(0.5, device=d)), reason="input dtype"),
-    Example("column_scale", lambda x, s: _clamp(x.float() / s).to(E4), lambda d: (_x(d), torch.rand(128, device=d) + 0.1), reason="scale layout"),
-    Example("integer_scale", lambda x, s: _clamp(x.float() / s).to(E4), lambda d: (_x(d), torch.tensor(3, device=d)), reason="scale dtype"),
+    Example(
+        "float64",
+        lambda x, s: _clamp(x / s).to(E4),
+        lambda d: (_x(d).double(), torch.tensor(0.5, device=d)),
+        reason="input dtype",
+    ),
+    Example(
+        "column_scale",
+        lambda x, s: _clamp(x.float() / s).to(E4),
+        lambda d: (_x(d), torch.rand(128, device=d) + 0.1),
+        reason="scale layout",
+    ),
+    Example(
+        "integer_scale",
+        lambda x, s: _clamp(x.float() / s).to(E4),
+        lambda d: (_x(d), torch.tensor(3, device=d)),
+        reason="scale dtype",
+    ),
     Example(
         "clamped_value_used_twice",
         lambda x, s: (lambda y: (y.to(E4), y.sum()))(_clamp(x.float() / s)),
@@ -148,7 +169,7 @@ NEAR_MISSES = (
         _scaled,
         reason="input layout",
     ),
-)  # fmt: skip
+)
 
 RULE = Rule(
     name="fp8_downcast",

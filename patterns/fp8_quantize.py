@@ -143,12 +143,14 @@ MATCHES = (
     Example("row_fp32", _row, lambda d: (_x(d, dtype=torch.float32),)),
     Example(
         "row_e5m2",
-        lambda x: (lambda s: ((x.float() / s).clamp(-57344.0, 57344.0).to(E5), s))(x.float().abs().amax(-1, keepdim=True) / 57344.0),
+        lambda x: (lambda s: ((x.float() / s).clamp(-57344.0, 57344.0).to(E5), s))(
+            x.float().abs().amax(-1, keepdim=True) / 57344.0
+        ),
         _one,
     ),
     Example("after_matmul", lambda a, b: _row(a @ b), lambda d: (_x(d), _x(d, 256, 64))),
     Example("norm_forced", lambda x: _row(torch.nn.functional.rms_norm(x, (256,)) * 1.5), _one, mode="always"),
-)  # fmt: skip
+)
 
 NEAR_MISSES = (
     Example(
@@ -160,7 +162,9 @@ NEAR_MISSES = (
     Example("mx", _mx, _one, reason="a step of the scale is not one the kernel computes"),
     Example(
         "column_amax",
-        lambda x: (lambda s: (x.float() / s).clamp(-448.0, 448.0).to(E4))((x.abs().amax() + x.abs().amax(0).float().mean()).float()),
+        lambda x: (lambda s: (x.float() / s).clamp(-448.0, 448.0).to(E4))(
+            (x.abs().amax() + x.abs().amax(0).float().mean()).float()
+        ),
         _one,
         reason="a step of the scale is not one the kernel computes",
     ),
@@ -176,9 +180,14 @@ NEAR_MISSES = (
         _one,
         reason="a step of the scale has a second user",
     ),
-    Example("two_scales", lambda x, t: _scaled_by(x, x.abs().amax(-1, keepdim=True), t), lambda d: (_x(d), torch.tensor(2.0, device=d)), reason="more than one scale"),
+    Example(
+        "two_scales",
+        lambda x, t: _scaled_by(x, x.abs().amax(-1, keepdim=True), t),
+        lambda d: (_x(d), torch.tensor(2.0, device=d)),
+        reason="more than one scale",
+    ),
     Example("strided_rows", lambda x: _row(x[:, ::2]), _one, reason="input layout"),
-)  # fmt: skip
+)
 
 
 def _scaled_by(x: torch.Tensor, amax: torch.Tensor, also: Any = None) -> Any:

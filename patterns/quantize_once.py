@@ -85,7 +85,9 @@ def _merge(node: Node, other: Node) -> None:
         return
     for mine, theirs in list(_pairs(node, other)):
         _merge(mine, theirs)
-    if other < node and not (_returned(node) and _returned(other)):  # a scale may come before its equal; then both are kept, and both are right
+    if other < node and not (
+        _returned(node) and _returned(other)
+    ):  # a scale may come before its equal; then both are kept, and both are right
         node.replace_all_uses_with(other)
         erase_dead(node)
 
@@ -112,7 +114,7 @@ def _same(a: Node, b: Node) -> bool:
 
 
 def _casts_before(node: Node) -> list[Node]:
-    found = []
+    found: list[Node] = []
     for other in node.graph.nodes:
         if other is node:
             return found
@@ -172,7 +174,10 @@ RULE = Rule(
     near_misses=(
         Example("other_scale", _static, _scales, reason="another chain quantises the same activation"),
         Example(
-            "both_returned", lambda x: [*_quantise(x), *_quantise(x)], lambda d: (_x(d),), reason="both results are returned"
+            "both_returned",
+            lambda x: [*_quantise(x), *_quantise(x)],
+            lambda d: (_x(d),),
+            reason="both results are returned",
         ),
         Example(
             "other_bounds",

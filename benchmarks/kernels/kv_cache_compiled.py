@@ -2,9 +2,10 @@
 
     python benchmarks/kernels/kv_cache_compiled.py [--out FILE.json]
 
-K and V [T, 8, 128] bf16, e4m3 caches of 131 072 rows, in the spellings of ``patterns/downcast_fp8.py``: direct, through ``.view``,
-``[2, …].unbind(0)``, uint8 viewed as e4m3, slice assignment. CUDA-graph replays of ten calls, median; T ≥ 7168 is larger than L2
-together with its cache rows, smaller T is measured as it is. The bytes that both sides leave in the caches are compared.
+K and V [T, 8, 128] bf16, e4m3 caches of 131 072 rows, in the spellings of ``patterns/downcast_fp8.py``: direct, through
+``.view``, ``[2, …].unbind(0)``, uint8 viewed as e4m3, slice assignment. CUDA-graph replays of ten calls, median; T ≥ 7168 is
+larger than L2 together with its cache rows, smaller T is measured as it is. The bytes that both sides leave in the caches are
+compared.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def main() -> None:
             rows.append(row := run(form, tokens))
             print(LINE.format(**row), flush=True)
     calls = overhead()
-    timing.write_json(options.out, {"what": "KV-cache stores through torch.compile", "rows": rows, "overhead_us": calls})
+    timing.write_json(
+        options.out, {"what": "KV-cache stores through torch.compile", "rows": rows, "overhead_us": calls}
+    )
     print({name: round(value, 2) for name, value in calls.items()}, inductor_ext.__version__)
 
 

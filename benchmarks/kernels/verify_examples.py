@@ -1,6 +1,6 @@
 """Every rule's own examples on the GPU: the graph before and after the rule, run eagerly on the same inputs, byte for byte.
 
-    python benchmarks/kernels/verify_examples.py [--out FILE.json]
+python benchmarks/kernels/verify_examples.py [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
                 check = found.checks[0] if found.checks else None
                 row.update(ok=found.ok and check is not None and check.rewrites == example.count)
                 if check is not None:
-                    row.update(elements=check.elements, differing=check.differing, max_abs=check.max_abs, where=check.where)
+                    row.update(
+                        elements=check.elements, differing=check.differing, max_abs=check.max_abs, where=check.where
+                    )
             except Exception as error:
                 row.update(ok=False, error=f"{type(error).__name__}: {error}"[:500])
             rows.append(row)

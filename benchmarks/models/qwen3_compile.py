@@ -75,7 +75,9 @@ def child(side: str, layers: int, batch: int, length: int, output: str) -> None:
         from inductor_ext.backend import compile_graph
 
         def backend(gm: Any, inputs: Any, **_: Any) -> Any:
-            return compile_graph(gm, inputs, settings.current(), on_report=lambda report: counts.update(report.counts()))
+            return compile_graph(
+                gm, inputs, settings.current(), on_report=lambda report: counts.update(report.counts())
+            )
 
         assert inductor_ext.__version__
     else:
@@ -115,11 +117,17 @@ def main() -> None:
     outputs: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as scratch:
         # Two layers first: builds this backend's kernels, and warms the file system for both.
-        for index, (side, layers) in enumerate([("ours", 2)] + [(s, options.layers) for _ in range(options.repeats) for s in results]):
+        for index, (side, layers) in enumerate(
+            [("ours", 2)] + [(s, options.layers) for _ in range(options.repeats) for s in results]
+        ):
             path = f"{scratch}/{index}.json"
             command = [sys.executable, __file__, "--child", side, "--child-out", path, "--layers", str(layers),
                        "--batch", str(options.batch), "--length", str(options.length)]  # fmt: skip
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor{index}", "TRITON_CACHE_DIR": f"{scratch}/triton{index}"}
+            environment = {
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor{index}",
+                "TRITON_CACHE_DIR": f"{scratch}/triton{index}",
+            }
             subprocess.run(command, check=True, env=environment)
             if index:
                 results[side].append(json.loads(Path(path).read_text()))

@@ -22,9 +22,7 @@ class BenchError(InductorExtError):
 
 def bench(
     context: typer.Context,
-    name: Annotated[
-        str, typer.Argument(help="A script such as kernels/downcast, or a folder: its scripts in turn.")
-    ] = "",
+    name: Annotated[str, typer.Argument(help="A script such as kernels/downcast, or a folder: its scripts in turn.")] = "",
 ) -> None:
     """Run a benchmark of the checkout's benchmarks/ folder; without a name, list them. Further arguments go to it."""
     root = _root()

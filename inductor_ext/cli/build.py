@@ -17,16 +17,10 @@ PRESETS = {"downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize")}
 
 
 def build(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to build; see `inductor-ext ops`.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to build; see `inductor-ext ops`.")] = None,
     preset: Annotated[str, typer.Option(help=f"A set of ops: {', '.join(PRESETS)} or all.")] = "",
-    arch: Annotated[
-        list[str] | None, typer.Option(help="Target such as sm_90a; may be repeated. Default: this GPU.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory to fill. Default: the kernel cache.", file_okay=False)
-    ] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="Target such as sm_90a; may be repeated. Default: this GPU.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to fill. Default: the kernel cache.", file_okay=False)] = None,
 ) -> None:
     """Build the kernels that ops declare as worth having, before any model needs them.
 
@@ -75,9 +69,7 @@ def _targets(arch: list[str] | None, chosen: settings.Settings) -> list[str]:
         return [jit.current_arch(chosen.replace(arch=one)) or one for one in arch]
     found = jit.current_arch(chosen)
     if found is None:
-        raise SettingError(
-            "there is no GPU to take the target from; name one: --arch sm_90a (H200), --arch sm_100a (B200)"
-        )
+        raise SettingError("there is no GPU to take the target from; name one: --arch sm_90a (H200), --arch sm_100a (B200)")
     return [found]
 
 

@@ -77,9 +77,7 @@ def _version(value: bool) -> None:
 
 
 def version_option(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")] = False,
 ) -> None:
     pass
 

@@ -64,9 +64,7 @@ def _entry_point() -> jit.Check:
 
 
 def clangd(
-    directory: Annotated[
-        Path, typer.Argument(help="Where to write; the root of the checkout.", file_okay=False)
-    ] = Path(),
+    directory: Annotated[Path, typer.Argument(help="Where to write; the root of the checkout.", file_okay=False)] = Path(),
 ) -> None:
     """Write .clangd and compile_commands.json, so that an editor understands the kernels."""
     for path in jit.write_clangd(directory):

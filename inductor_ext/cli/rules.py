@@ -15,9 +15,7 @@ from inductor_ext.cli.common import Group, JsonOption, print_json, stdout, table
 from inductor_ext.report import text
 from inductor_ext.rule import Example, Rule
 
-app = typer.Typer(
-    cls=Group, help="List the rewrite rules; `rules show NAME` runs one's examples.", invoke_without_command=True
-)
+app = typer.Typer(cls=Group, help="List the rewrite rules; `rules show NAME` runs one's examples.", invoke_without_command=True)
 
 
 @app.callback()

@@ -61,6 +61,4 @@ def _unpack(target: str, value: Any) -> tuple[Callable[..., Any], tuple[Any, ...
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
         if isinstance(kwargs, dict):
             return model, args, kwargs
-    raise TargetError(
-        f"{target} must return (model, args) or (model, args, kwargs); it returned {type(value).__name__}"
-    )
+    raise TargetError(f"{target} must return (model, args) or (model, args, kwargs); it returned {type(value).__name__}")

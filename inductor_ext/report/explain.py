@@ -38,7 +38,7 @@ class Explanation:
 
     def diff(self) -> str:
         """Unified diff of every graph before and after the rules."""
-        parts = []
+        parts: list[str] = []
         for graph in self.graphs:
             before, after = graph.before.splitlines(), graph.after.splitlines()
             parts.extend(difflib.unified_diff(before, after, f"{graph.name} before", f"{graph.name} after", lineterm=""))
@@ -87,7 +87,9 @@ def explain(
     overrides: dict[str, Any] = {"build": "defer"} if rules is None else {"build": "defer", "rules": rules}
     chosen = settings.current(**overrides)
     graphs: list[GraphReport] = []
-    with compiled_with(chosen, model, graphs.append, inner_compile=passes_only, options=options, mode=mode, dynamic=dynamic) as run:
+    with compiled_with(
+        chosen, model, graphs.append, inner_compile=passes_only, options=options, mode=mode, dynamic=dynamic
+    ) as run:
         run(*cloned(args), **cloned(kwargs))
     return Explanation(graphs)
 

@@ -1,7 +1,8 @@
 """Reports outlive the compile that made them: on a hit in Inductor's caches the rules do not run, and the report is replayed.
 
 Inductor stores with a compiled graph how ``counters["inductor"]`` changed while it was compiled, and adds the same again on a
-hit. So the pass counts one key that names the report's content; the report itself lies beside Inductor's cache, under that name.
+hit. So the pass counts one key that names the report's content; the report itself lies beside Inductor's cache, under that
+name.
 """
 
 from __future__ import annotations

@@ -144,9 +144,7 @@ def verification(found: Verification) -> RenderableType:
     elif found.differs:
         verdict = Text(f"verify: {', '.join(found.differs)} differs from what it replaced", "bold red")
     else:
-        verdict = Text(
-            "verify: each rewrite agrees, but the compiled model is further from eager than stock is", "bold red"
-        )
+        verdict = Text("verify: each rewrite agrees, but the compiled model is further from eager than stock is", "bold red")
     parts: list[RenderableType] = [verdict]
     if found.checks:
         parts.append(_checks(found))

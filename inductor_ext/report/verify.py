@@ -128,8 +128,15 @@ def verify(
         return run
 
     with compiled_with(
-        chosen, model, graphs.append, inner_compile=compile_stages, observer=observe, options=options, mode=mode, dynamic=dynamic
-    ) as run:  # fmt: skip
+        chosen,
+        model,
+        graphs.append,
+        inner_compile=compile_stages,
+        observer=observe,
+        options=options,
+        mode=mode,
+        dynamic=dynamic,
+    ) as run:
         run(*cloned(args), **cloned(kwargs))
     distances = _end_to_end(model, args, kwargs, chosen, options, mode, dynamic) if end_to_end else None
     return Verification(checks, distances, graphs)

@@ -37,7 +37,10 @@ def _check(
         raise ValueError("downcast_fp8: wanted both v and v_cache or neither")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"downcast_fp8: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
-    for name, x, cache, scale, program in (("k", k, k_cache, k_scale, k_program), ("v", v, v_cache, v_scale, v_program)):
+    for name, x, cache, scale, program in (
+        ("k", k, k_cache, k_scale, k_program),
+        ("v", v, v_cache, v_scale, v_program),
+    ):
         if x is None:
             continue
         if x.dtype not in steps.TOKEN_OF_DTYPE:

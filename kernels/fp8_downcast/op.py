@@ -3,8 +3,8 @@
     out = cast(program(x), dtype)            x, out: same shape; program: see ``kernels/steps.py``
 
 ``x`` is bf16, fp16 or fp32, any shape and any dense layout (or rows with a free pitch). Operands are scalars (one element,
-``sN`` in the program) or hold one value a row (``rN``): ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2, cast as PyTorch casts: round to
-nearest even; e4m3fn overflows to NaN, e5m2 to infinity, unless the program clamps. Bit-exact.
+``sN`` in the program) or hold one value a row (``rN``): ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2,
+cast as PyTorch casts: round to nearest even; e4m3fn overflows to NaN, e5m2 to infinity, unless the program clamps. Bit-exact.
 """
 
 from __future__ import annotations

@@ -103,8 +103,7 @@ OP = Op(
         exports=exports,
         bind=bind,
         examples=tuple(
-            (torch.bfloat16, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn)
-            for granularity in GRANULARITIES
+            (torch.bfloat16, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn) for granularity in GRANULARITIES
         ),
     ),
 )

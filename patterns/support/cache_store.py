@@ -22,10 +22,24 @@ from inductor_ext.graph import aten, call, describe, is_call, known_equal, same_
 from inductor_ext.patterns.support.fp8_chain import Failure
 
 SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default, aten.slice_scatter.default, aten.copy.default)
-_VIEWS = (aten.reshape.default, aten.view.default, aten.view.dtype, aten.select.int, aten.slice.Tensor, aten.alias.default)
+_VIEWS = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.view.dtype,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.alias.default,
+)
 
 #: What puts a written view back into the tensor it is a view of.
-INVERSES = (aten.reshape.default, aten.view.default, aten.view.dtype, aten.alias.default, aten.select_scatter.default, aten.slice_scatter.default)
+INVERSES = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.view.dtype,
+    aten.alias.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+)
 
 
 @dataclasses.dataclass
@@ -57,7 +71,7 @@ class Store:
 
 def trace(scatter: Node) -> Store | Failure | None:
     """The store around a scatter node; None when no buffer of the caller's is written."""
-    destination: Node = scatter.args[0]  # type: ignore[assignment]
+    destination: Node = scatter.args[0]
     views, root = _down(destination)
     # A copy into a slice is the slice_scatter above it: the rows of that slice.
     rows = _rows(scatter)
@@ -74,12 +88,12 @@ def written_input(root: Node) -> Node | None:
     """The graph input whose memory ``root`` is a version of."""
     while root.op == "call_function":
         if is_call(root, aten.select_scatter.default, aten.slice_scatter.default, *SCATTERS):
-            root = root.args[0]  # type: ignore[assignment]
+            root = root.args[0]
         elif is_call(root, operator.getitem) and is_call(root.args[0], auto_functionalized_v2):
-            bases = root.args[0].kwargs["_all_bases"]  # type: ignore[union-attr]
-            root = bases[root.args[1] - 1]  # type: ignore[index, operator]
+            bases = root.args[0].kwargs["_all_bases"]
+            root = bases[root.args[1] - 1]
         elif root.target in _VIEWS:
-            root = root.args[0]  # type: ignore[assignment]
+            root = root.args[0]
         else:
             return None
     return root if root.op == "placeholder" else None
@@ -91,7 +105,7 @@ def _is_view(node: Node) -> bool:
 
 def _above(view: Node) -> Node:
     """What a view looks at; ``unbind(x)[i]`` looks at x."""
-    return view.args[0].args[0] if is_call(view, operator.getitem) else view.args[0]  # type: ignore[union-attr, return-value]
+    return view.args[0].args[0] if is_call(view, operator.getitem) else view.args[0]
 
 
 def _down(destination: Node) -> tuple[list[Node], Node]:
@@ -105,19 +119,19 @@ def _down(destination: Node) -> tuple[list[Node], Node]:
 def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
     """(value, loc, mult, offset) of a scatter along dimension 0."""
     target_shape = value_of(scatter.args[0]).shape
-    value: Node = scatter.args[1] if not _is_index_put(scatter) else scatter.args[2]  # type: ignore[assignment]
+    value: Node = scatter.args[1] if not _is_index_put(scatter) else scatter.args[2]
     if _is_index_put(scatter):
         indices = scatter.args[1]
         accumulate = scatter.args[3] if len(scatter.args) > 3 else scatter.kwargs.get("accumulate", False)
         if accumulate:
             return Failure(scatter, "the store accumulates", "accumulate=False", "accumulate=True")
-        if len(indices) != 1 or not isinstance(indices[0], Node):  # type: ignore[arg-type]
+        if len(indices) != 1 or not isinstance(indices[0], Node):
             return Failure(scatter, "index layout", "one index tensor, on dimension 0", str(indices))
-        index = value_of(indices[0])  # type: ignore[index]
+        index = value_of(indices[0])
         if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
             found = f"{index.dtype} {list(index.shape)}"
             return Failure(scatter, "index layout", "a 1-d int32 or int64 index", found)
-        rows: tuple[Node | None, Any, Any] = (indices[0], 1, 0)  # type: ignore[index, assignment]
+        rows: tuple[Node | None, Any, Any] = (indices[0], 1, 0)
         count = index.shape[0]
     elif is_call(scatter, aten.copy.default):
         rows, count = (None, 1, 0), target_shape[0] if target_shape else 0
@@ -173,7 +187,7 @@ def _inverts(user: Node, top: Node, view: Node) -> bool:
         return False
     if is_call(view, operator.getitem):
         unbind = view.args[0]
-        dim = unbind.args[1] if len(unbind.args) > 1 else 0  # type: ignore[union-attr, arg-type]
+        dim = unbind.args[1] if len(unbind.args) > 1 else 0
         return (user.args[2], user.args[3]) == (dim, view.args[1])
     return (user.args[2], user.args[3]) == (view.args[1], view.args[2])
 
@@ -186,22 +200,22 @@ def view_of(graph: Graph, store: Store, root: Node) -> Node:
     for view in store.views:
         if is_call(view, operator.getitem):
             unbind = view.args[0]
-            dim = unbind.args[1] if len(unbind.args) > 1 else 0  # type: ignore[union-attr, arg-type]
+            dim = unbind.args[1] if len(unbind.args) > 1 else 0
             root = call(graph, aten.select.int, root, dim, view.args[1], like=view)
         else:
-            root = call(graph, view.target, root, *view.args[1:], like=view)  # type: ignore[arg-type]
+            root = call(graph, view.target, root, *view.args[1:], like=view)
     return root
 
 
 def geometry(store: Store, base: torch.Tensor) -> torch.Tensor:
     """The destination as a fake view of ``base``, for its sizes, strides and offset."""
-    with base.fake_mode:  # type: ignore[attr-defined]
+    with base.fake_mode:
         for view in store.views:
             if is_call(view, operator.getitem):
                 unbind = view.args[0]
-                dim = unbind.args[1] if len(unbind.args) > 1 else 0  # type: ignore[union-attr, arg-type]
-                base = base.select(dim, view.args[1])  # type: ignore[arg-type]
+                dim = unbind.args[1] if len(unbind.args) > 1 else 0
+                base = base.select(dim, view.args[1])
             else:
                 arguments = torch.fx.map_arg(view.args[1:], value_of)
-                base = view.target(base, *arguments)  # type: ignore[operator]
+                base = view.target(base, *arguments)
     return base

@@ -37,7 +37,8 @@ class DynamicScale:
 
 def amax_above(scale: Node, x: Node, limit: int = 16) -> Node | None:
     """The reduction of ``x`` that ``scale`` is computed from, however it is spelled; None for a static scale."""
-    frontier, seen = [scale], set()
+    frontier: list[Node] = [scale]
+    seen: set[Node] = set()
     while frontier and len(seen) < limit:
         node = frontier.pop()
         if not isinstance(node, Node) or node in seen or node.op != "call_function":
@@ -64,7 +65,7 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
                 return Failure(node, "a step of the scale has a second user", "only the scale itself used", describe(node))
             inner.append(node)
         if is_reshape(node) or is_call(node, operator.getitem):
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
             continue
         above = _step(node, collected)
         if isinstance(above, Failure):
@@ -87,22 +88,21 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
 def _step(node: Node, collected: list[steps.Step]) -> Node | Failure:
     """Record one step of the scale program and go up."""
     if is_call(node, CONVERT) and node.args[1] in FLOATS and value_of(node.args[0]).dtype in FLOATS:
-        collected.append(steps.Step("to", node.args[1]))  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
+        collected.append(steps.Step("to", node.args[1]))
+        return node.args[0]
     if is_call(node, aten.reciprocal.default):
         collected.append(steps.Step("recip"))
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     if is_call(node, *_STEPS):
         value, other = node.args[0], node.args[1]
         if node.target in _COMMUTATIVE and constant_of(value) is not None:
             value, other = other, value
         number = constant_of(other)
         if number is not None and isinstance(value, Node) and value_of(value).dtype is value_of(node).dtype:
-            collected.append(steps.Step(_STEPS[node.target], number))  # type: ignore[index]
+            collected.append(steps.Step(_STEPS[node.target], number))
             return value
-    return Failure(
-        node, "a step of the scale is not one the kernel computes", "convert, reciprocal, or mul, div, clamp by a number", describe(node)
-    )  # fmt: skip
+    wanted = "convert, reciprocal, or mul, div, clamp by a number"
+    return Failure(node, "a step of the scale is not one the kernel computes", wanted, describe(node))
 
 
 def _is_amax(node: Node) -> bool:
@@ -116,12 +116,12 @@ def _through_converts(node: Node) -> Node:
     while is_reshape(node) or (
         is_call(node, CONVERT) and node.args[1] is torch.float32 and value_of(node.args[0]).dtype in FLOATS
     ):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
 def _source(amax: Node) -> Node:
-    return _through_converts(_through_converts(amax.args[0]).args[0])  # type: ignore[arg-type]
+    return _through_converts(_through_converts(amax.args[0]).args[0])
 
 
 def _granularity(amax: Node, chain: Chain) -> str | Failure:
@@ -129,7 +129,7 @@ def _granularity(amax: Node, chain: Chain) -> str | Failure:
     if is_call(amax, aten.max.default):
         return "tensor"
     dims = amax.args[1] if len(amax.args) > 1 else list(range(taken.dim()))
-    dims = sorted({d % taken.dim() for d in ([dims] if isinstance(dims, int) else dims)}) if taken.dim() else []  # type: ignore[union-attr]
+    dims = sorted({d % taken.dim() for d in ([dims] if isinstance(dims, int) else dims)}) if taken.dim() else []
     if len(dims) in (0, taken.dim()):
         return "tensor"
     wanted = "the last dimension of what is scaled, or all of it"

@@ -99,7 +99,7 @@ class _Walk:
 
     def __init__(self, cast: Node) -> None:
         self.cast = cast
-        self.node: Node = cast.args[0]  # type: ignore[assignment]
+        self.node: Node = cast.args[0]
         self.steps: list[steps.Step] = []
         self.operands: list[Node] = []
         self.views: list[Node] = []
@@ -117,9 +117,9 @@ class _Walk:
             elif is_call(node, CONVERT):
                 advanced = self._convert(node)
             elif is_call(node, *_CLAMPS):
-                advanced = self._binary(node, _CLAMPS[node.target])  # type: ignore[index]
+                advanced = self._binary(node, _CLAMPS[node.target])
             elif is_call(node, *_SCALES):
-                advanced = self._binary(node, _SCALES[node.target])  # type: ignore[index]
+                advanced = self._binary(node, _SCALES[node.target])
             else:
                 break
             if not advanced:
@@ -144,7 +144,7 @@ class _Walk:
                 self.inner.pop()
         return Chain(
             cast=self.cast,
-            dtype=self.cast.args[1],  # type: ignore[arg-type]
+            dtype=self.cast.args[1],
             x=self.node,
             pre_views=list(reversed(self.views[keep:])),
             steps=self._renumbered(),

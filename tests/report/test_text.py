@@ -1,0 +1,67 @@
+"""Reports as plain text, against golden text (EXPECTTEST_ACCEPT=1 accepts a change)."""
+
+from __future__ import annotations
+
+from expecttest import TestCase
+
+from inductor_ext.report import text
+from inductor_ext.report.events import GraphReport, Refusal, Rewrite
+from inductor_ext.report.explain import Explanation
+from inductor_ext.report.verify import EndToEnd, RuleCheck, Verification
+
+LINE = "model.py:7 in forward: q = (x / s).to(FP8)"
+
+
+def rewrite(number: int, **changes: str) -> Rewrite:
+    fields = {"kernel": "fp8_downcast", "detail": "f32 div:s0", "why": f"its input comes from mm 'mm_{number}'"}
+    return Rewrite("fp8_downcast", f"convert_{number}", LINE, **{**fields, **changes})
+
+
+def refusal(number: int, found: str) -> Refusal:
+    return Refusal("fp8_quantize", f"convert_{number}", LINE, "input layout", "a dense tensor", found)
+
+
+class Text(TestCase):
+    maxDiff = None
+
+    def test_equal_events_share_a_row(self) -> None:
+        graph = GraphReport(
+            "graph 0", [rewrite(1), rewrite(2), rewrite(30)], [refusal(4, "x_1 [2]"), refusal(5, "x_2 [3]")]
+        )
+        self.assertExpectedInline(text.render(Explanation([graph]), width=100), """""")
+
+    def test_a_rule_without_a_kernel(self) -> None:
+        graph = GraphReport("graph 0", [rewrite(1, kernel="", detail="shares mm_2", why="the same chain")])
+        self.assertExpectedInline(text.render(Explanation([graph]), width=100), """""")
+
+    def test_nothing_found(self) -> None:
+        self.assertExpectedInline(text.render(Explanation([GraphReport("graph 0")]), width=100), """\
+graph 0: rewrote nothing; 0 near misses
+What to try:
+  - no rule saw anything like its pattern: `inductor-ext rules` lists what each looks for, and
+`inductor-ext rules show NAME` shows code that it matches
+  - the rules look for casts to float8 in the model's own graph: quantise the model first, and run
+it on the inputs that it will serve
+  - print(explanation.graphs[0].before) is the graph that the rules saw""")
+
+    def test_only_near_misses(self) -> None:
+        shown = text.render(Explanation([GraphReport("graph 0", [], [refusal(1, "x [2]")])]), width=100)
+        self.assertIn('rules={"fp8_quantize": "always"}', " ".join(shown.split()))
+
+    def test_no_graph(self) -> None:
+        self.assertIn("no graph was compiled", text.render(Explanation([])))
+
+    def test_verification(self) -> None:
+        checks = [
+            RuleCheck("quantize_once", "graph 0", 6, exact=True, elements=4096),
+            RuleCheck("fp8_quantize", "graph 0", 2, True, 4096, 3, 0.5, "value 0, first at [1, 2]"),
+        ]
+        found = Verification(checks, EndToEnd(0.01, 0.0123456, 0.0), [])
+        self.assertExpectedInline(text.render(found, width=100), """""")
+
+    def test_verification_of_nothing(self) -> None:
+        self.assertIn("nothing to compare", text.render(Verification([], None, [])))
+
+    def test_markup_in_a_source_line_is_text(self) -> None:
+        shown = text.render(Explanation([GraphReport("graph 0", [rewrite(1, detail="x[red]y[/red]")])]))
+        self.assertIn("x[red]y[/red]", shown)

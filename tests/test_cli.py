@@ -1,0 +1,248 @@
+"""The command line, each command as a person calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import inductor_ext
+from inductor_ext import registry
+from inductor_ext.cli import app
+from inductor_ext.jit import Check
+
+MODEL = """
+import torch
+
+def forward(x, s, by=1.0):
+    y = torch.sin(x) * by
+    return [(v.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn) for v in (x, y)]
+
+def case():
+    return forward, (torch.randn(32, 64).bfloat16(), torch.tensor(0.5)), {"by": 2.0}
+
+def nothing():
+    return torch.sin, torch.randn(3)
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "model_under_test.py"
+    path.write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    return path
+
+
+def invoke(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_version_and_help() -> None:
+    assert inductor_ext.__version__ in invoke("--version").stdout
+    shown = invoke("--help").stdout
+    commands = ("demo", "explain", "doctor", "ops", "rules", "build", "cache", "bench", "clangd")
+    assert all(command in shown for command in commands)
+    for command in commands:
+        assert "Usage" in invoke(command, "--help").stdout
+
+
+# ---- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain(script: Path) -> None:
+    shown = invoke("explain", f"{script.name}:case", "--diff").stdout
+    assert "rewrote fp8_downcast ×1; 1 near miss" in shown
+    assert "model_under_test.py:6 in forward" in shown
+    assert "\n-clamp_min = " in shown and "inductor_ext.fp8_downcast.default(" in shown
+
+
+def test_explain_module_rules_and_json(script: Path) -> None:
+    result = invoke("explain", "model_under_test:case", "--rules", "fp8_downcast=always", "--json")
+    assert json.loads(result.stdout)["counts"] == {"fp8_downcast": 2}
+
+
+def test_explain_verify_and_html(script: Path, tmp_path: Path) -> None:
+    result = invoke("explain", str(script) + ":case", "--verify", "--json", "--html", "report.html")
+    found = json.loads(result.stdout)
+    assert found["verify"]["ok"] and found["verify"]["checks"][0]["differing"] == 0
+    assert "Each rewrite against what it replaced" in (tmp_path / "report.html").read_text()
+
+
+def test_explain_says_what_to_try(script: Path) -> None:
+    assert "What to try" in invoke("explain", f"{script.name}:nothing").stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("model_under_test.py", "wanted path.py:function"),
+        ("absent.py:case", "there is no file absent.py"),
+        ("absent_module:case", "there is no module 'absent_module'"),
+        ("model_under_test.py:other", "its functions are: case, forward, nothing, wrong"),
+        ("model_under_test.py:wrong", "must return (model, args)"),
+    ],
+)
+def test_explain_errors(script: Path, target: str, message: str) -> None:
+    assert message in invoke("explain", target, code=1).stderr
+
+
+def test_explain_unknown_rule_and_mode(script: Path) -> None:
+    assert "no rule is called 'nope'" in invoke("explain", f"{script.name}:case", "--rules", "nope=off", code=1).stderr
+    result = invoke("explain", f"{script.name}:case", "--rules", "fp8_downcast=maybe", code=1)
+    assert "wanted one of auto, always, off" in result.stderr
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_CACHE_DIR", str(tmp_path))
+    found = json.loads(invoke("doctor", "--json").stdout)
+    assert found["ok"] and {check["name"] for check in found["checks"]} >= {
+        "backend",
+        "nvcc",
+        "torch",
+        "cache directory",
+    }
+
+
+def test_doctor_reference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without GPU and nvcc is fine."""
+    absent = [
+        Check("nvcc", None, "none", "install it"),
+        Check("host compiler", True, "g++"),
+        Check("GPU", None, "none"),
+    ]
+    monkeypatch.setattr("inductor_ext.cli.doctor.jit.diagnose", lambda: absent)
+    monkeypatch.setattr("inductor_ext.cli.doctor._has_gpu", lambda: False)
+    shown = invoke("doctor").stdout
+    assert "Reference mode" in shown and "kernels cannot be built" in shown and "install it" in shown
+
+
+def test_doctor_fails_when_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "inductor_ext.cli.doctor.jit.diagnose", lambda: [Check("tvm-ffi", False, "gone", "pip install")]
+    )
+    assert "Broken: tvm-ffi" in invoke("doctor", code=1).stdout
+
+
+# ---- ops and rules ---------------------------------------------------------------------------------------------------
+
+
+def test_ops() -> None:
+    found = json.loads(invoke("ops", "--json").stdout)
+    assert [op["name"] for op in found] == [op.name for op in registry.ops()]
+    assert all(op["kernel"].endswith(".cuh") and op["min_capability"] for op in found)
+    assert "fp8_downcast/fp8_downcast.cuh" in invoke("ops").stdout
+
+
+def test_rules() -> None:
+    found = json.loads(invoke("rules", "--json").stdout)
+    assert [rule["name"] for rule in found] == [rule.name for rule in registry.rules()]
+    assert "bit-exact" in invoke("rules").stdout
+
+
+def test_rules_show_every_example() -> None:
+    shown = invoke("rules", "show", "quantize_once").stdout
+    rule = registry.rule_named("quantize_once")
+    assert shown.count("✓") == len(rule.matches) + len(rule.near_misses)
+    assert rule.near_misses[0].reason in shown
+
+
+def test_rules_show_one_example() -> None:
+    outcomes = json.loads(invoke("rules", "show", "fp8_downcast", "--example", "e5m2", "--json").stdout)
+    assert [outcome["rewrites"] for outcome in outcomes] == [1]
+    assert "has no example 'nope'" in invoke("rules", "show", "fp8_downcast", "--example", "nope", code=2).output
+    assert "no rule is called" in invoke("rules", "show", "nope", code=1).stderr
+
+
+# ---- build and cache -------------------------------------------------------------------------------------------------
+
+
+def test_build_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inductor_ext.cli.build.jit.current_arch", lambda chosen: None)
+    assert "name ops to build" in invoke("build", code=1).stderr
+    assert "no op is called 'nope'" in invoke("build", "nope", code=1).stderr
+    assert "--preset: wanted" in invoke("build", "--preset", "nope", code=1).stderr
+    assert "name one: --arch" in invoke("build", "fp8_downcast", code=1).stderr
+
+
+def test_build_with_a_bad_target() -> None:
+    assert "wanted something like sm_90a" in invoke("build", "fp8_downcast", "--arch", "hopper", code=1).stderr
+
+
+def test_build_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel fails for the same reason, which is said once."""
+    monkeypatch.setenv("INDUCTOR_EXT_NVCC", str(tmp_path / "absent"))
+    result = invoke("build", "--preset", "downcast", "--arch", "sm_90a", "--out", str(tmp_path / "out"), code=1)
+    assert result.stderr.count("error: ") == 1 and "nvcc" in result.stderr
+    assert result.stdout.startswith("0 of ")
+
+
+def test_build_hands_every_example_to_prebuild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def prebuild(specs, directory, settings, *, on_progress):  # type: ignore[no-untyped-def]
+        asked.extend(specs)
+        return {spec: Path(directory) for spec in specs}
+
+    monkeypatch.setattr("inductor_ext.cli.build.jit.prebuild", prebuild)
+    shown = invoke("build", "fp8_downcast", "fp8_downcast", "--arch", "sm_90a", "--arch", "sm_100a").stdout
+    op = next(op for op in registry.ops() if op.name == "fp8_downcast")
+    assert op.kernel is not None
+    assert asked == [op.spec_of_key(key, arch) for arch in ("sm_90a", "sm_100a") for key in op.kernel.examples]
+    assert f"{len(asked)} of {len(asked)} kernels" in shown
+
+
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_CACHE_DIR", str(tmp_path))
+    assert invoke("cache", "path").stdout.strip() == str(tmp_path)
+    assert "no kernels in" in invoke("cache", "list").stdout
+    assert json.loads(invoke("cache", "list", "--json").stdout) == []
+    assert "deleted 0 kernels" in invoke("cache", "clear").stdout
+
+
+# ---- bench and clangd ------------------------------------------------------------------------------------------------
+
+
+def test_bench_lists_scripts() -> None:
+    assert "kernels/downcast" in invoke("bench").stdout
+
+
+def test_bench_without_a_gpu_or_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "there is no GPU here" in invoke("bench", "kernels/downcast", code=1).stderr
+    assert "there is no benchmark 'nope'" in invoke("bench", "nope", code=1).stderr
+
+
+def test_bench_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inductor_ext.cli.bench.jit.kernels_root", lambda: tmp_path / "kernels")
+    assert "benchmarks are in the checkout" in invoke("bench", code=1).stderr
+
+
+def test_bench_passes_arguments_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inductor_ext.cli.bench.jit.kernels_root", lambda: tmp_path / "kernels")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    script = tmp_path / "benchmarks" / "kernels" / "one.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(
+        '"""One."""\nif __name__ == "__main__":\n    import sys\n    sys.exit(sys.argv[1:] == ["--time", "3"] and 7)\n'
+    )
+    invoke("bench", "kernels", "--time", "3", code=7)
+
+
+def test_clangd(tmp_path: Path) -> None:
+    shown = invoke("clangd", str(tmp_path)).stdout
+    assert {Path(line).name for line in shown.split()} == {".clangd", "compile_commands.json"}
+    assert json.loads((tmp_path / "compile_commands.json").read_text())
+    assert os.listdir(tmp_path)
