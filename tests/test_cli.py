@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,7 @@ def test_version_and_help() -> None:
 def test_explain(script: Path) -> None:
     shown = invoke("explain", f"{script.name}:case", "--diff").stdout
     assert "rewrote fp8_downcast ×1; 1 near miss" in shown
-    assert "model_under_test.py:6 in forward" in shown
+    assert "model_under_test.py:6" in shown
     assert "\n-clamp_min = " in shown and "inductor_ext.fp8_downcast.default(" in shown
 
 
@@ -130,9 +129,7 @@ def test_doctor_reference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_fails_when_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "inductor_ext.cli.doctor.jit.diagnose", lambda: [Check("tvm-ffi", False, "gone", "pip install")]
-    )
+    monkeypatch.setattr("inductor_ext.cli.doctor.jit.diagnose", lambda: [Check("tvm-ffi", False, "gone", "pip install")])
     assert "Broken: tvm-ffi" in invoke("doctor", code=1).stdout
 
 
@@ -245,4 +242,3 @@ def test_clangd(tmp_path: Path) -> None:
     shown = invoke("clangd", str(tmp_path)).stdout
     assert {Path(line).name for line in shown.split()} == {".clangd", "compile_commands.json"}
     assert json.loads((tmp_path / "compile_commands.json").read_text())
-    assert os.listdir(tmp_path)

@@ -21,28 +21,69 @@ def refusal(number: int, found: str) -> Refusal:
     return Refusal("fp8_quantize", f"convert_{number}", LINE, "input layout", "a dense tensor", found)
 
 
+def ascii_of(report: object, width: int) -> str:
+    """The rendered report in ASCII, which is all that expecttest can write into this file."""
+    return text.render(report, width).translate(str.maketrans("│─╭╮╰╯├┤┬┴┼×", "|-+++++++++x"))
+
+
 class Text(TestCase):
     maxDiff = None
 
     def test_equal_events_share_a_row(self) -> None:
-        graph = GraphReport(
-            "graph 0", [rewrite(1), rewrite(2), rewrite(30)], [refusal(4, "x_1 [2]"), refusal(5, "x_2 [3]")]
+        graph = GraphReport("graph 0", [rewrite(1), rewrite(2), rewrite(30)], [refusal(4, "x_1 [2]"), refusal(5, "x_2 [3]")])
+        self.assertExpectedInline(
+            ascii_of(Explanation([graph]), width=100),
+            """\
+graph 0: rewrote fp8_downcast x3; 2 near misses
+Rewrites (3)
++---+--------------+--------------------------------+--------------+-------------------------------+
+| x | rule         | where                          | now          | why                           |
++---+--------------+--------------------------------+--------------+-------------------------------+
+| 3 | fp8_downcast | model.py:7 in forward: q = (x  | fp8_downcast | its input comes from mm       |
+|   |              | / s).to(FP8)                   | f32 div:s0   | 'mm_1'                        |
+|   |              | node convert_1 +2              |              |                               |
++---+--------------+--------------------------------+--------------+-------------------------------+
+Near misses (2)
++---+--------------+----------------------------------------+--------------+-----------------------+
+| x | rule         | where                                  | reason       | wanted and found      |
++---+--------------+----------------------------------------+--------------+-----------------------+
+| 1 | fp8_quantize | model.py:7 in forward: q = (x /        | input layout | wanted a dense tensor |
+|   |              | s).to(FP8)                             |              | found  x_1 [2]        |
+|   |              | node convert_4                         |              |                       |
++---+--------------+----------------------------------------+--------------+-----------------------+
+| 1 | fp8_quantize | model.py:7 in forward: q = (x /        | input layout | wanted a dense tensor |
+|   |              | s).to(FP8)                             |              | found  x_2 [3]        |
+|   |              | node convert_5                         |              |                       |
++---+--------------+----------------------------------------+--------------+-----------------------+""",
         )
-        self.assertExpectedInline(text.render(Explanation([graph]), width=100), """""")
 
     def test_a_rule_without_a_kernel(self) -> None:
         graph = GraphReport("graph 0", [rewrite(1, kernel="", detail="shares mm_2", why="the same chain")])
-        self.assertExpectedInline(text.render(Explanation([graph]), width=100), """""")
+        self.assertExpectedInline(
+            ascii_of(Explanation([graph]), width=100),
+            """\
+graph 0: rewrote fp8_downcast x1; 0 near misses
+Rewrites (1)
++---+--------------+--------------------------------------------+-------------+----------------+
+| x | rule         | where                                      | now         | why            |
++---+--------------+--------------------------------------------+-------------+----------------+
+| 1 | fp8_downcast | model.py:7 in forward: q = (x / s).to(FP8) | shares mm_2 | the same chain |
+|   |              | node convert_1                             |             |                |
++---+--------------+--------------------------------------------+-------------+----------------+""",
+        )
 
     def test_nothing_found(self) -> None:
-        self.assertExpectedInline(text.render(Explanation([GraphReport("graph 0")]), width=100), """\
+        self.assertExpectedInline(
+            ascii_of(Explanation([GraphReport("graph 0")]), width=100),
+            """\
 graph 0: rewrote nothing; 0 near misses
 What to try:
   - no rule saw anything like its pattern: `inductor-ext rules` lists what each looks for, and
 `inductor-ext rules show NAME` shows code that it matches
   - the rules look for casts to float8 in the model's own graph: quantise the model first, and run
 it on the inputs that it will serve
-  - print(explanation.graphs[0].before) is the graph that the rules saw""")
+  - print(explanation.graphs[0].before) is the graph that the rules saw""",
+        )
 
     def test_only_near_misses(self) -> None:
         shown = text.render(Explanation([GraphReport("graph 0", [], [refusal(1, "x [2]")])]), width=100)
@@ -57,7 +98,21 @@ it on the inputs that it will serve
             RuleCheck("fp8_quantize", "graph 0", 2, True, 4096, 3, 0.5, "value 0, first at [1, 2]"),
         ]
         found = Verification(checks, EndToEnd(0.01, 0.0123456, 0.0), [])
-        self.assertExpectedInline(text.render(found, width=100), """""")
+        self.assertExpectedInline(
+            ascii_of(found, width=100),
+            """\
+verify: fp8_quantize differs from what it replaced
+Rule by rule
++---------------+---------+----------+------------+------------+----------+------------------------+
+| rule          | graph   | rewrites | promise    | differing  | max diff | result                 |
++---------------+---------+----------+------------+------------+----------+------------------------+
+| quantize_once | graph 0 | 6        | same bytes | 0 of 4,096 | 0        | equal                  |
++---------------+---------+----------+------------+------------+----------+------------------------+
+| fp8_quantize  | graph 0 | 2        | same bytes | 3 of 4,096 | 0.5      | DIFFERS: value 0,      |
+|               |         |          |            |            |          | first at [1, 2]        |
++---------------+---------+----------+------------+------------+----------+------------------------+
+relative distance of the outputs: stock to eager 0.01, ours to eager 0.0123, ours to stock 0""",
+        )
 
     def test_verification_of_nothing(self) -> None:
         self.assertIn("nothing to compare", text.render(Verification([], None, [])))
