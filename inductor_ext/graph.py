@@ -165,8 +165,20 @@ def describe(node: Any) -> str:
         return repr(node)
     value = value_of(node)
     kind = f"{str(value.dtype)[6:]}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-    target = "graph input" if node.op == "placeholder" else str(node.target).replace("torch.ops.", "")
+    if node.op == "placeholder":
+        target = "graph input"
+    elif node.op == "call_function" and not hasattr(node.target, "_schema"):
+        made_by = producer(node)  # getitem says little; what it takes an item of says more
+        target = _name(made_by.target) if made_by is not node else _name(node.target)
+    else:
+        target = _name(node.target)
     return f"{target} '{node.name}' {kind}".rstrip()
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, str) or hasattr(target, "_schema"):
+        return str(target).replace("torch.ops.", "")
+    return getattr(target, "__name__", str(target))
 
 
 def index_of(graph: Graph) -> dict[Node, int]:
