@@ -124,7 +124,9 @@ class Op:
             known = len(ir.V.graph.operations)
             result = ir.FallbackKernel.create(target, *args, **kwargs, **buffers)
             for operation in ir.V.graph.operations[known:]:
-                if isinstance(operation, ir.FallbackKernel) and operation.op_overload is target:
+                # A C++ wrapper finds the op by its name in the dispatcher, and keeps it.
+                own = isinstance(operation, ir.FallbackKernel) and operation.op_overload is target
+                if own and not ir.V.graph.cpp_wrapper:
                     operation.python_kernel_name = f"extern_kernels.{direct}"
             if not buffers:
                 return result
