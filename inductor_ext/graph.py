@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from inductor_ext import torch_compat
 
@@ -67,6 +67,14 @@ def is_call(node: Any, *targets: Any) -> bool:
 def known_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input, without adding a guard."""
     return a is b or statically_known_true(a == b)
+
+
+def guarded_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal now. If they need not be for every input, a guard keeps the graph to inputs where they are."""
+    if known_equal(a, b):
+        return True
+    environments = [size.node.shape_env for size in (a, b) if isinstance(size, torch.SymInt)]
+    return not any(environment.frozen for environment in environments) and guard_or_false(a == b)
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:

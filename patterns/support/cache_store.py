@@ -18,7 +18,7 @@ import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, is_call, known_equal, same_sizes, value_of
+from inductor_ext.graph import aten, call, describe, guarded_equal, is_call, known_equal, same_sizes, value_of
 from inductor_ext.patterns.support.fp8_chain import Failure
 
 SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default, aten.slice_scatter.default, aten.copy.default)
@@ -148,7 +148,8 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
     shape = value_of(value).shape
     if known_equal(count, 1) and same_sizes(shape, target_shape[1:]):
         shape = (1, *shape)
-    if len(shape) < 2 or not same_sizes(shape[1:], target_shape[1:]) or not known_equal(shape[0], count):
+    # The number of rows and of indices are symbols of their own when both are dynamic; eager would broadcast a single row.
+    if len(shape) < 2 or not same_sizes(shape[1:], target_shape[1:]) or not guarded_equal(shape[0], count):
         found = f"{describe(value)} into {list(target_shape)}"
         return Failure(scatter, "the stored rows broadcast", "[T, …] rows of the cache's own trailing sizes", found)
     return value, *rows

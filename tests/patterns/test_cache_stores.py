@@ -291,3 +291,27 @@ def test_cpu_rows_and_indices_of_a_cuda_cache(where: str) -> None:
     assert "downcast_fp8" not in report.counts()
     (refusal,) = [refusal for refusal in report.refusals if refusal.rule == "downcast_fp8"]
     assert (refusal.reason, refusal.found.split(", ")[-1]) == ("device", "cpu")
+
+
+# ---- dynamic numbers of tokens -----------------------------------------------------------------------------------------
+
+
+def test_rows_and_indices_with_symbols_of_their_own() -> None:
+    """As vLLM and SGLang compile it: the number of tokens changes, and only a guard says that there are as many indices."""
+
+    def store(k: Any, v: Any, kc: Any, vc: Any, s: Any) -> None:
+        kc.view(-1, 8, 64)[s] = quantise(k)
+        vc.view(-1, 8, 64)[s] = quantise(v)
+
+    def given(tokens: int, indices: int) -> tuple[Any, ...]:
+        return rows(tokens), rows(tokens), cache(4, 16, 8, 64), cache(4, 16, 8, 64), slots(indices)
+
+    recorder = Recorder()
+    compiled = torch.compile(store, backend=recorder)
+    for tokens in (16, 17, 33, 2, 60):
+        inputs = given(tokens, tokens)
+        assert_all_same_bytes(run_copies(compiled, inputs), run_copies(store, inputs))
+    assert [report.counts() for report in recorder.reports] == [{"downcast_fp8": 1}] * 2, "static, then dynamic; no more"
+
+    inputs = given(1, 16)  # eager stores the one row in all slots
+    assert_all_same_bytes(run_copies(compiled, inputs), run_copies(store, inputs))
