@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from inductor_ext.backend import backend
 from inductor_ext.errors import InductorExtError
 from inductor_ext.report.explain import Explanation
 from inductor_ext.report.verify import EndToEnd, Verification, verify
@@ -239,7 +240,7 @@ def run(shape: Shape | None = None, device: str | None = None, stage: Stage = co
         outputs["eager"] = forward(ids)
     with stage("Starting Inductor"):  # its imports and its compiler's first start belong to neither side
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
-    ours = torch.compile(forward, backend="inductor_ext")
+    ours = torch.compile(forward, backend=backend(progress=False))  # the demo has a progress display of its own
     runs: dict[str, Forward] = {"stock": torch.compile(forward), "inductor_ext": ours}
     for name, compiled in runs.items():
         with stage(f"Compiling with {name}"):
