@@ -9,20 +9,19 @@
 //   wrap              a negative row counts from the end (index_put); otherwise a negative loc[t] is padding and is skipped
 // Rows outside [0, S) are never written. `check` reads back whether there was one, and throws IndexError.
 //
-// One group of lanes (32, or 8 for narrow rows) takes one token, all 8-element vectors of its K and V row in flight at once.
-//
-// REPEATED ROWS: one token's K and V are stored whole. A cache row must not be written by two groups at the same time; written
-// one after the other, the later is whole. How that is ensured depends on T alone:
-//   kUnique  the rows cannot repeat (one token, or no loc).
-//   kScan    few tokens: a group looks through loc[t+1..T) while its loads are in flight, and leaves the row to a later token.
-//   kClaim   many: before its first store a group claims the row by a compare-and-swap of the row's address into a slot of a
-//            table, and gives the slot back after its stores are done (release). It finds the slot
-//              free                      -> it is the only writer (acquire: behind every store of the one who had it before);
-//              taken, by the same row    -> that token's row, whole, is the one to stand: nothing to store;
-//              taken, by another row     -> it tries again. Nobody waits while holding a slot, so a holder always gets on.
-//            The slots are back to zero when the kernel ends, and their contents are addresses of the row in memory: launches on
+// REPEATED ROWS: one token's K and V are stored whole. A cache row must not be written by two tokens at the same time; written
+// one after the other, the later is whole. How that is ensured depends on T:
+//   few tokens (a block a token): the block looks through loc[t+1..T) while its loads are in flight, and leaves the row to a later
+//            token: the last one wins.
+//   many (a group of lanes a token): before its first store a group claims the row by a compare-and-swap of the row's address
+//            into a slot of a table, and gives the slot back when its stores are done (release). It finds the slot
+//              free                  -> it is the only writer (acquire: behind every store of the one who had it before);
+//              taken, by the row     -> that token's row, whole, is the one to stand: nothing to store;
+//              taken, by another row -> it tries again. Nobody waits while holding a slot, so a holder always gets on.
+//            The slots are back to zero when the kernel ends, and what they hold are addresses of rows in memory: launches on
 //            other streams, replays of a captured graph and other caches share the table without harm, and it needs no clearing.
-// Cost of a claim: one atomic behind the load of loc, hidden by the loads of K and V, and one fence.
+//            Cost: one atomic behind the load of loc, hidden by the loads of K and V, and one fence.
+//   rows that cannot repeat (one token; no loc): neither.
 #pragma once
 
 #include <tvm/ffi/function.h>
@@ -37,20 +36,25 @@
 
 namespace inductor_ext {
 
+#ifndef KV_B
+#define KV_B 7
+#endif
+#ifndef KV_FEW
+#define KV_FEW 1024
+#endif
+constexpr int kFewTokens = KV_FEW;  // up to here looking through loc is the cheaper
 constexpr int kClaimSlots = 1 << 16;
 constexpr unsigned long long kNoToken = ~0ull;
 static __device__ unsigned long long downcast_fp8_claims[kClaimSlots];  // zero outside of kernels
 static __device__ unsigned long long downcast_fp8_outside = kNoToken;   // first token whose row is outside the cache
-
-enum class Repeats { kUnique, kScan, kClaim };
 
 struct DowncastFp8Side {
   const void* x;
   uint8_t* cache;
   int64_t x_stride;      // elements
   int64_t cache_stride;  // bytes
-  int64_t vectors;       // of a row
-  Operands operands;
+  const void* scale;
+  int vectors;  // of a row
 };
 
 struct DowncastFp8Params {
@@ -58,7 +62,7 @@ struct DowncastFp8Params {
   const void* loc;  // or null
   int64_t tokens, slots, mult, offset;
   bool wrap, check;
-  Repeats repeats;
+  bool may_repeat;
   Consts consts;
 };
 
@@ -73,14 +77,23 @@ __device__ __forceinline__ int64_t cache_row(const DowncastFp8Params& p, int64_t
   return row >= 0 && row < p.slots ? row : kOutside;
 }
 
+template <typename Loc>
+__device__ __forceinline__ int64_t loc_of(const DowncastFp8Params& p, int64_t token) {
+  return p.loc == nullptr ? token : static_cast<int64_t>(static_cast<const Loc*>(p.loc)[token]);
+}
+
+__device__ __forceinline__ void note_outside(const DowncastFp8Params& p, int64_t token) {
+  atomicMin(&downcast_fp8_outside, static_cast<unsigned long long>(token));
+}
+
 // The vectors [first, first + Lanes * U) of one row of one side: loaded, cast, stored.
-template <typename In, typename Fp8, bool Saturated, typename Program, int Lanes, int E, int U>
+template <typename In, typename Fp8, bool Saturated, typename Chain, int Lanes, int E, int U>
 struct DowncastFp8Chunk {
-  typename Program::Prepared prepared;
+  typename Chain::Prepared prepared;
   Raw<In, E> raw[U];
   Bytes<E> bytes[U];
 
-  __device__ __forceinline__ void load(const DowncastFp8Side& side, int64_t token, int64_t first, int lane) {
+  __device__ __forceinline__ void load(const DowncastFp8Side& side, int64_t token, int first, int lane) {
     const In* x = static_cast<const In*>(side.x) + token * side.x_stride + (first + lane) * E;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -93,11 +106,11 @@ struct DowncastFp8Chunk {
     for (int u = 0; u < U; ++u) {
       float v[E];
       raw[u].unpack(v);
-      Program::apply(prepared, v);
+      Chain::apply(prepared, v);
       bytes[u] = cast_fp8<Fp8, Saturated>(v);
     }
   }
-  __device__ __forceinline__ void store(const DowncastFp8Side& side, int64_t row, int64_t first, int lane) const {
+  __device__ __forceinline__ void store(const DowncastFp8Side& side, int64_t row, int first, int lane) const {
     uint8_t* cache = side.cache + row * side.cache_stride + (first + lane) * E;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -106,55 +119,89 @@ struct DowncastFp8Chunk {
   }
 };
 
+// ---- few tokens: one block a token (and a piece of its row), one vector of K and V a thread ------------------------------------
+
+constexpr int kDowncastFp8Threads = 128;
+
+template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int E>
+__global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_few_kernel(const __grid_constant__ DowncastFp8Params p) {
+  const int token = blockIdx.x;
+  const int first = blockIdx.y * blockDim.x;
+  const int lane = threadIdx.x;
+  DowncastFp8Chunk<In, Fp8, Saturated, KChain, 1, E, 1> k;
+  DowncastFp8Chunk<In, Fp8, Saturated, VChain, 1, E, 1> v;
+
+  wait_for_previous_kernel();
+  const int64_t loc = loc_of<Loc>(p, token);
+  k.load(p.k, token, first, lane);
+  if constexpr (IsPair) v.load(p.v, token, first, lane);
+  k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
+  if constexpr (IsPair) v.prepared = VChain::prepare(Env{p.consts, &p.v.scale});
+  allow_next_kernel();
+  const int64_t row = cache_row<Loc>(p, loc);
+  bool repeated = false;
+  if (p.may_repeat) {
+    const Loc* locs = static_cast<const Loc*>(p.loc);
+    if (p.wrap) {
+      for (int other = token + 1 + lane; other < p.tokens; other += blockDim.x) repeated |= cache_row<Loc>(p, locs[other]) == row;
+    } else {  // equal rows are equal locs
+#pragma unroll 8
+      for (int other = token + 1 + lane; other < p.tokens; other += blockDim.x) repeated |= locs[other] == static_cast<Loc>(loc);
+    }
+    repeated = __syncthreads_or(repeated);
+  }
+  if (p.check && row == kOutside && lane == 0 && blockIdx.y == 0) note_outside(p, token);
+  if (row < 0 || repeated) return;
+  k.cast();
+  k.store(p.k, row, first, lane);
+  if constexpr (IsPair) {
+    v.cast();
+    v.store(p.v, row, first, lane);
+  }
+}
+
+// ---- many tokens: `Lanes` lanes (32, or 8 for narrow rows) a token, U vectors of K and of V in flight a lane ------------------
+
 __device__ __forceinline__ unsigned long long claim(unsigned long long* slot, unsigned long long key) {
   unsigned long long seen;
+#ifdef KV_RELAXED
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], 0, %2;" : "=l"(seen) : "l"(slot), "l"(key) : "memory");
+#else
   asm volatile("atom.acquire.gpu.global.cas.b64 %0, [%1], 0, %2;" : "=l"(seen) : "l"(slot), "l"(key) : "memory");
+#endif
   return seen;
 }
 __device__ __forceinline__ void give_back(unsigned long long* slot) {
   asm volatile("st.release.gpu.global.b64 [%0], 0;" ::"l"(slot) : "memory");
 }
 
-constexpr int kDowncastFp8Threads = 128;
-
-template <typename In, typename Fp8, bool Saturated, typename KProgram, typename VProgram, typename Loc, bool IsPair, int Lanes,
+template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int Lanes,
           int E, int U>
-__global__ void __launch_bounds__(kDowncastFp8Threads, sizeof(In) == 2 ? 6 : 4) downcast_fp8_kernel(const __grid_constant__ DowncastFp8Params p) {
+__global__ void __launch_bounds__(kDowncastFp8Threads, sizeof(In) == 2 ? KV_B : 4)
+    downcast_fp8_many_kernel(const __grid_constant__ DowncastFp8Params p) {
   constexpr int kChunk = Lanes * U;
   const int lane = threadIdx.x % Lanes;
-  const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / Lanes;
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kDowncastFp8Threads + threadIdx.x) / Lanes;
   const bool active = token < p.tokens;
-  const int64_t vectors = IsPair ? max(p.k.vectors, p.v.vectors) : p.k.vectors;
-  int64_t first = static_cast<int64_t>(blockIdx.y) * kChunk;
+  const int vectors = IsPair ? max(p.k.vectors, p.v.vectors) : p.k.vectors;
+  DowncastFp8Chunk<In, Fp8, Saturated, KChain, Lanes, E, U> k;
+  DowncastFp8Chunk<In, Fp8, Saturated, VChain, Lanes, E, U> v;
 
+  wait_for_previous_kernel();
   int64_t row = kSkip;
-  if (active) row = p.loc == nullptr ? token : static_cast<int64_t>(static_cast<const Loc*>(p.loc)[token]);
-  DowncastFp8Chunk<In, Fp8, Saturated, KProgram, Lanes, E, U> k;
-  DowncastFp8Chunk<In, Fp8, Saturated, VProgram, Lanes, E, U> v;
   if (active) {
-    k.load(p.k, token, first, lane);
-    if constexpr (IsPair) v.load(p.v, token, first, lane);
+    row = loc_of<Loc>(p, token);
+    k.load(p.k, token, 0, lane);
+    if constexpr (IsPair) v.load(p.v, token, 0, lane);
     row = cache_row<Loc>(p, row);
   }
-  if (p.check && row == kOutside && lane == 0) atomicMin(&downcast_fp8_outside, static_cast<unsigned long long>(token));
+  k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
+  if constexpr (IsPair) v.prepared = VChain::prepare(Env{p.consts, &p.v.scale});
+  allow_next_kernel();
+  if (p.check && row == kOutside && lane == 0) note_outside(p, token);
 
-  k.prepared = KProgram::prepare(Env{p.consts, p.k.operands});
-  if constexpr (IsPair) v.prepared = VProgram::prepare(Env{p.consts, p.v.operands});
   const unsigned group = Lanes == 32 ? 0xffffffffu : ((1u << (Lanes % 32)) - 1) << (threadIdx.x % 32 / Lanes * Lanes);
-
-  if (p.repeats == Repeats::kScan) {
-    bool repeated = false;
-    if (row >= 0) {
-#pragma unroll 4
-      for (int64_t other = token + 1 + lane; other < p.tokens; other += Lanes) {
-        const int64_t loc = p.loc == nullptr ? other : static_cast<int64_t>(static_cast<const Loc*>(p.loc)[other]);
-        repeated |= cache_row<Loc>(p, loc) == row;
-      }
-    }
-    if (__ballot_sync(0xffffffffu, repeated) & group) row = kSkip;
-  }
-
-  const bool claims = p.repeats == Repeats::kClaim;
+  const bool claims = p.may_repeat;
   const unsigned long long key = reinterpret_cast<unsigned long long>(p.k.cache + row * p.k.cache_stride);
   unsigned long long* slot = downcast_fp8_claims + ((row ^ (row >> 16)) & (kClaimSlots - 1));
   bool pending = row >= 0;
@@ -165,9 +212,9 @@ __global__ void __launch_bounds__(kDowncastFp8Threads, sizeof(In) == 2 ? 6 : 4) 
   while (__any_sync(0xffffffffu, pending)) {
     if (claims) seen = __shfl_sync(0xffffffffu, seen, 0, Lanes);
     if (pending && seen == 0) {
-      k.store(p.k, row, first, lane);
-      if constexpr (IsPair) v.store(p.v, row, first, lane);
-      while ((first += static_cast<int64_t>(gridDim.y) * kChunk) < vectors) {
+      k.store(p.k, row, 0, lane);
+      if constexpr (IsPair) v.store(p.v, row, 0, lane);
+      for (int first = kChunk; first < vectors; first += kChunk) {
         k.load(p.k, token, first, lane);
         if constexpr (IsPair) v.load(p.v, token, first, lane);
         k.cast();
@@ -239,11 +286,12 @@ struct DowncastFp8 {
         if (scale.value().numel() != 1) {
           TVM_FFI_THROW(ValueError) << scale_name << ": wanted one element, found shape " << shape_of(scale.value());
         }
-        side.operands.pointer[0] = data(scale.value());
+        side.scale = data(scale.value());
       });
       side.x = data(x);
       side.cache = data<uint8_t>(cache);
-      side.vectors = cols;  // elements until `launch` knows the vector width
+      check_row_length(cols, x_name);
+      side.vectors = static_cast<int>(cols);  // elements until `launch` knows the vector width
       vectors = vectors && cols % 8 == 0 && aligned(side.x, 16) && aligned(side.cache, 8) &&
                 side.x_stride * sizeof(In) % 16 == 0 && side.cache_stride % 8 == 0;
     }
@@ -274,7 +322,7 @@ struct DowncastFp8 {
         p.loc = data(loc.value());
       }
       p.tokens = tokens.value(), p.slots = slots.value();
-      const int64_t elements = IsPair ? std::max(p.k.vectors, p.v.vectors) : p.k.vectors;
+      const int64_t elements = std::max(p.k.vectors, p.v.vectors);
       if (p.tokens == 0 || elements == 0) return;
       DeviceGuard guard(device.id());
       cudaStream_t stream = env_stream(device.id());
@@ -292,34 +340,37 @@ struct DowncastFp8 {
 
     template <bool IsPair>
     void launch_width(int64_t elements, cudaStream_t stream) {
-      if (!vectors) {
-        launch_kernel<IsPair, 32, 1, 8>(elements, stream);
+      const bool distinct = p.tokens == 1 || (p.loc == nullptr && p.mult > 0 && p.offset >= 0);
+      p.may_repeat = !distinct;
+      if (vectors) p.k.vectors /= 8, p.v.vectors /= 8;
+      if (p.tokens <= kFewTokens && (distinct || (p.loc != nullptr && p.mult != 0))) {
+        vectors ? launch_few<IsPair, 8>(elements / 8, stream) : launch_few<IsPair, 1>(elements, stream);
+      } else if (!vectors) {
+        launch_many<IsPair, 32, 1, 8>(stream);
+      } else if (elements <= 128) {
+        launch_many<IsPair, 8, 8, 2>(stream);
       } else {
-        p.k.vectors /= 8, p.v.vectors /= 8;
-        if (elements <= 128) {
-          launch_kernel<IsPair, 8, 8, 2>(elements / 8, stream);
-        } else {
-          launch_kernel<IsPair, 32, 8, 4>(elements / 8, stream);
-        }
+        launch_many<IsPair, 32, 8, 4>(stream);
       }
     }
 
-    template <bool IsPair, int Lanes, int E, int U>
-    void launch_kernel(int64_t vectors, cudaStream_t stream) {
-      const bool distinct = p.loc == nullptr && p.mult > 0 && p.offset >= 0;
-      if (p.tokens == 1 || distinct) {
-        p.repeats = Repeats::kUnique;
-      } else {
-        p.repeats = p.tokens <= 32 * Lanes ? Repeats::kScan : Repeats::kClaim;
-      }
-      // A claimed row is stored by the one group that claimed it; otherwise the chunks of a row go to different blocks.
-      const int64_t chunks = p.repeats == Repeats::kClaim ? 1 : ceil_div(vectors, Lanes * U);
-      // Few tokens: one warp a block, to use every multiprocessor.
-      const int threads = ceil_div(p.tokens * Lanes, 32) * chunks <= 4 * sm_count(device.id()) ? 32 : kDowncastFp8Threads;
-      const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens * Lanes, threads)), static_cast<unsigned>(std::min<int64_t>(chunks, 65535)));
+    template <bool IsPair, int E>
+    void launch_few(int64_t vectors, cudaStream_t stream) {
+      const int threads = static_cast<int>(std::min<int64_t>(ceil_div(vectors, 32) * 32, kDowncastFp8Threads));
+      const int64_t pieces = ceil_div(vectors, threads);
+      if (pieces > 65535) return launch_many<IsPair, 32, E, E == 1 ? 8 : 4>(stream);
+      const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(pieces));
       Launch(grid, threads)
           .stream(stream)
-          .run(downcast_fp8_kernel<In, CacheFp8, Saturated, KProgram, VProgram, Loc, IsPair, Lanes, E, U>, p);
+          .programmatic()
+          .run(downcast_fp8_few_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, E>, p);
+    }
+    template <bool IsPair, int Lanes, int E, int U>
+    void launch_many(cudaStream_t stream) {
+      Launch(static_cast<unsigned>(ceil_div(p.tokens * Lanes, kDowncastFp8Threads)), kDowncastFp8Threads)
+          .stream(stream)
+          .programmatic()
+          .run(downcast_fp8_many_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, Lanes, E, U>, p);
     }
 
     void throw_if_outside(cudaStream_t stream) {

@@ -10,6 +10,8 @@
 
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
+
 #include "inductor_ext/fp8.cuh"
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/steps.cuh"
@@ -17,73 +19,100 @@
 
 namespace inductor_ext {
 
+#ifndef DC_U
+#define DC_U 4
+#endif
+#ifndef DC_T
+#define DC_T 256
+#endif
 struct Fp8DowncastParams {
   const void* x;
-  void* out;
-  int64_t count;       // vectors in all
-  int64_t tail;        // elements behind the last vector (one run of elements only)
-  int64_t cols;        // vectors a row
-  int64_t x_pitch;     // elements
-  int64_t out_pitch;
+  uint8_t* out;
+  int64_t rows;       // 1 where everything is one run of elements
+  int64_t cols;       // vectors of a row
+  int64_t tail;       // elements behind the last vector (one run only)
+  int64_t x_pitch;    // elements
+  int64_t out_pitch;  // bytes
   Consts consts;
   Operands operands;
 };
 
-constexpr int kFp8DowncastThreads = 256;
+template <typename In, typename Fp8, bool Saturated, typename Chain, int E>
+__device__ __forceinline__ void downcast_vector(const Raw<In, E>& raw, const typename Chain::Prepared& prepared, uint8_t* out) {
+  float v[E];
+  raw.unpack(v);
+  Chain::apply(prepared, v);
+  cast_fp8<Fp8, Saturated>(v).store(out);
+}
 
-// E elements a vector, U vectors a thread. IsRows: vectors are addressed by row and column.
-template <typename In, typename Fp8, bool Saturated, typename Program, int E, int U, bool IsRows>
-__global__ void __launch_bounds__(kFp8DowncastThreads) fp8_downcast_kernel(const __grid_constant__ Fp8DowncastParams p) {
+// One run of elements: E elements a vector, U vectors a thread.
+constexpr int kRunThreads = DC_T;
+
+template <typename In, typename Fp8, bool Saturated, typename Chain, int E, int U>
+__global__ void __launch_bounds__(kRunThreads) fp8_downcast_run_kernel(const __grid_constant__ Fp8DowncastParams p) {
   const In* x = static_cast<const In*>(p.x);
-  uint8_t* out = static_cast<uint8_t*>(p.out);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kFp8DowncastThreads * U) + threadIdx.x;
-
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kRunThreads * U) + threadIdx.x;
   Raw<In, E> raw[U];
-  int64_t row[U], col[U];
+  wait_for_previous_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t i = first + u * kFp8DowncastThreads;
-    row[u] = 0, col[u] = i;
-    if constexpr (IsRows) {
-      // 32-bit division wherever it will do: the 64-bit one is a subroutine.
-      row[u] = p.count >> 32 ? i / p.cols : static_cast<uint32_t>(i) / static_cast<uint32_t>(p.cols);
-      col[u] = i - row[u] * p.cols;
-    }
-    if (i < p.count) raw[u].load(x + row[u] * p.x_pitch + col[u] * E);
+    const int64_t i = first + u * kRunThreads;
+    if (i < p.cols) raw[u].load(x + i * E);
   }
-
-  Env env{p.consts, p.operands};
-  typename Program::Prepared prepared;
-  if constexpr (!Program::kRow) prepared = Program::prepare(env);
+  allow_next_kernel();
+  const auto prepared = Chain::prepare(Env{p.consts, p.operands.pointer});
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    if (first + u * kFp8DowncastThreads < p.count) {
-      if constexpr (Program::kRow) {
-        env.row = row[u];
-        prepared = Program::prepare(env);
-      }
-      float v[E];
-      raw[u].unpack(v);
-      Program::apply(prepared, v);
-      cast_fp8<Fp8, Saturated>(v).store(out + row[u] * p.out_pitch + col[u] * E);
-    }
+    const int64_t i = first + u * kRunThreads;
+    if (i < p.cols) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, p.out + i * E);
   }
+  if (E > 1 && blockIdx.x == gridDim.x - 1 && threadIdx.x < p.tail) {
+    const int64_t i = p.cols * E + threadIdx.x;
+    Raw<In, 1> one;
+    one.load(x + i);
+    downcast_vector<In, Fp8, Saturated, Chain>(one, prepared, p.out + i);
+  }
+}
 
-  if constexpr (!IsRows && E > 1) {
-    if (blockIdx.x == gridDim.x - 1 && threadIdx.x < p.tail) {
-      const int64_t i = p.count * E + threadIdx.x;
-      Raw<In, 1> one;
-      one.load(x + i);
-      float v[1];
-      one.unpack(v);
-      Program::apply(prepared, v);
-      cast_fp8<Fp8, Saturated>(v).store(out + i);
+// Rows: `Lanes` lanes take one row, U vectors at a time; the pieces of a long row go to the blocks of grid.y.
+constexpr int kRowThreads = 128;
+
+template <typename In, typename Fp8, bool Saturated, typename Chain, int Lanes, int E, int U>
+__global__ void __launch_bounds__(kRowThreads) fp8_downcast_rows_kernel(const __grid_constant__ Fp8DowncastParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / Lanes) + threadIdx.x / Lanes;
+  if (row >= p.rows) return;
+  const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
+  uint8_t* out = p.out + row * p.out_pitch;
+  const int cols = static_cast<int>(p.cols);
+  int first = blockIdx.y * (Lanes * U) + threadIdx.x % Lanes;
+  Raw<In, E> raw[U];
+  auto load = [&] {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * Lanes < cols) raw[u].load(x + (first + u * Lanes) * E);
     }
+  };
+  wait_for_previous_kernel();
+  load();
+  allow_next_kernel();
+  Env env{p.consts, p.operands.pointer};
+  env.row = row;
+  const auto prepared = Chain::prepare(env);
+  while (true) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int i = first + u * Lanes;
+      if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, out + i * E);
+    }
+    first += gridDim.y * (Lanes * U);
+    if (first >= cols) return;
+    load();
   }
 }
 
 template <typename In, typename Fp8, bool Saturated, typename Program>
 struct Fp8Downcast {
+  using Chain = ToFp8<Program>;
   static constexpr int kVector = 8;
 
   static void run(TensorView x, TensorView out, Optional<TensorView> s0, Optional<TensorView> s1, Optional<TensorView> s2,
@@ -120,45 +149,46 @@ struct Fp8Downcast {
     });
 
     if (shape.rows == 0 || shape.cols == 0) return;
-    p.x = data(x), p.out = data(out);
-    p.x_pitch = shape.a_pitch, p.out_pitch = shape.b_pitch;
+    p.x = data(x), p.out = data<uint8_t>(out);
+    p.rows = shape.rows, p.cols = shape.cols, p.x_pitch = shape.a_pitch, p.out_pitch = shape.b_pitch, p.tail = 0;
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
     p.consts = Consts::of(constants);
 
     DeviceGuard guard(device.id());
-    const bool one_run = !Program::kRow && shape.rows == 1;
-    bool vectors = aligned(p.x, 16) && aligned(p.out, kVector);
-    if (!one_run) {
-      vectors = vectors && shape.cols % kVector == 0 && shape.a_pitch * sizeof(In) % 16 == 0 && shape.b_pitch % kVector == 0;
+    const bool vectors = aligned(p.x, 16) && aligned(p.out, kVector);
+    if constexpr (!Program::kRow) {
+      if (p.rows == 1) return vectors ? launch_run<kVector>(p, device.id()) : launch_run<1>(p, device.id());
     }
-    p.cols = vectors ? shape.cols / kVector : shape.cols;
-    p.count = shape.rows * p.cols;
-    p.tail = vectors && one_run ? shape.cols % kVector : 0;
-    if (one_run) {
-      vectors ? launch<kVector, false>(p, device.id()) : launch<1, false>(p, device.id());
+    check_row_length(p.cols, "x");
+    if (vectors && p.cols % kVector == 0 && p.x_pitch * sizeof(In) % 16 == 0 && p.out_pitch % kVector == 0) {
+      p.cols / kVector <= 16 ? launch_rows<8, kVector, 2>(p, device.id()) : launch_rows<32, kVector, 4>(p, device.id());
     } else {
-      vectors ? launch<kVector, true>(p, device.id()) : launch<1, true>(p, device.id());
+      launch_rows<32, 1, 8>(p, device.id());
     }
   }
 
  private:
-  // Few vectors: one a thread, so that they spread over the multiprocessors. Many: four loads in flight a thread.
-  template <int E, bool IsRows>
-  static void launch(const Fp8DowncastParams& p, int device) {
-    if constexpr (Program::kRow && !IsRows) {
-      return;  // not reached: a row operand always goes by rows
-    } else if (p.count <= int64_t{4} * kFp8DowncastThreads * sm_count(device)) {
-      launch_unrolled<E, 1, IsRows>(p, device);
+  // Few vectors: one a thread, so that they spread over the multiprocessors. Many: several loads in flight a thread.
+  template <int E>
+  static void launch_run(Fp8DowncastParams& p, int device) {
+    p.tail = p.cols % E;
+    p.cols /= E;
+    if (p.cols <= int64_t{4} * kRunThreads * sm_count(device)) {
+      launch(fp8_downcast_run_kernel<In, Fp8, Saturated, Chain, E, 1>, p, p.cols, kRunThreads, 1, kRunThreads, device);
     } else {
-      launch_unrolled<E, 4, IsRows>(p, device);
+      launch(fp8_downcast_run_kernel<In, Fp8, Saturated, Chain, E, DC_U>, p, p.cols, kRunThreads * DC_U, 1, kRunThreads, device);
     }
   }
-  template <int E, int U, bool IsRows>
-  static void launch_unrolled(const Fp8DowncastParams& p, int device) {
-    const int64_t blocks = ceil_div(p.count + (p.count == 0), kFp8DowncastThreads * U);
-    Launch(static_cast<unsigned>(blocks), kFp8DowncastThreads)
-        .stream(env_stream(device))
-        .run(fp8_downcast_kernel<In, Fp8, Saturated, Program, E, U, IsRows>, p);
+  template <int Lanes, int E, int U>
+  static void launch_rows(Fp8DowncastParams& p, int device) {
+    p.cols /= E;
+    const int64_t pieces = std::min<int64_t>(ceil_div(p.cols, Lanes * U), 65535);
+    launch(fp8_downcast_rows_kernel<In, Fp8, Saturated, Chain, Lanes, E, U>, p, p.rows, kRowThreads / Lanes, pieces, kRowThreads, device);
+  }
+  static void launch(void (*kernel)(Fp8DowncastParams), const Fp8DowncastParams& p, int64_t work, int work_a_block, int64_t pieces,
+                     int threads, int device) {
+    const dim3 grid(static_cast<unsigned>(std::max<int64_t>(ceil_div(work, work_a_block), 1)), static_cast<unsigned>(pieces));
+    Launch(grid, threads).stream(env_stream(device)).programmatic().run(kernel, p);
   }
 };
 

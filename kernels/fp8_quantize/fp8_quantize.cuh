@@ -8,7 +8,7 @@
 //   c0..c7 are the constants of both programs.
 //
 // Rows: a row stays in registers between its maximum and its cast. 8 lanes take a row of at most 128 columns, a warp up to 1024,
-// a block of 128, 256 or 512 threads up to 4096, 8192 and 16384; wider rows are read twice (the second time mostly from L2).
+// a block of 128 to 1024 threads up to 4096, 8192, 16384 and 32768; wider rows are read twice (the second time mostly from L2).
 #pragma once
 
 #include <tvm/ffi/function.h>
@@ -25,26 +25,24 @@ namespace inductor_ext {
 
 template <typename ScaleProgram>
 __device__ __forceinline__ float scale_of(const Consts& consts, uint32_t amax_bits) {
-  const Operands none{};
-  Env env{consts, none};
+  Env env{consts, nullptr};
   float value[1] = {__uint_as_float(amax_bits)};
   ScaleProgram::apply(ScaleProgram::prepare(env), value);
   return value[0];
 }
 
-template <typename Program>
-__device__ __forceinline__ typename Program::Prepared prepare_scaled(const Consts& consts, float scale) {
-  const Operands none{};
-  Env env{consts, none};
+template <typename Chain>
+__device__ __forceinline__ typename Chain::Prepared prepare_scaled(const Consts& consts, float scale) {
+  Env env{consts, nullptr};
   env.scale = scale;
-  return Program::prepare(env);
+  return Chain::prepare(env);
 }
 
-template <typename In, typename Fp8, bool Saturated, typename Program, int E>
-__device__ __forceinline__ void quantize_vector(const Raw<In, E>& raw, const typename Program::Prepared& prepared, uint8_t* out) {
+template <typename In, typename Fp8, bool Saturated, typename Chain, int E>
+__device__ __forceinline__ void quantize_vector(const Raw<In, E>& raw, const typename Chain::Prepared& prepared, uint8_t* out) {
   float v[E];
   raw.unpack(v);
-  Program::apply(prepared, v);
+  Chain::apply(prepared, v);
   cast_fp8<Fp8, Saturated>(v).store(out);
 }
 
@@ -63,7 +61,7 @@ struct Fp8QuantizeRowParams {
 template <int Threads>
 constexpr int kQuantizeBlock = Threads <= 32 ? 128 : Threads;
 
-template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program, int Threads, int E,
+template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E,
           int U>
 __global__ void __launch_bounds__(kQuantizeBlock<Threads>) fp8_quantize_row_kernel(const __grid_constant__ Fp8QuantizeRowParams p) {
   constexpr int kBlock = kQuantizeBlock<Threads>;
@@ -74,12 +72,14 @@ __global__ void __launch_bounds__(kQuantizeBlock<Threads>) fp8_quantize_row_kern
   const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
 
   Raw<In, E> raw[U];
+  wait_for_previous_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * Threads + lane;
     raw[u].zero();
     if (active && i < p.cols) raw[u].load(x + i * E);
   }
+  allow_next_kernel();
   Amax<In> amax;
 #pragma unroll
   for (int u = 0; u < U; ++u) amax.merge(raw[u]);
@@ -93,45 +93,48 @@ __global__ void __launch_bounds__(kQuantizeBlock<Threads>) fp8_quantize_row_kern
 
   const float scale = scale_of<ScaleProgram>(p.consts, bits);
   if (lane == 0) static_cast<ScaleT*>(p.scale)[row] = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Program>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
   uint8_t* out = p.out + row * p.out_pitch;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * Threads + lane;
-    if (i < p.cols) quantize_vector<In, Fp8, Saturated, Program>(raw[u], prepared, out + i * E);
+    if (i < p.cols) quantize_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, out + i * E);
   }
 }
 
 // Rows too wide for registers: one block a row, two passes.
 constexpr int kWideThreads = 1024;
 
-template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program, int E>
+template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E>
 __global__ void __launch_bounds__(kWideThreads) fp8_quantize_wide_row_kernel(const __grid_constant__ Fp8QuantizeRowParams p) {
   __shared__ uint32_t shared[kWideThreads / 32];
   const int64_t row = blockIdx.x;
   const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
   Amax<In> amax;
+  wait_for_previous_kernel();
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < p.cols; i += kWideThreads) {
     Raw<In, E> raw;
     raw.load(x + i * E);
     amax.merge(raw);
   }
+  allow_next_kernel();
   const float scale = scale_of<ScaleProgram>(p.consts, block_max<kWideThreads>(amax.float_bits(), shared));
   if (threadIdx.x == 0) static_cast<ScaleT*>(p.scale)[row] = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Program>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
   uint8_t* out = p.out + row * p.out_pitch;
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < p.cols; i += kWideThreads) {
     Raw<In, E> raw;
     raw.load(x + i * E);
-    quantize_vector<In, Fp8, Saturated, Program>(raw, prepared, out + i * E);
+    quantize_vector<In, Fp8, Saturated, Chain>(raw, prepared, out + i * E);
   }
 }
 
 template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct Fp8QuantizeRow {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no tensor operands");
+  using Chain = ToFp8<Program>;
 
   static void run(TensorView x, TensorView out, TensorView scale, double c0, double c1, double c2, double c3, double c4, double c5,
                   double c6, double c7) {
@@ -167,6 +170,7 @@ struct Fp8QuantizeRow {
       if (cols <= 4096) return launch<128, 8, 4>(p, stream);
       if (cols <= 8192) return launch<256, 8, 4>(p, stream);
       if (cols <= 16384) return launch<512, 8, 4>(p, stream);
+      if (cols <= 32768) return launch<1024, 8, 4>(p, stream);
       return launch_wide<8>(p, stream);
     }
     if (cols <= 256) return launch<32, 1, 8>(p, stream);
@@ -181,13 +185,15 @@ struct Fp8QuantizeRow {
     constexpr int kBlock = kQuantizeBlock<Threads>;
     Launch(static_cast<unsigned>(ceil_div(p.rows, kBlock / Threads)), kBlock)
         .stream(stream)
-        .run(fp8_quantize_row_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Program, Threads, E, U>, p);
+        .programmatic()
+        .run(fp8_quantize_row_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>, p);
   }
   template <int E>
   static void launch_wide(const Fp8QuantizeRowParams& p, cudaStream_t stream) {
     Launch(static_cast<unsigned>(p.rows), kWideThreads)
         .stream(stream)
-        .run(fp8_quantize_wide_row_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Program, E>, p);
+        .programmatic()
+        .run(fp8_quantize_wide_row_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E>, p);
   }
 };
 
@@ -212,7 +218,8 @@ template <typename In, int E>
 __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_amax_kernel(const __grid_constant__ Fp8QuantizeTensorParams p) {
   constexpr int kTile = kTensorThreads * kTensorUnroll;
   __shared__ uint32_t shared[kTensorThreads / 32];
-  allow_next_kernel();
+  wait_for_previous_kernel();
+  allow_next_kernel();  // after the wait: the second launch reads x before its own wait
   const In* x = static_cast<const In*>(p.x);
   Amax<In> amax;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < p.count; tile += static_cast<int64_t>(gridDim.x) * kTile) {
@@ -237,7 +244,7 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_amax_kernel(const
 
 // Tiles are taken from the end backwards: what the first launch read last is still in L2. The loads of the first tile do not
 // depend on the first launch and start before it has ended.
-template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program, int E>
+template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E>
 __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(const __grid_constant__ Fp8QuantizeTensorParams p) {
   constexpr int kTile = kTensorThreads * kTensorUnroll;
   __shared__ uint32_t shared[kTensorThreads / 32];
@@ -263,13 +270,14 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(con
   }
   const float scale = scale_of<ScaleProgram>(p.consts, block_max<kTensorThreads>(bits, shared));
   if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<ScaleT*>(p.scale) = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Program>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
+  allow_next_kernel();
 
   while (tile >= 0) {
 #pragma unroll
     for (int u = 0; u < kTensorUnroll; ++u) {
       const int64_t i = tile * kTile + u * kTensorThreads + threadIdx.x;
-      if (i < p.count) quantize_vector<In, Fp8, Saturated, Program>(raw[u], prepared, p.out + i * E);
+      if (i < p.count) quantize_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, p.out + i * E);
     }
     tile -= gridDim.x;
     if (tile >= 0) load();
@@ -278,13 +286,14 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(con
     const int64_t i = p.count * E + threadIdx.x;
     Raw<In, 1> one;
     one.load(x + i);
-    quantize_vector<In, Fp8, Saturated, Program>(one, prepared, p.out + i);
+    quantize_vector<In, Fp8, Saturated, Chain>(one, prepared, p.out + i);
   }
 }
 
 template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct Fp8QuantizeTensor {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no tensor operands");
+  using Chain = ToFp8<Program>;
 
   static void run(TensorView x, TensorView out, TensorView scale, TensorView workspace, double c0, double c1, double c2, double c3,
                   double c4, double c5, double c6, double c7) {
@@ -320,11 +329,11 @@ struct Fp8QuantizeTensor {
     const int64_t tiles = std::max<int64_t>(ceil_div(p.count, kTensorThreads * kTensorUnroll), 1);
     const int sms = sm_count(device);
     p.partials = static_cast<int>(std::min<int64_t>({tiles, 4 * sms, kTensorMaxPartials}));
-    Launch(p.partials, kTensorThreads).stream(env_stream(device)).run(fp8_quantize_amax_kernel<In, E>, p);
+    Launch(p.partials, kTensorThreads).stream(env_stream(device)).programmatic().run(fp8_quantize_amax_kernel<In, E>, p);
     Launch(static_cast<unsigned>(std::min<int64_t>(tiles, 4 * sms)), kTensorThreads)
         .stream(env_stream(device))
         .programmatic()
-        .run(fp8_quantize_tensor_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Program, E>, p);
+        .run(fp8_quantize_tensor_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E>, p);
   }
 };
 

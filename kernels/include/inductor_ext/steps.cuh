@@ -48,7 +48,7 @@ struct Operands {
 
 struct Env {  // what the operands of a program are read from
   const Consts& consts;
-  const Operands& operands;
+  const void* const* operands;  // may be null where the program has none
   int64_t row = 0;
   float scale = 0.0f;
 };
@@ -110,14 +110,14 @@ template <int I, typename S>
 struct Scalar {
   static constexpr bool kTensor = true, kRow = false;
   __device__ static __forceinline__ float get(const Env& env) {
-    return to_float(*static_cast<const S*>(env.operands.pointer[I]));
+    return to_float(*static_cast<const S*>(env.operands[I]));
   }
 };
 template <int I, typename S>
 struct Row {
   static constexpr bool kTensor = true, kRow = true;
   __device__ static __forceinline__ float get(const Env& env) {
-    return to_float(static_cast<const S*>(env.operands.pointer[I])[env.row]);
+    return to_float(static_cast<const S*>(env.operands[I])[env.row]);
   }
 };
 struct Scale {
@@ -178,8 +178,24 @@ struct Mul {
 template <typename T, typename Operand>
 struct Div {
   static constexpr bool kRow = Operand::kRow;
-  using Prepared = Divisor;
-  __device__ static __forceinline__ Prepared prepare(const Env& env) { return Divisor::of(fetch<T, Operand>(env)); }
+  struct Prepared {
+    float divisor;
+  };
+  __device__ static __forceinline__ Prepared prepare(const Env& env) { return {fetch<T, Operand>(env)}; }
+  template <int N>
+  __device__ static __forceinline__ void apply(const Prepared& p, float (&v)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = __fdiv_rn(v[i], p.divisor);
+    round_to<T>(v);
+  }
+};
+
+// Div in a chain that leads to FP8 by clamps alone: see divide.cuh. `ToFp8` puts it in.
+template <typename T, typename Operand>
+struct NearDiv {
+  static constexpr bool kRow = Operand::kRow;
+  using Prepared = NearDivisor;
+  __device__ static __forceinline__ Prepared prepare(const Env& env) { return NearDivisor::of(fetch<T, Operand>(env)); }
   template <int N>
   __device__ static __forceinline__ void apply(const Prepared& p, float (&v)[N]) {
     p.divide(v);
@@ -256,6 +272,48 @@ struct Steps<Head, Tail...> {
     Steps<Tail...>::apply(p.tail, v);
   }
 };
+
+// ---- chains that end in FP8 -------------------------------------------------------------------------------------------------
+
+// Whether a step may stand between a NearDiv<T, ...> and the cast to FP8. An fp32 quotient must not be rounded on the way.
+template <typename T, typename Step>
+constexpr bool kKeepsNear = false;
+template <typename T, typename U>
+constexpr bool kKeepsNear<T, To<U>> = !std::is_same_v<T, float> || std::is_same_v<U, float>;
+template <typename T, typename U, typename Operand>
+constexpr bool kKeepsNear<T, Max<U, Operand>> = true;
+template <typename T, typename U, typename Operand>
+constexpr bool kKeepsNear<T, Min<U, Operand>> = true;
+
+template <typename Step, typename... Tail>
+struct Nearer {
+  using Type = Step;
+};
+template <typename T, typename Operand, typename... Tail>
+struct Nearer<Div<T, Operand>, Tail...> {
+  using Type = std::conditional_t<Operand::kTensor && (kKeepsNear<T, Tail> && ...), NearDiv<T, Operand>, Div<T, Operand>>;
+};
+
+template <typename Done, typename... S>
+struct ToFp8Steps;
+template <typename... Done>
+struct ToFp8Steps<Steps<Done...>> {
+  using Type = Steps<Done...>;
+};
+template <typename... Done, typename Head, typename... Tail>
+struct ToFp8Steps<Steps<Done...>, Head, Tail...> {
+  using Type = typename ToFp8Steps<Steps<Done..., typename Nearer<Head, Tail...>::Type>, Tail...>::Type;
+};
+template <typename Program>
+struct ToFp8Of;
+template <typename... S>
+struct ToFp8Of<Steps<S...>> {
+  using Type = typename ToFp8Steps<Steps<>, S...>::Type;
+};
+
+// The program with cheaper steps where the cast to FP8 behind it makes them equal.
+template <typename Program>
+using ToFp8 = typename ToFp8Of<Program>::Type;
 
 // Calls visit(index, is_row, S{}) for every tensor operand of the program: the host checks that each was given.
 template <typename Step>

@@ -301,6 +301,11 @@ inline PairRows pair_rows(const TensorView& a, const char* a_name, const TensorV
   return {};
 }
 
+// Kernels count the elements of a row in 32 bits, with room for the last step of a loop.
+inline void check_row_length(int64_t cols, const char* name) {
+  if (cols > (int64_t{1} << 30)) TVM_FFI_THROW(ValueError) << name << ": wanted rows of at most 2^30 elements, found " << cols;
+}
+
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 }  // namespace inductor_ext
