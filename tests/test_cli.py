@@ -101,6 +101,14 @@ def test_explain_unknown_rule_and_mode(script: Path) -> None:
     assert "wanted one of auto, always, off" in result.stderr
 
 
+def test_errors_of_the_backend_are_shown_plainly(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_RULES", "nope=always")
+    assert "no rule is called 'nope'" in invoke("explain", f"{script.name}:case", code=1).stderr
+    monkeypatch.setenv("INDUCTOR_EXT_RULES", "downcast_fp8")
+    monkeypatch.setenv("INDUCTOR_EXT_STRICT", "1")
+    assert "matched nothing" in invoke("explain", f"{script.name}:case", code=1).stderr
+
+
 # ---- doctor ----------------------------------------------------------------------------------------------------------
 
 

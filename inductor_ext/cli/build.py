@@ -36,8 +36,8 @@ def build(
 
     def tell(event: jit.BuildEvent) -> None:
         if event.state != "building":
-            outcome = f"[{event.done}/{event.total}] {event.state} {event.spec.describe()} ({event.seconds:.1f} s)"
-            console.print(Text(outcome), soft_wrap=True)
+            what = f"{event.state} {event.spec.name} ({event.spec.arch}) in {event.seconds:.1f} s"
+            console.print(Text(f"[{event.done}/{event.total}] {what}"))
 
     results = jit.prebuild(specs, directory, chosen, on_progress=tell)
     failures = {str(error): error for error in results.values() if isinstance(error, Exception)}

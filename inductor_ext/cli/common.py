@@ -22,8 +22,11 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except InductorExtError as error:
-            stderr().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        except Exception as error:
+            own = getattr(error, "inner_exception", error)  # torch.compile wraps what a backend raises
+            if not isinstance(own, InductorExtError):
+                raise
+            stderr().print(Text.assemble(("error: ", "bold red"), str(own)), soft_wrap=True)
             raise typer.Exit(1) from None
 
 
