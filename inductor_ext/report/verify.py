@@ -108,6 +108,7 @@ def verify(
     ``end_to_end=False`` skips the two full compiles.
     """
     chosen = settings.current(**({} if rules is None else {"rules": rules}))
+    registry.check_rules(chosen)
     checks: list[RuleCheck] = []
     graphs: list[GraphReport] = []
     stages: list[tuple[str, torch.fx.GraphModule]] = []
@@ -178,6 +179,8 @@ def _compare(check: RuleCheck, where: str, old: torch.Tensor, new: torch.Tensor)
         return
     a, b = old.double() if old.is_floating_point() else old, new.double() if new.is_floating_point() else new
     different = (a != b) & ~(_isnan(a) & _isnan(b))
+    if old.is_floating_point():  # zeros of either sign are equal numbers and different bytes
+        different |= (a == 0) & (b == 0) & (torch.signbit(a) != torch.signbit(b))
     count = int(different.sum())
     if count:
         check.differing += count
