@@ -44,7 +44,7 @@ def backend(**options: Any) -> Callable[..., Callable[..., Any]]:
     Takes every option of ``Settings``; unknown names, modes and rules raise ``SettingError`` here.
     """
     snapshot = settings.current(**options)
-    _check_rules(snapshot)
+    registry.check_rules(snapshot)
 
     def configured(gm: Any, example_inputs: Any, *, mode: Any = None, options: Any = None, **kwargs: Any) -> Any:
         return compile_graph(gm, example_inputs, snapshot, mode=mode, options=options)
@@ -74,7 +74,7 @@ def compile_graph(
 
     patches, own = _split_options(mode, options)
     chosen = chosen.replace(**own)
-    _check_rules(chosen)
+    registry.check_rules(chosen)
     registry.define_lowerings()
     session = _Session(chosen, on_report)
     patches.update(inductor_options or {})
@@ -143,11 +143,6 @@ def _split_options(mode: str | None, options: Any) -> tuple[dict[str, Any], dict
     own = {name: given.pop(name) for name in list(given) if name in OwnOptions}
     patches.update(given)
     return patches, own
-
-
-def _check_rules(chosen: Settings) -> None:
-    for name in chosen.rules:
-        registry.rule_named(name)
 
 
 def _trace_artifact(report: GraphReport) -> None:

@@ -70,7 +70,7 @@ def known_equal(a: Any, b: Any) -> bool:
 
 
 def guarded_equal(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal now. If they need not be for every input, a guard keeps the graph to inputs where they are."""
+    """Whether two sizes are equal now; if not for every input, a guard keeps the graph to inputs where they are."""
     if known_equal(a, b):
         return True
     environments = [size.node.shape_env for size in (a, b) if isinstance(size, torch.SymInt)]

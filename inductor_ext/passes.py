@@ -21,7 +21,7 @@ from inductor_ext import graph as graphs
 from inductor_ext import jit, registry, torch_compat
 from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport, Refusal, Rewrite
-from inductor_ext.rule import Call, Context, Match, Rule, source_line
+from inductor_ext.rule import Call, Context, Match, Rule, module_path, source_line
 from inductor_ext.settings import RuleMode, Settings
 
 log = logging.getLogger("inductor_ext")
@@ -105,7 +105,7 @@ class RewritePass(_Base):
                 if isinstance(found, Match):
                     specs.update(dict.fromkeys(self._specs(found.calls)))
         if not specs or self.settings.build == "defer":
-            return {}
+            return dict.fromkeys(specs)
         kernels = jit.prepare(list(specs), self.settings)
         if self.settings.build == "require":  # asked for: no cold build and no stock operators behind one's back
             for module in kernels.values():
@@ -175,7 +175,8 @@ class RewritePass(_Base):
             report.refusals.append(found)
         elif found is not None:
             op_names = "+".join(made.op.name for made in found.calls)
-            event = Rewrite(rule.name, found.node.name, source_line(found.node), op_names, found.detail, found.why)
+            where = source_line(found.node), module_path(found.node)
+            event = Rewrite(rule.name, found.node.name, where[0], op_names, found.detail, found.why, where[1])
             rule.replace(found)
             report.rewrites.append(event)
 

@@ -14,9 +14,13 @@ from pathlib import Path
 from inductor_ext.errors import SettingError
 from inductor_ext.op import Op
 from inductor_ext.rule import Rule
+from inductor_ext.settings import Settings
 
 OP_MODULES = ("fp8_downcast", "downcast_fp8", "fp8_quantize")
 RULE_MODULES = ("quantize_once", "downcast_fp8", "fp8_quantize", "fp8_downcast")
+
+#: Sets of ops for ``inductor-ext build --preset``.
+PRESETS = {"downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize")}
 
 _HERE = Path(__file__).parent
 
@@ -40,6 +44,12 @@ def rule_named(name: str) -> Rule:
         if rule.name == name:
             return rule
     raise SettingError(f"rules: no rule is called {name!r}; rules are {', '.join(rule.name for rule in rules())}")
+
+
+def check_rules(chosen: Settings) -> None:
+    """SettingError for a mode given to a rule that does not exist."""
+    for name in chosen.rules:
+        rule_named(name)
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class Context:
         return self.mode == "always"
 
     def refuse(self, node: Node, reason: str, *, wanted: str, found: str) -> Refusal:
-        return Refusal(self.rule, node.name, source_line(node), reason, wanted, found)
+        return Refusal(self.rule, node.name, source_line(node), reason, wanted, found, module_path(node))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,14 @@ class Rule:
     cost: str = ""
     matches: tuple[Example, ...] = ()
     near_misses: tuple[Example, ...] = ()
+
+
+def module_path(node: Node) -> str:
+    """The innermost module that made ``node``, as a path: "layers.0.self_attn.q_proj"."""
+    entries = list((node.meta.get("nn_module_stack") or {}).values())
+    path = entries[-1][0] if entries else ""
+    path = re.sub(r"^L\['[^']*'\]\.?", "", path)  # Dynamo's name of the argument that holds the model
+    return re.sub(r"\.?_modules\['([^']+)'\]", r".\1", path).strip(".")
 
 
 def source_line(node: Node) -> str:

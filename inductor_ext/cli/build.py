@@ -13,12 +13,10 @@ from inductor_ext.cli.common import op_named, stderr, stdout
 from inductor_ext.errors import BuildError, SettingError
 from inductor_ext.op import Op
 
-PRESETS = {"downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize")}
-
 
 def build(
     names: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to build; see `inductor-ext ops`.")] = None,
-    preset: Annotated[str, typer.Option(help=f"A set of ops: {', '.join(PRESETS)} or all.")] = "",
+    preset: Annotated[str, typer.Option(help=f"A set of ops: {', '.join(registry.PRESETS)} or all.")] = "",
     arch: Annotated[list[str] | None, typer.Option(help="Target such as sm_90a; may be repeated. Default: this GPU.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to fill. Default: the kernel cache.", file_okay=False)] = None,
 ) -> None:
@@ -56,9 +54,9 @@ def _ops(names: list[str], preset: str) -> list[Op]:
     if preset == "all":
         wanted += [op.name for op in registry.ops()]
     elif preset:
-        if preset not in PRESETS:
-            raise SettingError(f"--preset: wanted one of {', '.join(PRESETS)}, all; found {preset!r}")
-        wanted += PRESETS[preset]
+        if preset not in registry.PRESETS:
+            raise SettingError(f"--preset: wanted one of {', '.join(registry.PRESETS)}, all; found {preset!r}")
+        wanted += registry.PRESETS[preset]
     if not wanted:
         raise SettingError("name ops to build, or use --preset all")
     return [op_named(name) for name in dict.fromkeys(wanted)]

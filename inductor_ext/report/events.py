@@ -17,6 +17,7 @@ class Rewrite:
     kernel: str  # the op that was inserted, or "" for a rule that only removes nodes
     detail: str = ""  # what the kernel was told: program, granularity, …
     why: str = ""  # why this was done: forced, opaque producer, …
+    module: str = ""  # the module it was in, "layers.0.self_attn.q_proj"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Refusal:
     reason: str
     wanted: str
     found: str
+    module: str = ""
 
 
 @dataclasses.dataclass

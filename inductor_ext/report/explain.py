@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from inductor_ext import settings, torch_compat
+from inductor_ext import registry, settings, torch_compat
 from inductor_ext.report.events import GraphReport, Refusal, Rewrite
 
 
@@ -86,6 +86,7 @@ def explain(
     """
     overrides: dict[str, Any] = {"build": "defer"} if rules is None else {"build": "defer", "rules": rules}
     chosen = settings.current(**overrides)
+    registry.check_rules(chosen)
     graphs: list[GraphReport] = []
     with compiled_with(
         chosen, model, graphs.append, inner_compile=passes_only, options=options, mode=mode, dynamic=dynamic
