@@ -39,7 +39,7 @@ def inputs(rows: int = 32) -> tuple[Any, ...]:
 
 
 def test_by_name_without_importing_the_package(tmp_path: Path) -> None:
-    done = run_python(
+    run_python(
         """
         import sys, torch
         assert "inductor_ext" not in sys.modules
@@ -51,10 +51,7 @@ def test_by_name_without_importing_the_package(tmp_path: Path) -> None:
         assert torch.equal(found.view(torch.uint8), f(x, s).view(torch.uint8))
         """,
         tmp_path,
-        TORCH_LOGS="+inductor_ext",
     )
-    lines = [line for line in done.stderr.splitlines() if "rewrote" in line]
-    assert len(lines) == 1 and "graph 0: rewrote fp8_downcast ×1; 0 near misses" in lines[0], done.stderr
 
 
 def test_importing_does_no_work(tmp_path: Path) -> None:
@@ -396,8 +393,8 @@ def test_a_module_with_a_cache_as_buffer() -> None:
     assert recorder.counts() == {"downcast_fp8": 1}
 
 
-def test_artifact_in_the_structured_trace(tmp_path: Path) -> None:
-    run_python(
+def test_torch_logs_and_torch_trace(tmp_path: Path) -> None:
+    done = run_python(
         """
         import torch
         def f(x, s):
@@ -405,8 +402,11 @@ def test_artifact_in_the_structured_trace(tmp_path: Path) -> None:
         torch.compile(f, backend="inductor_ext")(torch.randn(32, 64).bfloat16(), torch.tensor(0.5))
         """,
         tmp_path,
+        TORCH_LOGS="+inductor_ext",
         TORCH_TRACE=str(tmp_path / "trace"),
     )
+    lines = [line for line in done.stderr.splitlines() if "rewrote" in line]
+    assert len(lines) == 1 and "graph 0: rewrote fp8_downcast ×1; 0 near misses" in lines[0], done.stderr
     (trace,) = (tmp_path / "trace").iterdir()
     assert '"inductor_ext_report"' in trace.read_text()
 
