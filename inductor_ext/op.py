@@ -193,8 +193,11 @@ class Op:
             out.copy_(result.view(out.shape))
 
     def _run_cuda(self, *args: Any) -> Any:
+        if self.mutates:
+            self._call(*args)  # the kernel checks its arguments itself, in a tenth of the time
+            return None
         outputs = self.fake(*args)  # checks; real, empty tensors, since the arguments are real
-        outs = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
+        outs = outputs if isinstance(outputs, tuple) else (outputs,)
         self._call(*args, **{str(index): out for index, out in enumerate(outs)})
         return outputs
 

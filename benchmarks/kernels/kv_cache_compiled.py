@@ -93,8 +93,8 @@ def run(form: str, tokens: int) -> dict[str, Any]:
 
 def overhead() -> dict[str, float]:
     """Microseconds of one op call from Python, launches included, the GPU far from being the bottleneck."""
-    registry.ops()
     ops = torch.ops.inductor_ext
+    direct = {op.name: op._call for op in registry.ops()}  # what generated code calls
     x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
     scale, out = torch.tensor(1.0, device="cuda"), torch.empty(1, 4096, device="cuda", dtype=E4)
     row_scale = torch.empty(1, 1, device="cuda")
@@ -108,6 +108,13 @@ def overhead() -> dict[str, float]:
             x, "row", "div:448.0 f32", "f32 div:scale max:-448.0 min:448.0", E4, out0=out, out1=row_scale
         ),
         "downcast_fp8": lambda: ops.downcast_fp8(k, k, cache, cache, scale, scale, loc, program, program, E4),
+        "fp8_downcast, from generated code": lambda: direct["fp8_downcast"](x, [scale], program, E4, out=out),
+        "fp8_quantize, from generated code": lambda: direct["fp8_quantize"](
+            x, "row", "div:448.0 f32", "f32 div:scale max:-448.0 min:448.0", E4, out0=out, out1=row_scale
+        ),
+        "downcast_fp8, from generated code": lambda: direct["downcast_fp8"](
+            k, k, cache, cache, scale, scale, loc, program, program, E4, 1, 0, True
+        ),
         "aten.mul.out (for comparison)": lambda: torch.ops.aten.mul.out(x, x, out=x),
     }
     found = {}
