@@ -119,7 +119,8 @@ def compiled_with(
     import torch._functorch.config
 
     with (
-        torch._functorch.config.patch(enable_autograd_cache=False),
+        # The backward graph of a training step would be compiled when it first runs, and nothing runs backward here.
+        torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
         # The same function may have been compiled, and explained, before.
         torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000),
     ):
