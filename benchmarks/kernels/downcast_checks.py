@@ -45,27 +45,33 @@ def poisoned(x: torch.Tensor, fp8: torch.dtype) -> torch.Tensor:
 
 
 def adversarial(dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """More than ten million values: every 16-bit pattern, or random bits, FP8 ties and bounds times ``scale`` and neighbours."""
+    """Over ten million values: every 16-bit pattern, or random bits, FP8 ties and bounds times ``scale`` and neighbours."""
     generator = torch.Generator("cuda").manual_seed(int(scale * 1000) + 1)
     if dtype != F32:
         patterns = torch.arange(-32768, 32768, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype)
         random = torch.randn(10_000_000 // 8 * 8, generator=generator, device="cuda").mul(100 * scale).to(dtype)
         return torch.cat([patterns, random])
-    bits = torch.randint(-(2**31), 2**31, (8_000_000,), generator=generator, device="cuda", dtype=torch.int64).to(torch.int32).view(F32)
+    bits = (
+        torch.randint(-(2**31), 2**31, (8_000_000,), generator=generator, device="cuda", dtype=torch.int64)
+        .to(torch.int32)
+        .view(F32)
+    )
     bytes_ = torch.arange(256, dtype=torch.uint8, device="cuda")
     ties = []
     for fp8 in (E4, E5):
         values = bytes_.view(fp8).float()
         values = values[values.isfinite()].sort().values
         ties += [values, (values[1:] + values[:-1]) / 2]
-    edges = torch.tensor([448, 464, 480, 57344, 61440, 65536, 0.0, 1e-45, 1e-40, 3.4e38, float("inf"), float("nan")], device="cuda")
+    edges = torch.tensor(
+        [448, 464, 480, 57344, 61440, 65536, 0.0, 1e-45, 1e-40, 3.4e38, float("inf"), float("nan")], device="cuda"
+    )
     edges = torch.cat([*ties, edges, -edges]) * scale
     near = torch.cat([(edges.view(torch.int32) + step).view(F32) for step in range(-4, 5)])
     normal = torch.randn(4_000_000, generator=generator, device="cuda") * (100 * scale)
     return torch.cat([bits, near, normal, -normal * 1e-3])
 
 
-# ---- facts about eager ---------------------------------------------------------------------------------------------------------
+# ---- facts about eager ----
 
 
 def eager_facts(report: Report) -> None:
@@ -94,7 +100,9 @@ def eager_facts(report: Report) -> None:
         nan = torch.full((8,), float("nan"), dtype=dtype, device="cuda")
         report.expect(f"fact: clamp keeps NaN ({SHORT[dtype]})", bool(nan.clamp(-448, 448).isnan().all()))
     ten = torch.full((4,), 10.0, dtype=BF16, device="cuda")
-    report.expect("fact: a Python bound is rounded to the result's dtype", torch.equal(ten.clamp(max=3.3), torch.full_like(ten, 3.3)))
+    report.expect(
+        "fact: a Python bound is rounded to the result's dtype", torch.equal(ten.clamp(max=3.3), torch.full_like(ten, 3.3))
+    )
     nan, tensor_nan = float("nan"), torch.tensor(float("nan"), dtype=BF16, device="cuda")
     for what, value in {
         "clamp(max=nan)": ten.clamp(max=nan), "clamp(min=nan)": ten.clamp(min=nan), "clamp_min(nan)": torch.clamp_min(ten, nan),
@@ -106,20 +114,29 @@ def eager_facts(report: Report) -> None:
     report.expect("fact: clamp(-0.0, min=0.0)", True, f"gives sign bit {bool(minus.signbit()[0])}")
     for fp8 in (E4, E5):
         nan = torch.tensor([float("nan"), -float("nan")], device="cuda").to(fp8).view(torch.uint8)
-        report.expect(f"fact: NaN casts to NaN ({SHORT[fp8]})", bool(((nan & 0x7F) >= (0x7F if fp8 == E4 else 0x7D)).all()), str(nan.tolist()))
+        report.expect(
+            f"fact: NaN casts to NaN ({SHORT[fp8]})",
+            bool(((nan & 0x7F) >= (0x7F if fp8 == E4 else 0x7D)).all()),
+            str(nan.tolist()),
+        )
 
 
 def division(report: Report, module: Any) -> None:
     wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
     first = torch.zeros(4, device="cuda")
-    for name, seeds in (("near_midpoints", [()]), ("all_bf16", [()]), ("all_f16", [()]), ("random_bits", [(s << 40,) for s in range(4)])):
+    for name, seeds in (
+        ("near_midpoints", [()]),
+        ("all_bf16", [()]),
+        ("all_f16", [()]),
+        ("random_bits", [(s << 40,) for s in range(4)]),
+    ):
         for seed in seeds:
             getattr(module, name)(wrong, first, *seed)
         report.expect(f"near division: {name}", int(wrong) == 0, f"{int(wrong)} differ; v, d, q, wanted {first.tolist()}")
         wrong.zero_()
 
 
-# ---- fp8_downcast --------------------------------------------------------------------------------------------------------------
+# ---- fp8_downcast ----
 
 
 def static_chains(report: Report, module: Any, dtype: torch.dtype, fp8: torch.dtype) -> None:
@@ -133,7 +150,9 @@ def static_chains(report: Report, module: Any, dtype: torch.dtype, fp8: torch.dt
             out = poisoned(x, fp8)
             static(module, name, fp8, x, out, s if "s0" in text else None)
             wrong = differing(out, steps.evaluate(text, x, [s]).to(fp8))
-            report.expect(f"downcast {SHORT[dtype]}->{SHORT[fp8]} {name} scale {scale}", wrong == 0, f"{wrong} of {x.numel()} differ")
+            report.expect(
+                f"downcast {SHORT[dtype]}->{SHORT[fp8]} {name} scale {scale}", wrong == 0, f"{wrong} of {x.numel()} differ"
+            )
 
 
 def static_shapes(report: Report, module: Any, dtype: torch.dtype, fp8: torch.dtype) -> None:
@@ -175,7 +194,9 @@ def static_shapes(report: Report, module: Any, dtype: torch.dtype, fp8: torch.dt
         "out shape": lambda: static(module, "f32_div", fp8, random(8), poisoned(random(9), fp8), s),
         "no scale": lambda: static(module, "f32_div", fp8, random(8), poisoned(random(8), fp8), None),
         "cpu": lambda: static(module, "f32_div", fp8, random(8).cpu(), poisoned(random(8), fp8), s),
-        "row count": lambda: static(module, "row_div", fp8, random(8, 8), poisoned(random(8, 8), fp8), torch.ones(7, device="cuda")),
+        "row count": lambda: static(
+            module, "row_div", fp8, random(8, 8), poisoned(random(8, 8), fp8), torch.ones(7, device="cuda")
+        ),
     }.items():
         try:
             bad()
@@ -184,7 +205,7 @@ def static_shapes(report: Report, module: Any, dtype: torch.dtype, fp8: torch.dt
             report.expect(f"refuses: {what}", True, str(error))
 
 
-# ---- fp8_quantize --------------------------------------------------------------------------------------------------------------
+# ---- fp8_quantize ----
 
 
 def quantized(report: Report, module: Any, name: str, dtype: torch.dtype, fp8: torch.dtype, small: bool = False) -> None:
@@ -193,7 +214,9 @@ def quantized(report: Report, module: Any, name: str, dtype: torch.dtype, fp8: t
     workspace = torch.empty(1024, device="cuda")
 
     def check(kind: str, what: str, x: torch.Tensor) -> None:
-        out = torch.empty(x.shape, dtype=torch.uint8, device="cuda").fill_(0x55).view(fp8) if kind == "row" else poisoned(x, fp8)
+        out = (
+            torch.empty(x.shape, dtype=torch.uint8, device="cuda").fill_(0x55).view(fp8) if kind == "row" else poisoned(x, fp8)
+        )
         scale = torch.full((*x.shape[:-1], 1) if kind == "row" else (), 7.0, dtype=scale_dtype, device="cuda")
         quantize(module, kind, name, fp8, x, out, scale, *([workspace] if kind == "tensor" else []))
         amax = x.abs().amax(-1, keepdim=True) if kind == "row" else x.abs().amax()
@@ -238,7 +261,10 @@ def quantized(report: Report, module: Any, name: str, dtype: torch.dtype, fp8: t
     check("tensor", "a NaN", x)
     x[-1, -1] = -float("inf")
     check("tensor", "an infinity", x)
-    for kind, empty in (("row", torch.empty(3, 0, dtype=dtype, device="cuda")), ("tensor", torch.empty(0, 8, dtype=dtype, device="cuda"))):
+    for kind, empty in (
+        ("row", torch.empty(3, 0, dtype=dtype, device="cuda")),
+        ("tensor", torch.empty(0, 8, dtype=dtype, device="cuda")),
+    ):
         try:
             check(kind, "empty", empty)
             report.expect(f"refuses an empty {kind}", False, "nothing was raised")

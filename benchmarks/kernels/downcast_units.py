@@ -52,7 +52,9 @@ def static_unit(x: torch.dtype, fp8: torch.dtype, names: tuple[str, ...] = ()) -
             continue
         saturated = str(steps.saturated(text, fp8)).lower()
         program = steps.to_cpp(text, x, [SCALE_DTYPE])
-        exports.append((name, f"inductor_ext::Fp8Downcast<{steps.CPP_TYPES[x]}, {steps.CPP_FP8[fp8]}, {saturated}, {program}>::run"))
+        exports.append(
+            (name, f"inductor_ext::Fp8Downcast<{steps.CPP_TYPES[x]}, {steps.CPP_FP8[fp8]}, {saturated}, {program}>::run")
+        )
     name = f"downcast_{SHORT[x]}_{SHORT[fp8]}"
     return Unit(name, "fp8_downcast/fp8_downcast.cuh", tuple(exports))
 
@@ -107,9 +109,9 @@ def store(
 
 
 # Whether a division that is only followed by clamps and the cast to FP8 may be NearDivisor's: counts where the two differ.
-#   near_midpoints   every 24-bit d and every odd m below 32 (FP8 boundaries, up to a power of two, have such a significand), all
-#                    fp32 v within 4 ulp of m * d: the quotient lies on the same side of m, or on m, either way. Scaling v and d by
-#                    powers of two changes nothing, so this is all of fp32 for which the cast could notice.
+#   near_midpoints   every 24-bit d and every odd m below 32 (FP8 boundaries, up to a power of two, have such a significand),
+#                    all fp32 v within 4 ulp of m * d: the quotient lies on the same side of m, or on m, either way. Scaling v
+#                    and d by powers of two changes nothing, so this is all of fp32 for which the cast could notice.
 #   all_pairs        every v and every d of a 16-bit dtype: the same quotient, rounded to that dtype.
 #   random           fp32 of any bits, and ordinary ones: the same FP8 bytes; differences beyond 1 ulp are counted too.
 # Quotients below 2^-79 or above 2^60 need only be so too, with the right sign.
@@ -185,7 +187,8 @@ __global__ void random_bits_kernel(uint64_t seed, unsigned long long* wrong, flo
   for (int j = 0; j < 64; ++j) {
     const uint64_t r = mix(h + j + 1);
     float v = __uint_as_float(static_cast<uint32_t>(r));
-    if (j % 2) v = __fmul_rn(d, ldexpf(static_cast<float>(static_cast<uint32_t>(r) & 0xffffff), static_cast<int>(r >> 32 & 31) - 38));
+    if (j % 2)
+      v = __fmul_rn(d, ldexpf(static_cast<float>(static_cast<uint32_t>(r) & 0xffffff), static_cast<int>(r >> 32 & 31) - 38));
     const float q = near(divisor, v), wanted = __fdiv_rn(v, d);
     const bool nan = isnan(q) && isnan(wanted);
     const bool bytes = byte_of(q, 0) == byte_of(wanted, 0) && byte_of(q, 1) == byte_of(wanted, 1);
@@ -194,7 +197,8 @@ __global__ void random_bits_kernel(uint64_t seed, unsigned long long* wrong, flo
   }
 }
 
-static void start(int64_t blocks, const TensorView& wrong, const TensorView& first, void (*kernel)(unsigned long long*, float*)) {
+static void start(int64_t blocks, const TensorView& wrong, const TensorView& first,
+                  void (*kernel)(unsigned long long*, float*)) {
   Launch(static_cast<unsigned>(blocks), 256).stream(env_stream(wrong.device().device_id))
       .run(kernel, data<unsigned long long>(wrong), data<float>(first));
 }
