@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ def is_fallback(target: Any) -> bool:
     from torch._inductor import lowering
 
     return target in lowering.fallbacks or target not in lowering.lowerings
+
+
+@functools.cache
+def e4m3fn_saturates() -> bool:
+    """Whether a cast to float8_e4m3fn gives ±448 past the finite range, as from torch 2.13 on (2.12 is untried), or NaN, as in 2.11."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():  # a graph is being compiled, with fake tensors
+        return not bool(torch.tensor([1e6]).to(torch.float8_e4m3fn).float().isnan())
 
 
 def fake_mode_of(node: Node) -> Any:

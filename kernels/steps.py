@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from inductor_ext import torch_compat
+
 DTYPE_TOKENS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 TOKEN_OF_DTYPE = {dtype: token for token, dtype in DTYPE_TOKENS.items()}
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
@@ -112,7 +114,10 @@ def result_dtype(text: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def saturated(text: str, fp8: torch.dtype) -> bool:
-    """Whether the last steps clamp to constants inside the finite range of ``fp8``, so that the cast cannot overflow."""
+    """Whether the kernel may use the hardware's cast, which gives the largest finite number past the range: the last steps
+    clamp to constants inside the finite range of ``fp8``, or PyTorch's own cast does the same."""
+    if fp8 is torch.float8_e4m3fn and torch_compat.e4m3fn_saturates():
+        return True
     low = high = None
     for step in reversed(parse(text)):
         if step.op == "to":
@@ -182,8 +187,12 @@ def call_constants(text: str, operands: Sequence[torch.Tensor]) -> tuple[float, 
     return tuple(values + [0.0] * (MAX_CONSTS - len(values)))
 
 
-def check_program(name: str, text: str, operands: int) -> None:
-    """ValueError unless the program parses and uses only operands and constants that exist."""
+def check_program(name: str, text: str, operands: int, *, scale: bool = False) -> None:
+    """ValueError unless the program parses and uses only operands (``scale`` too, where there is one) and constants that exist."""
+    if not scale and any(step.operand == "scale" for step in parse(text)):
+        raise ValueError(f"{name}: wanted numbers and operands, found {text!r}, which names a dynamic scale")
+    if operands > MAX_OPERANDS:
+        raise ValueError(f"{name}: wanted at most {MAX_OPERANDS} operands, found {operands}")
     for operand in operand_names(text):
         if int(operand[1:]) >= operands:
             raise ValueError(f"{name}: {text!r} names {operand}, but {operands} operands were given")

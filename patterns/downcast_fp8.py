@@ -36,6 +36,7 @@ from inductor_ext.graph import (
     same_sizes,
     value_of,
 )
+from inductor_ext.kernels import steps
 from inductor_ext.kernels.downcast_fp8.op import OP
 from inductor_ext.patterns.support import cache_store, fp8_chain
 from inductor_ext.patterns.support.cache_store import Store
@@ -259,6 +260,8 @@ def _joins(first: Half, second: Half) -> bool:
     if first.chain.dtype != second.chain.dtype or not same_sizes(first.input_value().shape[:1], second.input_value().shape[:1]):
         return False
     if value_of(first.chain.x).dtype != value_of(second.chain.x).dtype:
+        return False
+    if len(steps.constants(first.chain.program, second.chain.program)) > steps.MAX_CONSTS:
         return False
     # One kernel has one number of slots and one size of row for both.
     if not same_sizes(a.destination().shape, b.destination().shape):

@@ -57,8 +57,15 @@ def _check(
         steps.check_program(f"downcast_fp8: {name}", program, 0 if scale is None else 1)
         if scale is not None and scale.numel() != 1:
             raise ValueError(f"downcast_fp8: {name}_scale: wanted one element, found shape {tuple(scale.shape)}")
+        if x.shape[0] != k.shape[0]:
+            raise ValueError(f"downcast_fp8: v: wanted k's {k.shape[0]} rows, found {x.shape[0]}")
+    numbers = len(steps.constants(k_program, *([] if v is None else [v_program])))
+    if numbers > steps.MAX_CONSTS:
+        raise ValueError(f"downcast_fp8: wanted at most {steps.MAX_CONSTS} numbers in both programs together, found {numbers}")
     if loc is not None and (loc.dim() != 1 or loc.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"downcast_fp8: loc: wanted a 1-d int32 or int64 tensor, found {loc.dtype} {tuple(loc.shape)}")
+    if loc is not None and loc.shape[0] != k.shape[0]:
+        raise ValueError(f"downcast_fp8: loc: wanted one index for each of k's {k.shape[0]} rows, found {loc.shape[0]}")
 
 
 def reference(

@@ -4,7 +4,8 @@
 
 ``x`` is bf16, fp16 or fp32, any shape and any dense layout (or rows with a free pitch). Operands are scalars (one element,
 ``sN`` in the program) or hold one value a row (``rN``): ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2,
-cast as PyTorch casts: round to nearest even; e4m3fn overflows to NaN, e5m2 to infinity, unless the program clamps. Bit-exact.
+cast as PyTorch casts: round to nearest even; unless the program clamps, e5m2 overflows to infinity, e4m3fn to NaN (torch 2.11)
+or ±448 (from 2.13 on). Bit-exact.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def _check(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtyp
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"fp8_downcast: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
     steps.check_program("fp8_downcast", program, len(operands))
+    numbers = len(steps.constants(program)) + sum(operand.device != x.device for operand in operands)
+    if numbers > steps.MAX_CONSTS:
+        raise ValueError(f"fp8_downcast: wanted at most {steps.MAX_CONSTS} numbers and host operands, found {numbers}")
 
 
 def key(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> Any:

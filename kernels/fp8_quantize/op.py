@@ -50,7 +50,7 @@ def _check(x: torch.Tensor, granularity: str, scale_program: str, program: str, 
     if granularity not in GRANULARITIES or (granularity == "row" and x.dim() == 0):
         raise ValueError(f"fp8_quantize: granularity: wanted row (of at least one dimension) or tensor, found {granularity!r}")
     steps.check_program("fp8_quantize", scale_program, 0)
-    steps.check_program("fp8_quantize", program, 0)
+    steps.check_program("fp8_quantize", program, 0, scale=True)
     if len(steps.constants(scale_program, program)) > steps.MAX_CONSTS:
         raise ValueError(f"fp8_quantize: wanted at most {steps.MAX_CONSTS} numbers in both programs together")
 

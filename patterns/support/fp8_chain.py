@@ -242,7 +242,7 @@ class _Walk:
                 return self._stop(
                     node, "a bound of zero in a tensor", "a Python number, or a bound that is not zero", describe(other)
                 )
-            if sum(isinstance(step.operand, float) for step in self.steps) >= steps.MAX_CONSTS:
+            if self._numbers(node) >= steps.MAX_CONSTS:
                 return None
             return number
         if not isinstance(other, Node):
@@ -260,8 +260,15 @@ class _Walk:
                 return self._stop(node, "scale layout", wanted, describe(other))
         if len(self.operands) == steps.MAX_OPERANDS:
             return None
+        if tensor.device != value_of(node).device and self._numbers(node) >= steps.MAX_CONSTS:
+            return None
         self.operands.append(other)
         return f"{kind}{len(self.operands) - 1}"
+
+    def _numbers(self, node: Node) -> int:
+        """How many constants the kernel takes so far: numbers, and operands on the host, which it gets as numbers."""
+        hosted = sum(value_of(operand).device != value_of(node).device for operand in self.operands)
+        return hosted + sum(isinstance(step.operand, float) for step in self.steps)
 
     def _rows(self, scale: Any, shape: Any) -> bool:
         """Whether a scale broadcasts one value a row, and the rows are those of every other row operand."""
