@@ -106,6 +106,14 @@ def test_e5m2_and_own_scales() -> None:
     check(store, rows() * 1e4, rows() * 1e4, *scales, cache(64, 8, 64, dtype=E5), cache(64, 8, 64, dtype=E5), slots())
 
 
+def test_programs_with_more_numbers_than_one_kernel_takes_are_stored_on_their_own() -> None:
+    def store(k: Any, v: Any, kc: Any, vc: Any, s: Any) -> None:
+        kc[s] = quantise(k.float() * 0.5 * 0.75 * 1.25)
+        vc[s] = quantise(v.float() * 0.5 * 0.75 * 1.25)
+
+    check(store, rows(), rows(), cache(64, 8, 64), cache(64, 8, 64), slots(), count=2)
+
+
 def test_k_and_v_of_different_dtypes_are_stored_on_their_own() -> None:
     def store(k: Any, v: Any, kc: Any, vc: Any, s: Any) -> None:
         kc[s] = quantise(k)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import inductor_ext
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
+from tests.support.fakegpu import fake_cuda_inputs
 
 E4, E5, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
 
@@ -202,3 +204,28 @@ def test_amax_rows_of_a_transposed_square_are_other_rows(strides: str) -> None:
     x = torch.randn(64, 64).bfloat16()
     recorder = _check(chain, x if strides == "contiguous" else x.t(), count=0, rule="fp8_quantize")
     assert "permuted view" in recorder.refusals("fp8_quantize")[0].found
+
+
+# ---- what a kernel takes -----------------------------------------------------------------------------------------------
+
+
+def test_numbers_and_host_scales_fit_the_kernels_constants() -> None:
+    """A scale on the CPU goes to the kernel as a number: with eight numbers it would be the ninth."""
+
+    def make(count: int) -> Any:
+        def chain(x: Any, s: Any) -> Any:
+            y = x.float() * s
+            for i in range(count):
+                y = y * (1.0 + i / 64)
+            return y.to(E4)
+
+        return chain
+
+    for count, numbers in ((7, 7), (8, 8), (10, 8)):
+        with fake_cuda_inputs(), FakeTensorMode():
+            x, s = torch.empty(8, 8, dtype=BF16, device="cuda"), torch.empty(())
+            report = inductor_ext.explain(make(count), x, s, rules={"fp8_downcast": "always"})
+        assert report.counts() == {"fp8_downcast": 1}
+        after = report.graphs[0].after
+        assert after.count("mul:") - after.count("mul:s0") == numbers
+        assert ("mul:s0" in after) is (count == 7)
