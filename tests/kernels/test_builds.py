@@ -1,0 +1,52 @@
+"""nvcc compiles every op's examples for Hopper and Blackwell, in parallel, and what comes out exports its functions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inductor_ext import jit, registry
+from inductor_ext.errors import ToolchainError
+from inductor_ext.settings import Settings
+
+pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
+
+
+def _examples(arch: str) -> list[jit.JitSpec]:
+    return [op.spec_of_key(key, arch) for op in registry.ops() if op.kernel for key in op.kernel.examples]
+
+
+def test_every_op_has_an_example_and_a_source() -> None:
+    for op in registry.ops():
+        assert op.kernel is not None and op.kernel.examples, op.name
+        for key in op.kernel.examples:
+            assert all(name.isidentifier() for name, _ in op.kernel.exports(key))
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_examples_compile(arch: str, tmp_path: Path) -> None:
+    options = Settings().replace(cache_dir=str(tmp_path), arch=arch, progress=False)
+    try:
+        jit.find_toolchain(options)
+    except ToolchainError as error:
+        pytest.skip(f"no nvcc: {str(error)[:200]}")
+    specs = _examples(arch)
+    missing = [spec.source for spec in specs if not (jit.kernels_root() / spec.source).is_file()]
+    if missing:
+        pytest.skip(f"no kernel source yet: {', '.join(sorted(set(missing)))}")
+    built: dict[jit.JitSpec, Any] = jit.prebuild(specs, tmp_path / "prebuilt", options)
+    failed = {spec.name: str(result) for spec, result in built.items() if isinstance(result, Exception)}
+    assert not failed, failed
+    assert all(path.is_file() for path in built.values())
+    if shutil.which("cuobjdump") and shutil.which("nm"):
+        import subprocess
+
+        for spec, path in built.items():
+            code = subprocess.run(["cuobjdump", "--list-elf", str(path)], capture_output=True, text=True, check=True).stdout
+            assert arch in code, f"{spec.name}: no machine code for {arch}"
+            symbols = subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=True).stdout
+            for name, _ in spec.exports:
+                assert f"__tvm_ffi_{name}" in symbols
