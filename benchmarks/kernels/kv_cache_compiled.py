@@ -27,7 +27,10 @@ from inductor_ext import registry
 
 E4 = torch.float8_e4m3fn
 SLOTS = 131072
-LINE = "{form:12} T={T:<6} stock {stock_us:8.2f} us  ours {ours_us:8.2f} us  {ratio:5.2f}x  forced {forced_us:8.2f} us  equal {bytes_equal}"
+LINE = (
+    "{form:12} T={T:<6} stock {stock_us:8.2f} us  ours {ours_us:8.2f} us  {ratio:5.2f}x  "
+    "forced {forced_us:8.2f} us  equal {bytes_equal}"
+)
 
 
 def quantise(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
