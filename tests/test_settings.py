@@ -21,7 +21,7 @@ def test_defaults_need_no_environment() -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "field", "value"),
     [
-        ("INDUCTOR_EXT_RULES", "fp8_downcast=off, fp8_quantize = always", "rules", {"fp8_downcast": "off", "fp8_quantize": "always"}),
+        ("INDUCTOR_EXT_RULES", "one=off, other = always", "rules", {"one": "off", "other": "always"}),
         ("INDUCTOR_EXT_RULES", "fp8_downcast", "rules", {"fp8_downcast": "auto"}),
         ("INDUCTOR_EXT_RULES", "", "rules", {}),
         ("INDUCTOR_EXT_STRICT", "1", "strict", True),

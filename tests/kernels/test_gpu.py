@@ -1,18 +1,21 @@
 """The CUDA kernels against PyTorch's own operators on the same GPU: bytes, streams, graphs, layouts, ranges.
 
-    pytest tests/kernels -m gpu
+pytest tests/kernels -m gpu
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit, registry, settings
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 
@@ -25,8 +28,39 @@ STATIC = "f32 div:s0 max:-{0} min:{0}"
 TORCHAO = "div:448.0 f32", "f32 div:scale max:-448.0 min:448.0"
 
 
+PROGRAMS = ["", "div:s0", "f32 div:s0 max:-448.0 min:448.0", "mul:s0 f32 max:-448 min:448 bf16", "f16 mul:3.0 max:0.0", "recip"]
+
+
 def op_named(name: str) -> Any:
     return next(op for op in registry.ops() if op.name == name)
+
+
+def _wanted() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Most calls below: (op, arguments). Kernels missing here are built when they are called, one after the other."""
+    s, cache = torch.empty((), device="cuda"), torch.empty(4, 2, 8, dtype=U8, device="cuda").view(E4)
+    store = STATIC.format(448.0)
+    for dtype in FLOATS:
+        x = torch.empty(4, 8, device="cuda", dtype=dtype)
+        k = x.view(2, 2, 8)
+        for program, fp8 in itertools.product([*PROGRAMS, store], (E4, E5)):
+            yield "fp8_downcast", (x, [s], program, fp8)
+        for granularity in ("row", "tensor"):
+            yield "fp8_quantize", (x, granularity, *TORCHAO, E4)
+        for index in (torch.int32, torch.int64):
+            at = torch.empty(2, dtype=index, device="cuda")
+            yield "downcast_fp8", (k, k, cache, cache, s, s, at, store, store, E4)
+            yield "downcast_fp8", (k, None, cache, None, s, None, at, store, store, E4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    """All kernels at once on all cores: a minute instead of ten."""
+    options = settings.current(progress=False)
+    arch = jit.current_arch(options)
+    assert arch is not None
+    specs = [op_named(name).spec(arguments, arch) for name, arguments in _wanted()]
+    failed = {spec: found for spec, found in jit.prepare(specs, options).items() if isinstance(found, Exception)}
+    assert not failed, next(iter(failed.values()))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +70,7 @@ def _kernels_and_not_fallbacks(caplog: pytest.LogCaptureFixture) -> Any:
 
 
 def patterns(dtype: torch.dtype) -> torch.Tensor:
-    """Every bit pattern of a 16-bit dtype; of fp32 those of bf16 and their neighbours. Two columns short of 2**16 + …, so odd."""
+    """Every bit pattern of a 16-bit dtype; of fp32 those of bf16 and their neighbours."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16)
     if dtype is not torch.float32:
         return bits.view(dtype)
@@ -49,10 +83,7 @@ def patterns(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("fp8", [E4, E5], ids=str)
-@pytest.mark.parametrize(
-    "program",
-    ["", "div:s0", "f32 div:s0 max:-448.0 min:448.0", "mul:s0 f32 max:-448 min:448 bf16", "f16 mul:3.0 max:0.0", "recip"],
-)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_bit_pattern(program: str, fp8: torch.dtype, dtype: torch.dtype) -> None:
     x, s = patterns(dtype), torch.tensor(0.37, device="cuda")
     found = ops.fp8_downcast(x, [s], program, fp8)
@@ -199,8 +230,6 @@ else:
     raise SystemExit("nothing was raised")
 assert not cache[0].float().any()
 """
-    import os
-
     environment = {**os.environ, "INDUCTOR_EXT_CHECKS": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -275,11 +304,7 @@ def test_compiled_layer_on_the_gpu(mode: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "example"),
-    [
-        pytest.param(rule, example, id=f"{rule.name}-{example.name}")
-        for rule in registry.rules()
-        for example in rule.matches
-    ],
+    [pytest.param(rule, example, id=f"{rule.name}-{example.name}") for rule in registry.rules() for example in rule.matches],
 )
 def test_examples_on_the_gpu(rule: Any, example: Any) -> None:
     import inductor_ext

@@ -53,9 +53,7 @@ def _verified(rule: Rule, example: Example) -> Verification:
 
 def _explained_on_cuda(rule: Rule, example: Example) -> Explanation:
     with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
-        return inductor_ext.explain(
-            example.fn, *example.inputs("cuda"), rules=_modes(rule, example), dynamic=example.dynamic
-        )
+        return inductor_ext.explain(example.fn, *example.inputs("cuda"), rules=_modes(rule, example), dynamic=example.dynamic)
 
 
 @pytest.mark.parametrize(("rule", "example"), MATCHES)
@@ -109,9 +107,7 @@ def test_near_miss_is_refused_for_its_reason(rule: Rule, example: Example, devic
     if device == "cuda":
         found = _explained_on_cuda(rule, example)
     else:
-        found = inductor_ext.explain(
-            example.fn, *example.inputs("cpu"), rules=_modes(rule, example), dynamic=example.dynamic
-        )
+        found = inductor_ext.explain(example.fn, *example.inputs("cpu"), rules=_modes(rule, example), dynamic=example.dynamic)
     assert found.counts().get(rule.name, 0) == 0
     refusals = [refusal for refusal in found.refusals if refusal.rule == rule.name]
     assert example.reason in [refusal.reason for refusal in refusals]
