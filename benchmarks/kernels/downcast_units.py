@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from local_build import KERNELS, Unit
+from local_build import Unit
 
-_spec = importlib.util.spec_from_file_location("steps", KERNELS / "steps.py")
-steps = importlib.util.module_from_spec(_spec)  # type: ignore[arg-type]
-import sys  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-sys.modules["steps"] = steps
-_spec.loader.exec_module(steps)  # type: ignore[union-attr]
+from inductor_ext.kernels import steps  # noqa: E402
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

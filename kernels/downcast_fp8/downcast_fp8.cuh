@@ -9,19 +9,13 @@
 //   wrap              a negative row counts from the end (index_put); otherwise a negative loc[t] is padding and is skipped
 // Rows outside [0, S) are never written. `check` reads back whether there was one, and throws IndexError.
 //
-// REPEATED ROWS: one token's K and V are stored whole. A cache row must not be written by two tokens at the same time; written
-// one after the other, the later is whole. How that is ensured depends on T:
-//   few tokens (a block a token): the block looks through loc[t+1..T) while its loads are in flight, and leaves the row to a later
-//            token: the last one wins.
-//   many (a group of lanes a token): before its first store a group claims the row by a compare-and-swap of the row's address
-//            into a slot of a table, and gives the slot back when its stores are done (release). It finds the slot
-//              free                  -> it is the only writer (acquire: behind every store of the one who had it before);
-//              taken, by the row     -> that token's row, whole, is the one to stand: nothing to store;
-//              taken, by another row -> it tries again. Nobody waits while holding a slot, so a holder always gets on.
-//            The slots are back to zero when the kernel ends, and what they hold are addresses of rows in memory: launches on
-//            other streams, replays of a captured graph and other caches share the table without harm, and it needs no clearing.
-//            Cost: one atomic behind the load of loc, hidden by the loads of K and V, and one fence.
-//   rows that cannot repeat (one token; no loc): neither.
+// REPEATED ROWS: one token's K and V are stored whole, the last one's up to kScanTokens tokens.
+//   few tokens, scan_few    a block a token looks through loc[t+1..T) while its loads are in flight, and leaves the row to a later
+//                           token.
+//   up to 32768, scan_many  8 tokens a block, each thread comparing its share of the later locs with all 8. Blocks of late tokens,
+//                           with which the kernel ends, have little to look through.
+//   more, claim_many        see there: looking through loc would be quadratic, so rows are claimed in a table instead.
+//   rows that cannot repeat (one token; no loc)  scan_few and scan_many without the scan.
 #pragma once
 
 #include <tvm/ffi/function.h>
@@ -36,13 +30,15 @@
 
 namespace inductor_ext {
 
-#ifndef KV_B
-#define KV_B 7
+constexpr int kFewTokens = 1024;
+#ifndef KV_BATCH
+#define KV_BATCH 8
 #endif
-#ifndef KV_FEW
-#define KV_FEW 1024
+#ifndef KV_SCAN
+#define KV_SCAN 32768
 #endif
-constexpr int kFewTokens = KV_FEW;  // up to here looking through loc is the cheaper
+constexpr int kScanTokens = KV_SCAN;
+constexpr int kMostFewElements = 65535 * 32;  // of a row: a piece of 32 threads or more for each block of grid.y
 constexpr int kClaimSlots = 1 << 16;
 constexpr unsigned long long kNoToken = ~0ull;
 static __device__ unsigned long long downcast_fp8_claims[kClaimSlots];  // zero outside of kernels
@@ -86,58 +82,23 @@ __device__ __forceinline__ void note_outside(const DowncastFp8Params& p, int64_t
   atomicMin(&downcast_fp8_outside, static_cast<unsigned long long>(token));
 }
 
-// The vectors [first, first + Lanes * U) of one row of one side: loaded, cast, stored.
-template <typename In, typename Fp8, bool Saturated, typename Chain, int Lanes, int E, int U>
-struct DowncastFp8Chunk {
-  typename Chain::Prepared prepared;
-  Raw<In, E> raw[U];
-  Bytes<E> bytes[U];
-
-  __device__ __forceinline__ void load(const DowncastFp8Side& side, int64_t token, int first, int lane) {
-    const In* x = static_cast<const In*>(side.x) + token * side.x_stride + (first + lane) * E;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      raw[u].zero();
-      if (first + u * Lanes + lane < side.vectors) raw[u].load(x + u * Lanes * E);
-    }
-  }
-  __device__ __forceinline__ void cast() {
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      float v[E];
-      raw[u].unpack(v);
-      Chain::apply(prepared, v);
-      bytes[u] = cast_fp8<Fp8, Saturated>(v);
-    }
-  }
-  __device__ __forceinline__ void store(const DowncastFp8Side& side, int64_t row, int first, int lane) const {
-    uint8_t* cache = side.cache + row * side.cache_stride + (first + lane) * E;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (first + u * Lanes + lane < side.vectors) bytes[u].store(cache + u * Lanes * E);
-    }
-  }
-};
-
 // ---- few tokens: one block a token (and a piece of its row), one vector of K and V a thread ------------------------------------
 
 constexpr int kDowncastFp8Threads = 128;
 
 template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int E>
-__global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_few_kernel(const __grid_constant__ DowncastFp8Params p) {
+__global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_scan_few_kernel(const __grid_constant__ DowncastFp8Params p) {
   const int token = blockIdx.x;
   const int first = blockIdx.y * blockDim.x;
   const int lane = threadIdx.x;
-  DowncastFp8Chunk<In, Fp8, Saturated, KChain, 1, E, 1> k;
-  DowncastFp8Chunk<In, Fp8, Saturated, VChain, 1, E, 1> v;
+  const int i = first + lane;
 
   wait_for_previous_kernel();
   const int64_t loc = loc_of<Loc>(p, token);
-  k.load(p.k, token, first, lane);
-  if constexpr (IsPair) v.load(p.v, token, first, lane);
-  k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
-  if constexpr (IsPair) v.prepared = VChain::prepare(Env{p.consts, &p.v.scale});
-  allow_next_kernel();
+  Raw<In, E> k, v;
+  if (i < p.k.vectors) k.load(static_cast<const In*>(p.k.x) + token * p.k.x_stride + i * E);
+  if (IsPair && i < p.v.vectors) v.load(static_cast<const In*>(p.v.x) + token * p.v.x_stride + i * E);
+  const auto k_prepared = KChain::prepare(Env{p.consts, &p.k.scale});
   const int64_t row = cache_row<Loc>(p, loc);
   bool repeated = false;
   if (p.may_repeat) {
@@ -150,49 +111,232 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_few_kernel(c
     }
     repeated = __syncthreads_or(repeated);
   }
+  allow_next_kernel();
   if (p.check && row == kOutside && lane == 0 && blockIdx.y == 0) note_outside(p, token);
   if (row < 0 || repeated) return;
-  k.cast();
-  k.store(p.k, row, first, lane);
+  if (i < p.k.vectors) downcast_vector<In, Fp8, Saturated, KChain>(k, k_prepared, p.k.cache + row * p.k.cache_stride + i * E);
   if constexpr (IsPair) {
-    v.cast();
-    v.store(p.v, row, first, lane);
+    const auto v_prepared = VChain::prepare(Env{p.consts, &p.v.scale});
+    if (i < p.v.vectors) downcast_vector<In, Fp8, Saturated, VChain>(v, v_prepared, p.v.cache + row * p.v.cache_stride + i * E);
   }
 }
 
-// ---- many tokens: `Lanes` lanes (32, or 8 for narrow rows) a token, U vectors of K and of V in flight a lane ------------------
+// ---- many tokens: `Lanes` lanes (32, or 8 for narrow rows) a token, its K and V in registers --------------------------------
+
+// The vectors first, first + Lanes, ... of one row of one side: U of them on the way at a time, E elements each.
+template <typename In, typename Fp8, bool Saturated, typename Chain, int Lanes, int E, int U>
+struct DowncastFp8Chunk {
+  typename Chain::Prepared prepared;
+  Raw<In, E> raw[U];
+
+  __device__ __forceinline__ void load(const DowncastFp8Side& side, int64_t token, int first) {
+    const In* x = static_cast<const In*>(side.x) + token * side.x_stride + first * E;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * Lanes < side.vectors) raw[u].load(x + u * Lanes * E);
+    }
+  }
+  __device__ __forceinline__ void store(const DowncastFp8Side& side, int64_t row, int first) const {
+    uint8_t* cache = side.cache + row * side.cache_stride + first * E;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * Lanes < side.vectors) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, cache + u * Lanes * E);
+    }
+  }
+};
+
+constexpr int kScanThreads = 256;
+
+constexpr int kTargets = 8;
+
+// What is compared of a loc: its low word, or that of its row where negative rows count from the end.
+template <typename Loc, bool Wrap>
+__device__ __forceinline__ uint32_t scan_key(const DowncastFp8Params& p, int token) {
+  if constexpr (Wrap) return static_cast<uint32_t>(cache_row<Loc>(p, static_cast<const Loc*>(p.loc)[token]));
+  return static_cast<const uint32_t*>(p.loc)[static_cast<int64_t>(token) * (sizeof(Loc) / 4)];
+}
+
+// Sets bit i of `repeated` where the row of token first + i is also that of a later token, for kTargets tokens.
+template <typename Loc, bool Wrap>
+__device__ __forceinline__ void find_repeated(const DowncastFp8Params& p, int first, unsigned* repeated) {
+  constexpr int kBatch = KV_BATCH;
+  const int tokens = static_cast<int>(p.tokens);
+  uint32_t targets[kTargets];
+#pragma unroll
+  for (int i = 0; i < kTargets; ++i) targets[i] = scan_key<Loc, Wrap>(p, min(first + i, tokens - 1));
+  const Loc* locs = static_cast<const Loc*>(p.loc);
+  // Mark where the later token `other` goes to the row of one of the targets, comparing all of the rows.
+  auto mark = [&](int other) {
+    const int64_t row = cache_row<Loc>(p, locs[other]);
+#pragma unroll 1
+    for (int i = 0; i < kTargets && first + i < other; ++i) {
+      if (row >= 0 && row == cache_row<Loc>(p, locs[first + i])) atomicOr(repeated, 1u << i);
+    }
+  };
+  if (threadIdx.x < kTargets && first + threadIdx.x < tokens) {  // among the targets themselves
+    const uint32_t key = scan_key<Loc, Wrap>(p, first + threadIdx.x);
+    bool some = false;
+#pragma unroll
+    for (int i = 0; i < kTargets; ++i) some |= i < threadIdx.x && key == targets[i];
+    if (some) mark(first + threadIdx.x);
+  }
+  for (int begin = first + kTargets + threadIdx.x; begin < tokens; begin += kBatch * kScanThreads) {
+    uint32_t keys[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) keys[j] = scan_key<Loc, Wrap>(p, min(begin + j * kScanThreads, tokens - 1));
+    bool some = false;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTargets; ++i) some |= keys[j] == targets[i];
+    }
+    if (some) {
+#pragma unroll 1
+      for (int j = 0; j < kBatch && begin + j * kScanThreads < tokens; ++j) mark(begin + j * kScanThreads);
+      if (*static_cast<volatile unsigned*>(repeated) == (1u << kTargets) - 1) return;
+    }
+  }
+}
+
+template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int Lanes,
+          int E, int U>
+__global__ void __launch_bounds__(kScanThreads, sizeof(In) == 2 ? 3 : 2)
+    downcast_fp8_scan_many_kernel(const __grid_constant__ DowncastFp8Params p) {
+  constexpr int kTokens = kScanThreads / Lanes;
+  constexpr int kChunk = Lanes * U;
+  __shared__ unsigned repeated[kTokens / kTargets];
+  const int lane = threadIdx.x % Lanes;
+  const int64_t block_token = static_cast<int64_t>(blockIdx.x) * kTokens;
+  const int mine = threadIdx.x / Lanes;
+  const int64_t token = block_token + mine;
+  const int vectors = IsPair ? max(p.k.vectors, p.v.vectors) : p.k.vectors;
+  DowncastFp8Chunk<In, Fp8, Saturated, KChain, Lanes, E, U> k;
+  DowncastFp8Chunk<In, Fp8, Saturated, VChain, Lanes, E, U> v;
+  if (threadIdx.x < kTokens / kTargets) repeated[threadIdx.x] = 0;
+
+  wait_for_previous_kernel();
+  int64_t row = kSkip;
+  if (token < p.tokens) {
+    row = loc_of<Loc>(p, token);
+    k.load(p.k, token, lane);
+    if constexpr (IsPair) v.load(p.v, token, lane);
+    row = cache_row<Loc>(p, row);
+  }
+  k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
+  if constexpr (IsPair) v.prepared = VChain::prepare(Env{p.consts, &p.v.scale});
+  if (p.may_repeat) {
+    __syncthreads();
+    for (int i = 0; i < kTokens; i += kTargets) {
+      if (block_token + i >= p.tokens) break;
+      const int first = static_cast<int>(block_token) + i;
+      p.wrap ? find_repeated<Loc, true>(p, first, &repeated[i / kTargets]) : find_repeated<Loc, false>(p, first, &repeated[i / kTargets]);
+    }
+    __syncthreads();
+    if (repeated[mine / kTargets] >> (mine % kTargets) & 1) row = kSkip;
+  }
+  allow_next_kernel();
+  if (p.check && row == kOutside && lane == 0) note_outside(p, token);
+  if (row < 0) return;
+  for (int first = lane;;) {
+    k.store(p.k, row, first);
+    if constexpr (IsPair) v.store(p.v, row, first);
+    first += kChunk;
+    if (first >= vectors) return;
+    k.load(p.k, token, first);
+    if constexpr (IsPair) v.load(p.v, token, first);
+  }
+}
+
+// ---- very many tokens, whose rows may repeat: claims -------------------------------------------------------------------------
+// A cache row must not be written by two tokens at the same time; written one after the other, the later is whole. Before its
+// first store a warp claims the row by a compare-and-swap of the row's address into a slot of a table, and gives the slot back
+// when its stores are done (release). It finds the slot
+//   free                  -> it is the only writer (acquire: behind every store of the one who had it before);
+//   taken, by the row     -> that token's row, whole, is the one to stand: nothing to store;
+//   taken, by another row -> it tries again. Nobody waits while holding a slot, so a holder always gets on.
+// The slots are back to zero when the kernel ends, and what they hold are addresses of rows in memory: launches on other streams,
+// replays of a captured graph and other caches share the table without harm, and it needs no clearing.
+// The atomic and the fence cost 2 us at the ends of a kernel and 3 % of the bandwidth at 65536 tokens. K and V wait in shared
+// memory, not in registers, to have enough tokens in flight.
 
 __device__ __forceinline__ unsigned long long claim(unsigned long long* slot, unsigned long long key) {
   unsigned long long seen;
-#ifdef KV_RELAXED
-  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], 0, %2;" : "=l"(seen) : "l"(slot), "l"(key) : "memory");
-#else
   asm volatile("atom.acquire.gpu.global.cas.b64 %0, [%1], 0, %2;" : "=l"(seen) : "l"(slot), "l"(key) : "memory");
-#endif
   return seen;
 }
 __device__ __forceinline__ void give_back(unsigned long long* slot) {
   asm volatile("st.release.gpu.global.b64 [%0], 0;" ::"l"(slot) : "memory");
 }
 
-template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int Lanes,
-          int E, int U>
-__global__ void __launch_bounds__(kDowncastFp8Threads, sizeof(In) == 2 ? KV_B : 4)
-    downcast_fp8_many_kernel(const __grid_constant__ DowncastFp8Params p) {
+// A DowncastFp8Chunk whose elements wait in shared memory.
+constexpr int kClaimThreads = 128;
+
+template <typename In, typename Fp8, bool Saturated, typename Chain, int Lanes, int E, int U>
+struct DowncastFp8Stage {
+  static constexpr int kWide = E * static_cast<int>(sizeof(In)) / 16;  // 16-byte accesses a vector
+  using Buffer = uint4[U * kWide][kClaimThreads];
+  typename Chain::Prepared prepared;
+  Buffer& buffer;
+
+  __device__ __forceinline__ explicit DowncastFp8Stage(Buffer& buffer) : buffer(buffer) {}
+  __device__ __forceinline__ void load(const DowncastFp8Side& side, int64_t token, int first) {
+    const In* x = static_cast<const In*>(side.x) + token * side.x_stride + first * E;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * Lanes < side.vectors) {
+#pragma unroll
+        for (int w = 0; w < kWide; ++w) stage_16(&buffer[u * kWide + w][threadIdx.x], x + u * Lanes * E + w * (16 / sizeof(In)));
+      }
+    }
+  }
+  __device__ __forceinline__ void store(const DowncastFp8Side& side, int64_t row, int first) const {
+    uint8_t* cache = side.cache + row * side.cache_stride + first * E;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * Lanes < side.vectors) {
+        Raw<In, E> raw;
+#pragma unroll
+        for (int w = 0; w < kWide; ++w) *reinterpret_cast<uint4*>(raw.words + 4 * w) = buffer[u * kWide + w][threadIdx.x];
+        downcast_vector<In, Fp8, Saturated, Chain>(raw, prepared, cache + u * Lanes * E);
+      }
+    }
+  }
+};
+// Single elements stay in registers.
+template <typename In, typename Fp8, bool Saturated, typename Chain, int Lanes, int U>
+struct DowncastFp8Stage<In, Fp8, Saturated, Chain, Lanes, 1, U> : DowncastFp8Chunk<In, Fp8, Saturated, Chain, Lanes, 1, U> {
+  using Buffer = uint4[1][1];
+  __device__ __forceinline__ explicit DowncastFp8Stage(Buffer&) {}
+};
+
+template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int E, int U>
+__global__ void __launch_bounds__(kClaimThreads, E == 1 ? 8 : sizeof(In) == 2 ? 10 : 6)
+    downcast_fp8_claim_many_kernel(const __grid_constant__ DowncastFp8Params p) {
+  constexpr int Lanes = 32;
+  using KStage = DowncastFp8Stage<In, Fp8, Saturated, KChain, Lanes, E, U>;
+  using VStage = DowncastFp8Stage<In, Fp8, Saturated, VChain, Lanes, E, U>;
+  __shared__ typename KStage::Buffer buffers[IsPair ? 2 : 1];
   constexpr int kChunk = Lanes * U;
   const int lane = threadIdx.x % Lanes;
-  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kDowncastFp8Threads + threadIdx.x) / Lanes;
-  const bool active = token < p.tokens;
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kClaimThreads + threadIdx.x) / Lanes;
   const int vectors = IsPair ? max(p.k.vectors, p.v.vectors) : p.k.vectors;
-  DowncastFp8Chunk<In, Fp8, Saturated, KChain, Lanes, E, U> k;
-  DowncastFp8Chunk<In, Fp8, Saturated, VChain, Lanes, E, U> v;
+  KStage k(buffers[0]);
+  VStage v(buffers[IsPair ? 1 : 0]);
+  auto load = [&](int first) {
+    k.load(p.k, token, first);
+    if constexpr (IsPair) v.load(p.v, token, first);
+  };
+  auto store = [&](int64_t row, int first) {
+    wait_staged();
+    k.store(p.k, row, first);
+    if constexpr (IsPair) v.store(p.v, row, first);
+  };
 
   wait_for_previous_kernel();
   int64_t row = kSkip;
-  if (active) {
+  if (token < p.tokens) {
     row = loc_of<Loc>(p, token);
-    k.load(p.k, token, 0, lane);
-    if constexpr (IsPair) v.load(p.v, token, 0, lane);
+    load(lane);
     row = cache_row<Loc>(p, row);
   }
   k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
@@ -200,39 +344,26 @@ __global__ void __launch_bounds__(kDowncastFp8Threads, sizeof(In) == 2 ? KV_B : 
   allow_next_kernel();
   if (p.check && row == kOutside && lane == 0) note_outside(p, token);
 
-  const unsigned group = Lanes == 32 ? 0xffffffffu : ((1u << (Lanes % 32)) - 1) << (threadIdx.x % 32 / Lanes * Lanes);
-  const bool claims = p.may_repeat;
   const unsigned long long key = reinterpret_cast<unsigned long long>(p.k.cache + row * p.k.cache_stride);
   unsigned long long* slot = downcast_fp8_claims + ((row ^ (row >> 16)) & (kClaimSlots - 1));
   bool pending = row >= 0;
-  unsigned long long seen = 0;
-  if (claims && pending && lane == 0) seen = claim(slot, key);
-  k.cast();  // the claim is on its way meanwhile
-  if constexpr (IsPair) v.cast();
-  while (__any_sync(0xffffffffu, pending)) {
-    if (claims) seen = __shfl_sync(0xffffffffu, seen, 0, Lanes);
-    if (pending && seen == 0) {
-      k.store(p.k, row, 0, lane);
-      if constexpr (IsPair) v.store(p.v, row, 0, lane);
+  while (pending) {  // all lanes alike: the warp has one token
+    unsigned long long seen = 0;
+    if (lane == 0) seen = claim(slot, key);
+    seen = __shfl_sync(0xffffffffu, seen, 0);
+    if (seen == 0) {
+      store(row, lane);
       for (int first = kChunk; first < vectors; first += kChunk) {
-        k.load(p.k, token, first, lane);
-        if constexpr (IsPair) v.load(p.v, token, first, lane);
-        k.cast();
-        if constexpr (IsPair) v.cast();
-        k.store(p.k, row, first, lane);
-        if constexpr (IsPair) v.store(p.v, row, first, lane);
+        load(first + lane);
+        store(row, first + lane);
       }
-      if (claims) {
-        __syncwarp(group);
-        if (lane == 0) give_back(slot);
-      }
+      __syncwarp();
+      if (lane == 0) give_back(slot);
     }
-    pending = pending && seen != 0 && seen != key;
-    if (pending) {
-      __nanosleep(100);
-      if (lane == 0) seen = claim(slot, key);
-    }
+    pending = seen != 0 && seen != key;
+    if (pending) __nanosleep(100);
   }
+  wait_staged();  // also where nothing was stored: no copy into shared memory outlives the block
 }
 
 template <typename In, typename CacheFp8, bool Saturated, typename KProgram, typename VProgram, typename Loc>
@@ -341,16 +472,19 @@ struct DowncastFp8 {
     template <bool IsPair>
     void launch_width(int64_t elements, cudaStream_t stream) {
       const bool distinct = p.tokens == 1 || (p.loc == nullptr && p.mult > 0 && p.offset >= 0);
+      const bool scan = p.loc != nullptr && p.mult != 0 && p.tokens <= kScanTokens;
       p.may_repeat = !distinct;
       if (vectors) p.k.vectors /= 8, p.v.vectors /= 8;
-      if (p.tokens <= kFewTokens && (distinct || (p.loc != nullptr && p.mult != 0))) {
+      if (!distinct && !scan) {
+        vectors ? launch_claim_many<IsPair, 8, 4>(stream) : launch_claim_many<IsPair, 1, 8>(stream);
+      } else if (p.tokens <= kFewTokens && elements <= kMostFewElements) {
         vectors ? launch_few<IsPair, 8>(elements / 8, stream) : launch_few<IsPair, 1>(elements, stream);
       } else if (!vectors) {
-        launch_many<IsPair, 32, 1, 8>(stream);
+        launch_scan_many<IsPair, 32, 1, 8>(stream);
       } else if (elements <= 128) {
-        launch_many<IsPair, 8, 8, 2>(stream);
+        launch_scan_many<IsPair, 8, 8, 2>(stream);
       } else {
-        launch_many<IsPair, 32, 8, 4>(stream);
+        launch_scan_many<IsPair, 32, 8, 4>(stream);
       }
     }
 
@@ -358,19 +492,29 @@ struct DowncastFp8 {
     void launch_few(int64_t vectors, cudaStream_t stream) {
       const int threads = static_cast<int>(std::min<int64_t>(ceil_div(vectors, 32) * 32, kDowncastFp8Threads));
       const int64_t pieces = ceil_div(vectors, threads);
-      if (pieces > 65535) return launch_many<IsPair, 32, E, E == 1 ? 8 : 4>(stream);
       const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(pieces));
       Launch(grid, threads)
           .stream(stream)
           .programmatic()
-          .run(downcast_fp8_few_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, E>, p);
+          .run(downcast_fp8_scan_few_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, E>, p);
     }
     template <bool IsPair, int Lanes, int E, int U>
-    void launch_many(cudaStream_t stream) {
-      Launch(static_cast<unsigned>(ceil_div(p.tokens * Lanes, kDowncastFp8Threads)), kDowncastFp8Threads)
+    void launch_scan_many(cudaStream_t stream) {
+      Launch(static_cast<unsigned>(ceil_div(p.tokens, kScanThreads / Lanes)), kScanThreads)
           .stream(stream)
           .programmatic()
-          .run(downcast_fp8_many_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, Lanes, E, U>, p);
+          .run(downcast_fp8_scan_many_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, Lanes, E, U>, p);
+    }
+    template <bool IsPair, int E, int U>
+    void launch_claim_many(cudaStream_t stream) {
+      const auto kernel =
+          downcast_fp8_claim_many_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, E, U>;
+      static OncePerDevice carveout;
+      carveout.run(device.id(), [&] {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+                   "cudaFuncSetAttribute");
+      });
+      Launch(static_cast<unsigned>(ceil_div(p.tokens, kClaimThreads / 32)), kClaimThreads).stream(stream).programmatic().run(kernel, p);
     }
 
     void throw_if_outside(cudaStream_t stream) {

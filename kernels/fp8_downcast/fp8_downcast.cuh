@@ -4,7 +4,7 @@
 //   s0..s3  the program's tensor operands: one element, or one element a row of x's last dimension     c0..c7  its constants
 //
 // Where x and out are dense alike (any permutation) they are one run of elements; otherwise rows with a pitch each. 8 elements a
-// load: one 16-byte load and one 8-byte store of a 16-bit x, 4 of them in flight a thread. Rows that 16-byte accesses cannot
+// load: one 16-byte load and one 8-byte store of a 16-bit x, 2 or 4 of them in flight a thread. Rows that 16-byte accesses cannot
 // reach (an odd width or pitch, an odd base) go element by element.
 #pragma once
 
@@ -19,12 +19,6 @@
 
 namespace inductor_ext {
 
-#ifndef DC_U
-#define DC_U 4
-#endif
-#ifndef DC_T
-#define DC_T 256
-#endif
 struct Fp8DowncastParams {
   const void* x;
   uint8_t* out;
@@ -37,16 +31,9 @@ struct Fp8DowncastParams {
   Operands operands;
 };
 
-template <typename In, typename Fp8, bool Saturated, typename Chain, int E>
-__device__ __forceinline__ void downcast_vector(const Raw<In, E>& raw, const typename Chain::Prepared& prepared, uint8_t* out) {
-  float v[E];
-  raw.unpack(v);
-  Chain::apply(prepared, v);
-  cast_fp8<Fp8, Saturated>(v).store(out);
-}
-
 // One run of elements: E elements a vector, U vectors a thread.
-constexpr int kRunThreads = DC_T;
+constexpr int kRunThreads = 256;
+constexpr int kRunUnroll = 2;
 
 template <typename In, typename Fp8, bool Saturated, typename Chain, int E, int U>
 __global__ void __launch_bounds__(kRunThreads) fp8_downcast_run_kernel(const __grid_constant__ Fp8DowncastParams p) {
@@ -176,7 +163,7 @@ struct Fp8Downcast {
     if (p.cols <= int64_t{4} * kRunThreads * sm_count(device)) {
       launch(fp8_downcast_run_kernel<In, Fp8, Saturated, Chain, E, 1>, p, p.cols, kRunThreads, 1, kRunThreads, device);
     } else {
-      launch(fp8_downcast_run_kernel<In, Fp8, Saturated, Chain, E, DC_U>, p, p.cols, kRunThreads * DC_U, 1, kRunThreads, device);
+      launch(fp8_downcast_run_kernel<In, Fp8, Saturated, Chain, E, kRunUnroll>, p, p.cols, kRunThreads * kRunUnroll, 1, kRunThreads, device);
     }
   }
   template <int Lanes, int E, int U>

@@ -38,14 +38,6 @@ __device__ __forceinline__ typename Chain::Prepared prepare_scaled(const Consts&
   return Chain::prepare(env);
 }
 
-template <typename In, typename Fp8, bool Saturated, typename Chain, int E>
-__device__ __forceinline__ void quantize_vector(const Raw<In, E>& raw, const typename Chain::Prepared& prepared, uint8_t* out) {
-  float v[E];
-  raw.unpack(v);
-  Chain::apply(prepared, v);
-  cast_fp8<Fp8, Saturated>(v).store(out);
-}
-
 // ---- rows -------------------------------------------------------------------------------------------------------------------
 
 struct Fp8QuantizeRowParams {
@@ -98,7 +90,7 @@ __global__ void __launch_bounds__(kQuantizeBlock<Threads>) fp8_quantize_row_kern
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * Threads + lane;
-    if (i < p.cols) quantize_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, out + i * E);
+    if (i < p.cols) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, out + i * E);
   }
 }
 
@@ -127,7 +119,7 @@ __global__ void __launch_bounds__(kWideThreads) fp8_quantize_wide_row_kernel(con
   for (int64_t i = threadIdx.x; i < p.cols; i += kWideThreads) {
     Raw<In, E> raw;
     raw.load(x + i * E);
-    quantize_vector<In, Fp8, Saturated, Chain>(raw, prepared, out + i * E);
+    downcast_vector<In, Fp8, Saturated, Chain>(raw, prepared, out + i * E);
   }
 }
 
@@ -277,7 +269,7 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(con
 #pragma unroll
     for (int u = 0; u < kTensorUnroll; ++u) {
       const int64_t i = tile * kTile + u * kTensorThreads + threadIdx.x;
-      if (i < p.count) quantize_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, p.out + i * E);
+      if (i < p.count) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, p.out + i * E);
     }
     tile -= gridDim.x;
     if (tile >= 0) load();
@@ -286,7 +278,7 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(con
     const int64_t i = p.count * E + threadIdx.x;
     Raw<In, 1> one;
     one.load(x + i);
-    quantize_vector<In, Fp8, Saturated, Chain>(one, prepared, p.out + i);
+    downcast_vector<In, Fp8, Saturated, Chain>(one, prepared, p.out + i);
   }
 }
 

@@ -54,6 +54,21 @@ inline int sm_count(int device) {
   return count;
 }
 
+// Runs something once for each device, such as setting an attribute of a kernel. Twice, if two threads come first together.
+class OncePerDevice {
+ public:
+  template <typename F>
+  void run(int device, F&& f) {
+    if (device < kDevices && done_[device].load(std::memory_order_acquire)) return;
+    f();
+    if (device < kDevices) done_[device].store(true, std::memory_order_release);
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<bool> done_[kDevices] = {};
+};
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Launch {

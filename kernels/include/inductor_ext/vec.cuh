@@ -30,6 +30,13 @@ __device__ __forceinline__ void load_32(uint32_t* r, const void* p) {
 #endif
 }
 
+// 16 bytes from global to shared memory without a register in between; the thread that asked may read them after wait_staged().
+__device__ __forceinline__ void stage_16(uint4* shared, const void* p) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(p)
+               : "memory");
+}
+__device__ __forceinline__ void wait_staged() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 template <typename T, int N>
 struct Raw {
   static constexpr int kBytes = sizeof(T) * N;
@@ -79,11 +86,7 @@ struct Bytes {
     if constexpr (N == 4) {
       *static_cast<uint32_t*>(p) = words[0];
     } else if constexpr (N == 8) {
-#ifdef INDUCTOR_EXT_STORE_CS
-      __stcs(static_cast<uint2*>(p), make_uint2(words[0], words[1]));
-#else
       *static_cast<uint2*>(p) = make_uint2(words[0], words[1]);
-#endif
     } else {
       static_assert(N == 16, "4, 8 or 16 bytes");
       *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
