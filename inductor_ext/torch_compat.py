@@ -63,7 +63,7 @@ def is_fallback(target: Any) -> bool:
 
 @functools.cache
 def e4m3fn_saturates() -> bool:
-    """Whether a cast to float8_e4m3fn gives ±448 past the finite range, as from torch 2.13 on (2.12 is untried), or NaN, as in 2.11."""
+    """Whether a cast to float8_e4m3fn gives ±448 past the finite range, as from torch 2.13 on, or NaN, as in 2.11."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():  # a graph is being compiled, with fake tensors

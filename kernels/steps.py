@@ -188,7 +188,7 @@ def call_constants(text: str, operands: Sequence[torch.Tensor]) -> tuple[float, 
 
 
 def check_program(name: str, text: str, operands: int, *, scale: bool = False) -> None:
-    """ValueError unless the program parses and uses only operands (``scale`` too, where there is one) and constants that exist."""
+    """ValueError unless the program parses and uses only what exists: operands, constants, ``scale`` where there is one."""
     if not scale and any(step.operand == "scale" for step in parse(text)):
         raise ValueError(f"{name}: wanted numbers and operands, found {text!r}, which names a dynamic scale")
     if operands > MAX_OPERANDS:

@@ -29,10 +29,13 @@ from downcast_units import (
     F16,
     F32,
     IN_DTYPES,
+    chains,
     quantize,
     quantize_unit,
+    recipes,
     static,
     static_unit,
+    steps,
     store,
     store_unit,
 )  # fmt: skip

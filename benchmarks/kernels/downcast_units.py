@@ -11,7 +11,7 @@ from local_build import Unit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from inductor_ext.kernels import steps  # noqa: E402
+from inductor_ext.kernels import steps
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
