@@ -11,11 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from inductor_ext import jit, registry, settings
+from inductor_ext.errors import BuildError
+from inductor_ext.report.explain import compiled_with, passes_only
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 
@@ -52,13 +55,32 @@ def _wanted() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "downcast_fp8", (k, None, cache, None, s, None, at, store, store, E4)
 
 
+def _wanted_by_examples() -> list[jit.JitSpec]:
+    """What the compiles of `test_examples_on_the_gpu` will ask for."""
+    asked: list[jit.JitSpec] = []
+
+    def later(specs: Any, options: Any) -> dict[jit.JitSpec, Any]:
+        specs = list(specs)
+        asked.extend(specs)
+        return dict.fromkeys(specs, BuildError("not yet"))
+
+    with mock.patch.object(jit, "prepare", later):
+        for rule in registry.rules():
+            for example in rule.matches:
+                torch._dynamo.reset()
+                chosen = settings.current(rules={rule.name: example.mode})
+                with compiled_with(chosen, example.fn, None, inner_compile=passes_only, dynamic=example.dynamic) as run:
+                    run(*example.inputs("cuda"))
+    return asked
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
     """All kernels at once on all cores: a minute instead of ten."""
     options = settings.current(progress=False)
     arch = jit.current_arch(options)
     assert arch is not None
-    specs = [op_named(name).spec(arguments, arch) for name, arguments in _wanted()]
+    specs = [op_named(name).spec(arguments, arch) for name, arguments in _wanted()] + _wanted_by_examples()
     failed = {spec: found for spec, found in jit.prepare(specs, options).items() if isinstance(found, Exception)}
     assert not failed, next(iter(failed.values()))
 
