@@ -124,8 +124,7 @@ def test_caches_are_written_in_place(gpu: FakeGpu, example: Example, tokens: str
     assert len(calls) == example.count
     inputs = example.inputs("cpu")
     caches = [value for value in inputs if isinstance(value, torch.Tensor) and value.element_size() == 1]
-    names = re.findall(r"assert_size_stride\((arg\d+_1), ", body)
-    assert names and caches
+    assert caches
     for call in calls:
         arguments = re.findall(r"arg\d+_1|buf\d+", call.split("(", 1)[1])
         assert not any(name.startswith("buf") for name in arguments[:4]) or example.name.startswith("two_indices"), call
