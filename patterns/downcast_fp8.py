@@ -85,9 +85,9 @@ class Half:
 
 
 #: Rows (exclusive) between which Inductor's one kernel for a direct, indexed store beats ours, which makes sure that a repeated
-#: index stores one row whole: 12.2 against 15.3 µs at 7168 rows of 8 × 128 on an H200, even at 2048 and 16 384
-#: (benchmarks/results/h200/kv_cache_compiled.json).
-STOCK_WINS = (2048, 16384)
+#: index stores one row whole: 4.0 against 5.2 µs at 2048 rows of 8 × 128 on an H200, 28.6 against 29.4 at 16 384, but 108
+#: against 102 at 65 536 (benchmarks/results/h200/kv_cache_compiled.json).
+STOCK_WINS = (256, 32768)
 
 
 def _stock_wins(tokens: int) -> bool:

@@ -179,7 +179,7 @@ def repeats(report: Report, modules: dict[torch.dtype, Any]) -> None:
                 for again in range(3):
                     kc, vc = (torch.full((slots, h, d), 0x55, dtype=torch.uint8, device="cuda") for _ in range(2))
                     store(modules[loc_dtype], E4, k, k, kc, vc, one, one, loc.to(loc_dtype))
-                    whole_rows(report, f"{what} T={tokens} [{h}, {d}] try {again}", kc, vc, loc, loc >= 0, tokens <= 32768)
+                    whole_rows(report, f"{what} T={tokens} [{h}, {d}] try {again}", kc, vc, loc, loc >= 0, tokens <= 4096)
 
 
     for tokens in (2, 77, 2000, 50000):  # no loc, one row: claims, whatever the number of tokens
@@ -212,7 +212,7 @@ def streams_and_graphs(report: Report, modules: dict[torch.dtype, Any]) -> None:
                     store(module, E4, k, k, kc, vc, one, one, loc)
         torch.cuda.synchronize()
         for i, (loc, (kc, vc)) in enumerate(zip(locs, caches)):
-            whole_rows(report, f"three streams T={tokens} stream {i}", kc, vc, loc, loc >= 0, tokens <= 32768)
+            whole_rows(report, f"three streams T={tokens} stream {i}", kc, vc, loc, loc >= 0, tokens <= 4096)
 
         kc, vc = (torch.full((slots, h, d), 0x55, dtype=torch.uint8, device="cuda") for _ in range(2))
         loc = torch.randint(0, 900, (tokens,), device="cuda")
@@ -225,4 +225,4 @@ def streams_and_graphs(report: Report, modules: dict[torch.dtype, Any]) -> None:
             kc.fill_(0x55), vc.fill_(0x55)
             graph.replay()
             torch.cuda.synchronize()
-            whole_rows(report, f"graph replay {again} T={tokens}", kc, vc, loc, loc >= 0, tokens <= 32768)
+            whole_rows(report, f"graph replay {again} T={tokens}", kc, vc, loc, loc >= 0, tokens <= 4096)
