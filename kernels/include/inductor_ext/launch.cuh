@@ -87,9 +87,6 @@ class Launch {
     return *this;
   }
   Launch& programmatic() {
-#ifdef INDUCTOR_EXT_NO_PDL
-    return *this;
-#endif
     cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
