@@ -35,7 +35,6 @@ def test_commands_exist() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
-        made_later = target == "benchmarks/results"  # an empty folder until a GPU has filled it
-        assert made_later or (ROOT / page).parent.joinpath(target).exists(), target
+        assert (ROOT / page).parent.joinpath(target).exists(), target
     for target in re.findall(r"`((?:report|jit)/\w+\.py|\w+\.py)`", text) if page.startswith("docs/how") else ():
         assert (ROOT / "inductor_ext" / target).exists(), target
