@@ -181,7 +181,6 @@ def repeats(report: Report, modules: dict[torch.dtype, Any]) -> None:
                     store(modules[loc_dtype], E4, k, k, kc, vc, one, one, loc.to(loc_dtype))
                     whole_rows(report, f"{what} T={tokens} [{h}, {d}] try {again}", kc, vc, loc, loc >= 0, tokens <= 4096)
 
-
     for tokens in (2, 77, 2000, 50000):  # no loc, one row: claims, whatever the number of tokens
         k = marked(tokens, 8, 128)
         kc, vc = (torch.full((9, 8, 128), 0x55, dtype=torch.uint8, device="cuda") for _ in range(2))
