@@ -32,17 +32,22 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 class Kernel:
     """How an op runs on a CUDA device. Every callable takes the op's arguments in schema order.
 
-    ``key(*args)`` is a hashable value of all that is compiled in; ``exports(key)`` the functions to instantiate, as
-    (name, C++ expression); ``bind(module, key)`` gives what a call of that key runs, as ``run(*args, *outputs)``: whatever
-    does not change between calls is looked up there, once. ``examples`` are keys worth prebuilding.
+    ``key(*args)`` is a hashable value of all that is compiled in, None where PyTorch's own operators are the better choice;
+    ``exports(key)`` the functions to instantiate, as (name, C++ expression); ``bind(module, key)`` gives what a call of that
+    key runs, as ``run(*args, *outputs)``: whatever does not change between calls is looked up there, once. ``examples`` are
+    keys worth prebuilding, or a function of the target that gives them.
+
+    An op whose kernel depends on sizes sets ``keys(*args)``: every key that a call may have whose sizes are symbolic. One
+    with several sources makes ``source`` a function of the key.
     """
 
-    source: str
+    source: str | Callable[[Any], str]
     key: Callable[..., Hashable]
     exports: Callable[[Any], tuple[tuple[str, str], ...]]
     bind: Callable[[Any, Any], Callable[..., None]]
     min_capability: tuple[int, int] = (8, 9)
-    examples: tuple[Hashable, ...] = ()
+    examples: tuple[Hashable, ...] | Callable[[str], tuple[Hashable, ...]] = ()
+    keys: Callable[..., Sequence[Hashable]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,19 +141,30 @@ class Op:
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
-    def spec(self, args: Sequence[Any], arch: str) -> jit.JitSpec | None:
-        """The kernel that this call needs on ``arch``; ``args`` may be fake tensors. None for an op without a kernel."""
+    def specs(self, args: Sequence[Any], arch: str) -> list[jit.JitSpec]:
+        """The kernels that such a call may need on ``arch``; ``args`` may be fake tensors, with symbolic sizes too."""
         if self.kernel is None:
-            return None
-        return self.spec_of_key(self.kernel.key(*args), arch)
+            return []
+        keys = self.kernel.keys(*args) if self.kernel.keys is not None else (self.kernel.key(*args),)
+        return [self.spec_of_key(key, arch) for key in keys if key is not None]
+
+    def examples(self, arch: str) -> list[jit.JitSpec]:
+        """The kernels worth building ahead for ``arch``."""
+        if self.kernel is None:
+            return []
+        keys = self.kernel.examples
+        found = [self.spec_of_key(key, arch) for key in (keys(arch) if callable(keys) else keys)]
+        return list(dict.fromkeys(found))
 
     def spec_of_key(self, key: Hashable, arch: str) -> jit.JitSpec:
         assert self.kernel is not None
-        return jit.JitSpec(self.name, self.kernel.source, self.kernel.exports(key), arch)
+        source = self.kernel.source if isinstance(self.kernel.source, str) else self.kernel.source(key)
+        return jit.JitSpec(self.name, source, self.kernel.exports(key), arch)
 
     def _bound(self, key: Hashable, device: torch.device) -> Callable[..., None]:
         """What a call of ``key`` on ``device`` runs: the kernel or, after one warning, PyTorch's own operators."""
-        module = self._module(key, device) if device.type == "cuda" and self.kernel is not None else None
+        wanted = device.type == "cuda" and self.kernel is not None and key is not None
+        module = self._module(key, device) if wanted else None
         if module is None or self.kernel is None:
             run: Callable[..., None] = self._run_reference_into
         else:
@@ -175,7 +191,7 @@ class Op:
     def _call(self, *args: Any, **outs: torch.Tensor) -> None:
         """The hot path: everything given, outputs too. ``args`` are complete and in schema order."""
         key = self.kernel.key(*args) if self.kernel is not None else None
-        device = args[0].device
+        device = device_of(args)
         run = self._loaded.get((key, device.index)) or self._bound(key, device)
         run(*args, *outs.values())
 
@@ -200,6 +216,12 @@ class Op:
         outs = outputs if isinstance(outputs, tuple) else (outputs,)
         self._call(*args, **{str(index): out for index, out in enumerate(outs)})
         return outputs
+
+
+def device_of(args: Sequence[Any]) -> torch.device:
+    """The device of a call: that of its first argument, or of the first of a list."""
+    first = args[0]
+    return (first if isinstance(first, torch.Tensor) else first[0]).device
 
 
 def _planned_buffer(value: torch.Tensor) -> Any:

@@ -19,6 +19,7 @@ from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from inductor_ext import graph as graphs
 from inductor_ext import jit, registry, torch_compat
+from inductor_ext.op import device_of
 from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport, Refusal, Rewrite
 from inductor_ext.rule import Call, Context, Match, Rule, module_path, source_line
@@ -118,17 +119,14 @@ class RewritePass(_Base):
         arch = jit.current_arch(self.settings)
         found = []
         for made in calls:
-            first = made.args[0]
-            if arch and first.device.type == "cuda":
-                spec = made.op.spec(made.args, arch)
-                if spec is not None:
-                    found.append(spec)
+            if arch and device_of(made.args).type == "cuda":
+                found += made.op.specs(made.args, arch)
         return found
 
     def _missing(self, match: Match, context: Context, kernels: dict[jit.JitSpec, Any]) -> Refusal | None:
         """A refusal when the device or a failed build rules a match out."""
         for made in match.calls:
-            device = made.args[0].device
+            device = device_of(made.args)
             if device.type not in ("cpu", "cuda"):
                 return context.refuse(match.node, "device", wanted="cuda or cpu", found=str(device))
             if device.type == "cuda" and made.op.kernel is not None:

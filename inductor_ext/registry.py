@@ -65,7 +65,7 @@ def source_digest() -> bytes:
     digest = hashlib.sha256()
     for folder in (_HERE, (_HERE / "kernels").resolve(), (_HERE / "patterns").resolve()):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".cuh", ".h") and path.is_file():
+            if path.suffix in (".py", ".cuh", ".h", ".json") and path.is_file():
                 digest.update(path.relative_to(folder).as_posix().encode())
                 digest.update(path.read_bytes())
     return digest.digest()

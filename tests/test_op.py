@@ -114,11 +114,11 @@ def test_export_keeps_the_op() -> None:
 def test_the_spec_of_a_call() -> None:
     op = next(op for op in registry.ops() if op.name == "fp8_downcast")
     x, s = torch.empty(8, 8, dtype=torch.bfloat16), torch.empty(())
-    spec = op.spec((x, [s], PROGRAM, E4), "sm_90a")
+    (spec,) = op.specs((x, [s], PROGRAM, E4), "sm_90a")
     assert spec is not None
     assert (spec.name, spec.source, spec.arch) == ("fp8_downcast", "fp8_downcast/fp8_downcast.cuh", "sm_90a")
-    assert spec == op.spec((x[:4], [s + 1], PROGRAM, E4), "sm_90a"), "neither sizes nor values are compiled in"
-    assert spec != op.spec((x.float(), [s], PROGRAM, E4), "sm_90a")
+    assert [spec] == op.specs((x[:4], [s + 1], PROGRAM, E4), "sm_90a"), "neither sizes nor values are compiled in"
+    assert [spec] != op.specs((x.float(), [s], PROGRAM, E4), "sm_90a")
     assert jit.JitSpec.from_dict(spec.to_dict()) == spec
 
 

@@ -26,7 +26,7 @@ def build(
     """
     chosen = settings.current()
     wanted = _ops(names or [], preset)
-    specs = [spec for target in _targets(arch, chosen) for op in wanted for spec in _specs(op, target)]
+    specs = [spec for target in _targets(arch, chosen) for op in wanted for spec in op.examples(target)]
     if not specs:
         raise SettingError("none of these ops declares a kernel to build ahead")
     directory = out or chosen.cache_path()
@@ -70,6 +70,3 @@ def _targets(arch: list[str] | None, chosen: settings.Settings) -> list[str]:
         raise SettingError("there is no GPU to take the target from; name one: --arch sm_90a (H200), --arch sm_100a (B200)")
     return [found]
 
-
-def _specs(op: Op, arch: str) -> list[jit.JitSpec]:
-    return [op.spec_of_key(key, arch) for key in op.kernel.examples] if op.kernel else []

@@ -26,12 +26,14 @@ def ops(as_json: JsonOption = False) -> None:
 
 def describe(op: Op) -> dict[str, Any]:
     kernel = op.kernel
+    examples = {arch: op.examples(arch) for arch in ("sm_90a", "sm_100a")}
+    sources = sorted({spec.source for specs in examples.values() for spec in specs})
     return {
         "name": op.name,
         "doc": op.doc,
         "schema": op.schema,
         "mutates": op.mutates,
-        "kernel": kernel.source if kernel else None,
+        "kernel": ", ".join(sources) or None,
         "min_capability": "{}.{}".format(*kernel.min_capability) if kernel else None,
-        "prebuilt_examples": len(kernel.examples) if kernel else 0,
+        "prebuilt_examples": {arch: len(specs) for arch, specs in examples.items()},
     }

@@ -80,7 +80,7 @@ def _built() -> None:
     options = settings.current(progress=False)
     arch = jit.current_arch(options)
     assert arch is not None
-    specs = [op_named(name).spec(arguments, arch) for name, arguments in _wanted()] + _wanted_by_examples()
+    specs = [spec for name, arguments in _wanted() for spec in op_named(name).specs(arguments, arch)] + _wanted_by_examples()
     failed = {spec: found for spec, found in jit.prepare(specs, options).items() if isinstance(found, Exception)}
     assert not failed, next(iter(failed.values()))
 
