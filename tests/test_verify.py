@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import inductor_ext
 from inductor_ext.errors import VerifyError
-from inductor_ext.graph import aten, is_call
+from inductor_ext.graph import aten, call, is_call
 from inductor_ext.report.verify import RuleCheck, _compare
 from inductor_ext.rule import Match, Rule
 from tests.support.rules import plant, wrong_rule
@@ -62,11 +63,38 @@ def test_a_difference_in_a_mutated_argument_is_seen(monkeypatch: pytest.MonkeyPa
     assert inductor_ext.verify(model, torch.randn(8), torch.randn(8), end_to_end=False).differs == ["wrong"]
 
 
-def test_an_inexact_rule_may_differ_but_not_be_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, wrong_rule(exact=False, cost="everything"), only=True)
+def _scales_by(factor: float) -> Rule:
+    """An inexact rule that makes ``a * b`` ``(a * b) * factor``."""
+
+    def replace(match: Match) -> None:
+        graph, node = match.node.graph, match.node
+        with graph.inserting_after(node):
+            made = call(graph, aten.mul.Tensor, node, factor)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+    return dataclasses.replace(wrong_rule(exact=False, cost="everything"), replace=replace)
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.001, True), (1.02, False), (float("nan"), False), (float("inf"), False)])
+def test_an_inexact_rule_may_differ_a_little(monkeypatch: pytest.MonkeyPatch, factor: float, ok: bool) -> None:
+    plant(monkeypatch, _scales_by(factor), only=True)
     found = inductor_ext.verify(lambda a, b: a * b, torch.randn(8), torch.randn(8), end_to_end=False)
     (check,) = found.checks
-    assert check.ok and not check.exact and check.differing == 8 and check.max_abs > 0
+    assert check.ok is ok and found.differs == ([] if ok else ["wrong"])
+    assert not check.exact and check.differing == 8 and check.max_abs > 0
+    assert check.distance == pytest.approx(factor - 1, rel=1e-3) or (check.distance == float("inf") and not ok)
+
+
+def test_an_inexact_rule_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, wrong_rule(exact=False, cost="everything"), only=True)
+    found = inductor_ext.verify(lambda a, b: a * b, torch.randn(8), torch.randn(8), end_to_end=False)
+    assert found.differs == ["wrong"] and found.checks[0].distance > 0.1
+
+
+def test_values_that_are_not_finite_count_for_an_inexact_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, _scales_by(1.001), only=True)
+    special = torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])
+    assert inductor_ext.verify(lambda a, b: a * b, special, torch.ones(4), end_to_end=False).ok
 
 
 def test_a_zero_of_the_wrong_sign_differs(monkeypatch: pytest.MonkeyPatch) -> None:
