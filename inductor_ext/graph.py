@@ -92,6 +92,25 @@ def through_reshapes(node: Node) -> Node:
     return node
 
 
+def is_view(node: Any) -> bool:
+    """Whether a node gives a tensor (or several) in the memory of its first argument, or may do so."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return is_view(node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.returns:
+        return False
+    alias = node.target._schema.returns[0].alias_info
+    return is_reshape(node) or (alias is not None and not alias.is_write)
+
+
+def through_views(node: Node) -> Node:
+    """The first node above ``node`` that is not a view."""
+    while is_view(node):
+        node = node.args[0]
+    return node
+
+
 def producer(node: Node) -> Node:
     """The node whose kernel makes ``node``'s memory: through reshapes, slices, getitems and splits."""
     lookthrough = {

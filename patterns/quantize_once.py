@@ -8,42 +8,17 @@ The chains are compared node by node down to what they share; equal chains give 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, RESHAPES, aten, describe, erase_dead, is_reshape
+from inductor_ext.graph import describe, erase_dead, is_reshape
 from inductor_ext.patterns.support import fp8_chain
+from inductor_ext.patterns.support.same import input_pairs, same_value
 from inductor_ext.rule import Context, Example, Match, Refusal, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
-
-#: What a quantising chain is made of: deterministic, without side effects, cheap to compare.
-_PURE = frozenset(
-    {
-        CONVERT,
-        aten.abs.default,
-        aten.amax.default,
-        aten.max.default,
-        aten.mul.Tensor,
-        aten.div.Tensor,
-        aten.reciprocal.default,
-        aten.clamp_min.default,
-        aten.clamp_min.Tensor,
-        aten.clamp_max.default,
-        aten.clamp_max.Tensor,
-        aten.maximum.default,
-        aten.minimum.default,
-        aten.full.default,
-        aten.log2.default,
-        aten.floor.default,
-        aten.sub.Tensor,
-        aten.neg.default,
-        aten.exp2.default,
-        *RESHAPES,
-    }
-)
 
 
 def anchors(graph: Graph) -> Iterable[Node]:
@@ -54,7 +29,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     near: Node | None = None
     source = _source(node)
     for other in _casts_before(node):
-        if _same(node, other):
+        if same_value(node, other):
             if _returned(node) and _returned(other):
                 return context.refuse(
                     node,
@@ -83,7 +58,7 @@ def _merge(node: Node, other: Node) -> None:
     """Let every user of a chain's nodes read the equal node of the other chain."""
     if node is other:
         return
-    for mine, theirs in list(_pairs(node, other)):
+    for mine, theirs in list(input_pairs(node, other)):
         _merge(mine, theirs)
     if other < node and not (
         _returned(node) and _returned(other)
@@ -95,22 +70,6 @@ def _merge(node: Node, other: Node) -> None:
 def _returned(node: Node) -> bool:
     """Whether the graph returns ``node`` or a view of it."""
     return any(user.op == "output" or (is_reshape(user) and _returned(user)) for user in node.users)
-
-
-def _pairs(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
-    yield from zip(a.all_input_nodes, b.all_input_nodes)
-
-
-def _same(a: Node, b: Node) -> bool:
-    if a is b:
-        return True
-    if a.op != "call_function" or b.op != "call_function" or a.target != b.target or a.target not in _PURE:
-        return False
-    if len(a.all_input_nodes) != len(b.all_input_nodes):
-        return False
-    names = {mine: theirs for mine, theirs in _pairs(a, b)}
-    renamed = torch.fx.map_arg((a.args, a.kwargs), lambda n: names[n])
-    return str(renamed) == str((b.args, b.kwargs)) and all(_same(*pair) for pair in _pairs(a, b))
 
 
 def _casts_before(node: Node) -> list[Node]:
