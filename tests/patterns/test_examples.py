@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import inductor_ext
 from inductor_ext import registry
 from inductor_ext.report.explain import Explanation
-from inductor_ext.report.verify import Verification
+from inductor_ext.report.verify import TOLERANCE, Verification
 from inductor_ext.rule import Example, Rule
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
@@ -65,7 +65,7 @@ def test_match_is_rewritten_as_often_as_it_says(rule: Rule, example: Example) ->
         assert event.node and event.why
         assert event.source.endswith(tuple("0123456789")) or ": " in event.source, event.source
         if rule.name != "quantize_once":
-            assert event.kernel == rule.name
+            assert event.kernel == ("scaled_mm" if rule.name.startswith("scaled_mm") else rule.name)
 
 
 @pytest.mark.parametrize(("rule", "example"), MATCHES)
@@ -75,6 +75,7 @@ def test_match_gives_the_bytes_of_what_it_replaced(rule: Rule, example: Example)
     assert checks and all(check.elements > 0 for check in checks)
     assert found.differs == []
     assert all(check.differing == 0 for check in checks if check.exact)
+    assert all(check.distance < 1e-3 for check in checks), "on a CPU not even another rounding is to be seen"
 
 
 @pytest.mark.parametrize(("rule", "example"), MATCHES)
@@ -88,12 +89,18 @@ def test_match_changes_the_graph_as_agreed(rule: Rule, example: Example) -> None
 
 
 @pytest.mark.parametrize(("rule", "example"), [p for p in MATCHES if p.values[1].name not in WITH_PRODUCER])
-def test_compiled_match_gives_the_bytes_of_eager(rule: Rule, example: Example) -> None:
+def test_compiled_match_gives_the_result_of_eager(rule: Rule, example: Example) -> None:
+    """The bytes, or for a rule that does not promise them what `verify` asks for."""
     inputs = example.inputs("cpu")
     wanted = run_copies(example.fn, inputs)
     found, recorder = run_compiled(example.fn, inputs, rules=_modes(rule, example), dynamic=example.dynamic)
     assert recorder.counts().get(rule.name) == example.count
-    assert_all_same_bytes(found, wanted)
+    if rule.exact:
+        assert_all_same_bytes(found, wanted)
+        return
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert float((a.double() - b.double()).norm()) <= TOLERANCE * float(b.double().norm())
 
 
 @pytest.mark.parametrize(("rule", "example"), MATCHES)

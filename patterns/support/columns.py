@@ -1,0 +1,133 @@
+"""Put column slices of one buffer where several matrices were: what may read them, and what has to follow.
+
+A slice ``buffer[:, lo:hi]`` holds the same numbers as the matrix it replaces, with rows further apart. Pointwise code,
+reductions, attention and matrix products read it as it is. `obstacle` finds those users that would copy it or go wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_view, known_equal, value_of
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.patterns.support.same import PURE, in_order
+
+#: What may be done to a weight or a scale on the way to a product; moving it up changes nothing.
+_MOVABLE = PURE | {aten.slice.Tensor, aten.select.int, aten.t.default, aten.transpose.int, aten.expand.default}
+
+
+def obstacle(matrix: Node, forced: bool) -> Failure | None:
+    """A user that keeps ``matrix`` from being a column slice; ``forced`` takes what is merely slower."""
+    for reached, user in _users(matrix):
+        if user.op == "output":
+            if not forced:
+                wanted = "a product used inside the graph only: Inductor would copy a column slice before returning it"
+                return Failure(matrix, "a sibling is returned to the caller", wanted, f"{describe(reached)} among the outputs")
+        elif isinstance(user.target, torch._ops.HigherOrderOperator) or is_call(user, aten.as_strided.default):
+            # A user's Triton kernel was traced with the strides that the matrix had in eager.
+            return Failure(matrix, "a user reads it by strides", "users that take any row stride", describe(user))
+        elif forced:
+            continue
+        elif not _any_strides(user.target):
+            wanted = "PyTorch's operators as users: others get the strides they had in eager, by a copy"
+            return Failure(matrix, "a user is not one of PyTorch's operators", wanted, describe(user))
+        elif _merges_rows(matrix, user):
+            shape = list(value_of(user).shape)
+            wanted = "views that keep the columns apart from the rows"
+            return Failure(matrix, "a user merges its rows: a column slice would be copied", wanted, f"a view as {shape}")
+    return None
+
+
+def _users(node: Node) -> list[tuple[Node, Node]]:
+    """(value, user) for ``node`` and all views of it."""
+    found = []
+    pending = [node]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            found.append((value, user))
+            if is_view(user):
+                pending.append(user)
+    return found
+
+
+def _any_strides(target: Any) -> bool:
+    return not isinstance(target, torch._ops.OpOverload) or target.namespace in ("aten", "prims", "inductor_ext")
+
+
+def _merges_rows(matrix: Node, user: Node) -> bool:
+    """Whether ``user`` is a reshape of ``matrix`` in which no dimension begins where a row does."""
+    if in_order(user) is not matrix or user is matrix:
+        return False
+    width: Any = 1
+    for size in reversed(value_of(user).shape):
+        if known_equal(width, value_of(matrix).shape[1]):
+            return False
+        width = width * size
+    return not known_equal(width, value_of(matrix).shape[1])
+
+
+def hoist(node: Node | None, above: Node, move: bool) -> Node | None:
+    """Whether ``node`` can be computed before ``above``, and with ``move`` do so. Gives the first node that cannot, or None."""
+    if node is None or node < above:
+        return None
+    if node.op != "call_function" or node.target not in _MOVABLE:
+        return node
+    for needed in node.all_input_nodes:
+        stuck = hoist(needed, above, move)
+        if stuck is not None:
+            return stuck
+    if move:
+        above.prepend(node)
+    return None
+
+
+def split(graph: Graph, buffer: Node, matrices: Sequence[Node]) -> None:
+    """Let users of ``matrices``, side by side in ``buffer``, read their columns of it, and those of all of them all of it."""
+    parts: list[Node] = []
+    low = 0
+    for matrix in matrices:
+        high = low + value_of(matrix).shape[1]
+        with graph.inserting_after(parts[-1] if parts else buffer):
+            parts.append(call(graph, aten.slice.Tensor, buffer, 1, low, high, like=matrix))
+        low = high
+    for matrix, part in zip(matrices, parts):
+        matrix.replace_all_uses_with(part)
+        erase_dead(matrix)
+    for whole in [user for user in parts[0].users if _joins(user, parts)]:
+        whole.replace_all_uses_with(buffer)
+        erase_dead(whole)
+    refresh(buffer)
+    for part in parts:
+        erase_dead(part)
+
+
+def _joins(user: Node, parts: Sequence[Node]) -> bool:
+    """Whether ``user`` is the concatenation of all parts in their order: the buffer itself."""
+    return is_cat_of_columns(user) and list(user.args[0]) == list(parts)
+
+
+def is_cat_of_columns(node: Any) -> bool:
+    """Whether a node concatenates along the last dimension."""
+    if not is_call(node, aten.cat.default):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return isinstance(dim, int) and dim in (-1, value_of(node).dim() - 1)
+
+
+def refresh(node: Node, fake_mode: Any = None) -> None:
+    """Fake values of the views below ``node``, whose strides have changed: later rules read them."""
+    fake_mode = fake_mode or value_of(node).fake_mode
+    for user in list(node.users):
+        if not is_view(user):
+            continue
+        if is_call(user, aten.view.default):
+            user.target = aten.reshape.default  # Inductor makes this change too, but before our pass
+        arguments, keywords = torch.fx.map_arg((user.args, user.kwargs), value_of)
+        with fake_mode:
+            user.meta["val"] = user.target(*arguments, **keywords)
+        refresh(user, fake_mode)

@@ -1,0 +1,132 @@
+"""One call of ``inductor_ext.scaled_mm`` for one or several products: whether it pays, with which kernel, and its arguments.
+
+The measured tables (``kernels/scaled_mm/choice.py``) decide. Where M is a number they are asked once, and on a GPU the call
+names the configuration, so that nothing is looked up when it runs. Where M changes between calls the op looks at run time, and
+may take PyTorch's own operator then; the rewrite pays if one M in its range takes ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import call, is_call, through_views, value_of
+from inductor_ext.kernels.scaled_mm import choice
+from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.patterns.support.scaled_product import Product
+from inductor_ext.rule import Call, Context
+
+COST = "the same inputs, sums in fp32 taken in another order; use_fast_accum is kept as written"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A call that computes ``products`` side by side. ``shared``: all read the first one's a and scale_a."""
+
+    products: tuple[Product, ...]
+    shared: bool
+    config: str
+    detail: str
+    why: str
+
+    @property
+    def call(self) -> Call:
+        return Call(scaled_mm.OP, torch.fx.map_arg(self.arguments(), value_of))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The op's arguments, nodes for tensors."""
+        first = self.products[0]
+        left = (first,) if self.shared else self.products
+        return (
+            [each.a for each in left],
+            [each.b for each in self.products],
+            [each.scale_a for each in left],
+            [each.scale_b for each in self.products],
+            [each.bias for each in self.products],
+            first.out_dtype,
+            first.fast,
+            all(map(static_b, self.products)),
+            self.config,
+        )
+
+    def insert(self, graph: Graph) -> Node:
+        """The call, at the graph's insertion point."""
+        return call(graph, scaled_mm.OP.overload, *self.arguments(), like=self.products[0].node)
+
+
+def static_b(product: Product) -> bool:
+    """Whether nothing that still runs in the stream when our kernel starts can be writing b.
+
+    Under programmatic dependent launch the kernel starts while the one before it ends, and with this promise loads b's first
+    tiles before it waits. That is safe when b was written before this graph began, a being computed by a kernel of this graph:
+    that kernel lies between whatever wrote b and ours. It began after the writer was done, or, launched the same way, let ours
+    begin only after waiting for the writer itself: every kernel of ours waits before it lets the next one start.
+
+    So b has to be a view of a graph input, and a must not be one. What makes a is a kernel for sure when none of its inputs
+    has a's dtype: Inductor drops copies and casts that change nothing.
+    """
+    made_by = through_views(product.a)
+    if is_call(made_by, operator.getitem):
+        made_by = made_by.args[0]
+    above = [value_of(node) for node in made_by.all_input_nodes]
+    read = [value.dtype for value in above if isinstance(value, torch.Tensor)]
+    return bool(read) and value_of(product.a).dtype not in read and through_views(product.b).op in ("placeholder", "get_attr")
+
+
+def plan(products: Sequence[Product], shared: bool, context: Context, slower: str) -> Plan | Failure:
+    """The call for ``products``, or why PyTorch's operator stays: ``slower`` is the reason given where it measured faster."""
+    first = products[0]
+    device = value_of(first.a).device
+    target = scaled_mm.target_of(device)
+    choices = _choices(target, products)
+    using = [found for found in choices if found.use]
+    static = isinstance(first.m, int)
+    if not context.forced:
+        if not choices:
+            wanted = f"table_{target}.json beside kernels/scaled_mm/choice.py, which its benchmark makes"
+            return Failure(first.node, "no measured table for this GPU", wanted, f"none for {target}")
+        if not using:
+            best = max(choices, key=_gain)
+            return Failure(first.node, slower, "one that measured faster", best.why)
+    kept = choices if context.forced else using
+    names = list(dict.fromkeys(found.config.name for found in kept))
+    on_gpu = device.type == "cuda"
+    config = names[0] if static and names and on_gpu else ""  # a CPU runs the reference, whatever the table says
+    detail = ", ".join(names) if on_gpu and names else "reference" if not on_gpu else "PyTorch's operator"
+    why = "forced" if context.forced else max(using, key=_gain).why
+    if not static and not context.forced:
+        why += "; M is known at run time, which then chooses"
+    return Plan(tuple(products), shared, config, detail, why)
+
+
+def _gain(found: choice.Choice) -> float:
+    return found.stock_us / found.ours_us
+
+
+def _choices(target: str, products: Sequence[Product]) -> list[choice.Choice]:
+    """The tables' choice for M or, where it is symbolic, one for each M in its range at which it may change."""
+    m, fast = products[0].m, products[0].fast
+    ns, k = tuple(each.n for each in products), max(each.k for each in products)
+    rowwise = any(each.rowwise for each in products)
+    found = [scaled_mm.decide(target, size, ns, k, rowwise, fast) for size in _sizes(target, m, ns, k, rowwise, fast)]
+    return [each for each in found if each is not None]
+
+
+def _sizes(target: str, m: Any, ns: tuple[int, ...], k: int, rowwise: bool, fast: bool) -> list[int]:
+    """M, or the sizes in its range at which the choice may be another: those measured, and the next above each."""
+    if isinstance(m, int):
+        return [m]
+    least, most = scaled_mm._bounds(m)
+    table = choice.table(target)
+    if table is None:
+        return []
+    kind = choice.kind(rowwise, fast)
+    measured = {row.m for n in {*ns, sum(ns)} for row in table.rows(kind, n, k)}
+    sizes = {least, *(size + step for size in measured for step in (0, 1))}
+    return sorted(size for size in sizes if least <= size <= most)
