@@ -120,6 +120,8 @@ class Op:
         def lower(*args: Any, **kwargs: Any) -> Any:
             values = ir.V.graph.current_node.meta["val"] if out_names else ()
             values = values if isinstance(values, (tuple, list)) else (values,)
+            if out_names:
+                args = _in_traced_order(args, ir.V.graph.current_node.args)
             buffers = {name: _planned_buffer(value) for name, value in zip(out_names, values, strict=True)}
             for argument, value in zip(self.overload._schema.arguments, args):
                 if argument.is_write and value is not None:
@@ -222,6 +224,23 @@ def device_of(args: Sequence[Any]) -> torch.device:
     """The device of a call: that of its first argument, or of the first of a list."""
     first = args[0]
     return (first if isinstance(first, torch.Tensor) else first[0]).device
+
+
+def _in_traced_order(values: Any, nodes: Any) -> Any:
+    """Lowered arguments with their dimensions in the order in memory that they were traced with, which rules have checked.
+
+    Inductor decides itself how what it computes lies in memory, and takes the order of what that reads: quantising
+    ``x.t().contiguous()`` gives columns. An argument that is in memory already is as it was traced, and stays where it is.
+    """
+    from torch._inductor import ir
+
+    if isinstance(values, (list, tuple)):
+        return type(values)(_in_traced_order(value, node) for value, node in zip(values, nodes))
+    traced = nodes.meta.get("val") if isinstance(nodes, torch.fx.Node) else None
+    if not isinstance(values, ir.IRNode) or not isinstance(traced, torch.Tensor):
+        return values
+    order = ir.get_stride_order(traced.stride(), ir.V.graph.sizevars.shape_env)
+    return ir.ExternKernel.require_stride_order(values, order)
 
 
 def _planned_buffer(value: torch.Tensor) -> Any:
