@@ -45,6 +45,7 @@ def backend(**options: Any) -> Callable[..., Callable[..., Any]]:
     """
     snapshot = settings.current(**options)
     registry.check_rules(snapshot)
+    torch_compat.trace_scaled_mm_v2()
 
     def configured(gm: Any, example_inputs: Any, *, mode: Any = None, options: Any = None, **kwargs: Any) -> Any:
         return compile_graph(gm, example_inputs, snapshot, mode=mode, options=options)
@@ -76,6 +77,7 @@ def compile_graph(
     chosen = chosen.replace(**own)
     registry.check_rules(chosen)
     registry.define_lowerings()
+    torch_compat.trace_scaled_mm_v2()
     session = _Session(chosen, on_report)
     patches.update(inductor_options or {})
     previous = torch_compat.previous_post_grad_pass(patches)

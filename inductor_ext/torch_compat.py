@@ -122,6 +122,62 @@ def _symbol_node(graph: Graph, symbol: Any) -> Node:
     raise LookupError(f"no graph input has the size {symbol}")
 
 
+@functools.cache
+def trace_scaled_mm_v2() -> tuple[str, ...]:
+    """Let Dynamo trace ``torch.nn.functional.scaled_mm`` and ``scaled_grouped_mm``; says what had to be added.
+
+    torch 2.11 has no trace rule for either and breaks the graph there; the grouped one has neither a rule nor a meta kernel
+    up to 2.13. Dynamo asks when it meets the function, so this is called before it traces where that is possible: by
+    ``inductor_ext.backend(…)``, `explain` and `verify`, and by the backend for the graphs after its first.
+    Can go with 2.13.
+    """
+    from torch._dynamo import trace_rules
+
+    added = []
+    for name in ("_scaled_mm_v2", "_scaled_grouped_mm_v2"):
+        function = getattr(torch, name, None)
+        if function is not None and f"torch.{name}" not in trace_rules.torch_c_binding_in_graph_functions:
+            torch._dynamo.allow_in_graph(function)
+            added.append(f"trace rule of {name}")
+    op = "_scaled_grouped_mm_v2"
+    if hasattr(torch.ops.aten, op) and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", "Meta"):
+        _meta_library().impl(op, _meta_scaled_grouped_mm_v2)
+        added.append(f"meta kernel of {op}")
+    return tuple(added)
+
+
+@functools.cache
+def _meta_library() -> torch.library.Library:
+    return torch.library.Library("aten", "IMPL", "Meta")  # what it registers lives as long as it does
+
+
+def _meta_scaled_grouped_mm_v2(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: Any,
+    recipe_a: Any,
+    swizzle_a: Any,
+    scale_b: Any,
+    recipe_b: Any,
+    swizzle_b: Any,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    contraction_dim: Any = (),
+    use_fast_accum: bool = False,
+) -> torch.Tensor:
+    """An empty output: rows, columns or the contracted dimension are what groups divide, by which operand has no group."""
+    rows, columns = a.shape[-2], b.shape[-1]
+    if a.dim() == 2 and b.dim() == 2:
+        assert offs is not None
+        shape = [offs.shape[0], rows, columns]
+    elif a.dim() == 3 and b.dim() == 3:
+        shape = [a.shape[0], rows, columns]
+    else:
+        shape = [rows, columns]
+    return a.new_empty(shape, dtype=out_dtype or torch.bfloat16)
+
+
 def run_post_grad_passes(gm: torch.fx.GraphModule, fake_mode: Any, is_inference: bool) -> None:
     """Inductor's post-grad passes, the custom ones with them, and nothing after: what `explain` needs of a compile."""
     from torch._inductor import compile_fx

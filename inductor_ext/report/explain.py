@@ -118,6 +118,7 @@ def compiled_with(
     import torch._dynamo.config
     import torch._functorch.config
 
+    torch_compat.trace_scaled_mm_v2()
     with (
         # The backward graph of a training step would be compiled when it first runs, and nothing runs backward here.
         torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
