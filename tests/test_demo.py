@@ -58,7 +58,7 @@ def test_demo(tmp_path: Path) -> None:
     assert found["ok"] and found["verify"]["ok"]
     assert found["counts"]["quantize_once"] == 3  # q, k and v share one quantisation; gate and up another
     assert found["counts"]["fp8_quantize"] >= 1
-    assert all(check["differing"] == 0 for check in found["verify"]["checks"])
+    assert all(check["differing"] == 0 for check in found["verify"]["checks"] if check["exact"])
     assert found["outputs"]["inductor_ext to stock"]["cosine"] > 0.99
     assert "no speed-up is to be" in result.stdout and "quantize_once" in result.stdout
     page = report.read_text(encoding="utf-8")
