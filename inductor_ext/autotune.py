@@ -1,18 +1,227 @@
 """Inductor's own autotuner, and our kernels in it.
 
-Under ``max_autotune`` Inductor measures every way it knows to compute a matrix product and takes the fastest. What replaces
-such a product by a table's word then stands aside (`active`).
+Under ``max_autotune`` Inductor measures every way it knows to compute a matrix product and takes the fastest. An op that
+declares an `Autotune` has its kernels measured too, beside PyTorch's operator (``aten``) and Inductor's templates (``triton``).
+Rules that would replace such a product by a table's word then stand aside (`active`).
+
+What wins is called from generated code as ``extern_kernels.inductor_ext_<op>_tuned(*operands, <options>, out=buf0)``: one
+Python function an op, defined with its lowering, so that cached code finds it in any process; the options say which kernel.
+
+Only graphs compiled by our backend see the candidates: our pass in Inductor's config tells them, and it is there wherever such
+a graph is compiled, a backward graph long after its forward too. Sizes must be numbers; with symbolic ones the table stays.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch.fx import Node
+
+from inductor_ext import jit
+
+if TYPE_CHECKING:
+    from inductor_ext.op import Op
+    from inductor_ext.passes import RewritePass
+
+log = logging.getLogger("inductor_ext")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of a call that is being compiled, all sizes known. ``offset`` is in elements from its storage's begin."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A call of PyTorch's operator that Inductor is about to autotune.
+
+    ``node`` is the call in the post-grad graph; ``operands`` what Inductor passes by position, ``options`` by keyword.
+    """
+
+    node: Node
+    operands: tuple[Operand, ...]
+    out: Operand
+    options: Mapping[str, Any]
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One kernel for a problem: the key of its `Kernel`, and the literals by which generated code names it."""
+
+    label: str
+    key: Hashable
+    options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Autotune:
+    """How an op's kernels take part where Inductor autotunes ``stock``, its name for PyTorch's operator.
+
+    ``candidates(problem)`` are the kernels worth measuring, none for a problem that the op cannot compute.
+    ``arguments(*operands, out=…, **options)`` are the op's arguments for a call that a candidate with these options won.
+    """
+
+    stock: str
+    candidates: Callable[[Problem], Sequence[Candidate]]
+    arguments: Callable[..., tuple[Any, ...]]
 
 
 def active() -> bool:
-    """Whether Inductor will autotune the matrix products of the graph that is being compiled.
+    """Whether Inductor will measure the matrix products of the graph that is being compiled, our kernels with them.
 
-    To be asked while Inductor's config is that of the compile: in a pass, a rule's guard, a lowering.
+    To be asked while Inductor's config is that of the compile: in a pass, a rule's guard, a lowering. Products with a symbolic
+    size are autotuned without ours, so a rule asks only where sizes are numbers.
     """
-    config = torch._inductor.config
-    return bool(config.max_autotune or config.max_autotune_gemm)
+    import torch._inductor.config as config
+
+    wanted = config.max_autotune or config.max_autotune_gemm
+    # Ours stand beside PyTorch's operator; C++ wrappers cannot call them; deterministic means that nothing is measured.
+    stock = "ATEN" in config.max_autotune_gemm_backends.upper().replace(" ", "").split(",")
+    return bool(wanted and stock and not config.cpp_wrapper and not getattr(config, "deterministic", False))
+
+
+# ---- hooks in Inductor -----------------------------------------------------------------------------------------------
+
+_ways: dict[str, list[tuple[Op, Autotune, Any]]] = {}  # by stock name: op, its declaration, Inductor's ExternKernelChoice
+
+
+def register(op: Op) -> None:
+    """Put an op's kernels into Inductor's autotuner. Called once, with its lowering."""
+    from torch._inductor.select_algorithm import ExternKernelChoice, add_feedback_saver, add_preprocessing_fn
+
+    way = op.autotune
+    assert way is not None
+    if not _ways:
+        add_preprocessing_fn(_with_candidates)
+        add_feedback_saver(_report)
+    _ways.setdefault(way.stock, []).append((op, way, ExternKernelChoice(_caller(op, way), name=_name(op))))
+
+
+def _name(op: Op) -> str:
+    return f"inductor_ext_{op.name}_tuned"
+
+
+def _caller(op: Op, way: Autotune) -> Callable[..., None]:
+    from inductor_ext import registry
+
+    def call(*operands: Any, out: torch.Tensor, **options: Any) -> None:
+        op._call(*way.arguments(*operands, out=out, **options), out=out)
+
+    # Inductor keeps timings under a hash of the function's name and text: those of other kernels must not be found.
+    call.__name__ = f"{_name(op)}_{registry.source_digest().hex()[:16]}"
+    return call
+
+
+def _compiling() -> RewritePass | None:
+    """Our pass in Inductor's config, the mark of a graph of ours."""
+    import torch._inductor.config as config
+
+    from inductor_ext.passes import RewritePass
+
+    found = config.post_grad_custom_post_pass
+    return found if isinstance(found, RewritePass) else None
+
+
+def _with_candidates(choices: list[Any]) -> list[Any]:
+    """Inductor asks this before it measures ``choices``."""
+    from torch._inductor.select_algorithm import ExternKernelCaller
+
+    ours = _compiling()
+    if ours is None or not active():
+        return choices
+    added = []
+    for stock in choices:
+        if isinstance(stock, ExternKernelCaller):
+            for op, way, choice in _ways.get(stock.name, ()):
+                problem = _problem(stock)
+                if problem is not None and _runs_on(op, problem.device):
+                    added += _callers(op, way, choice, problem, stock, ours)
+    return [*choices, *added]
+
+
+def _callers(op: Op, way: Autotune, choice: Any, problem: Problem, stock: Any, ours: RewritePass) -> list[Any]:
+    """Inductor's callers of the candidates whose kernel can be had. Kernels are built in parallel, before anything is timed."""
+    candidates = list(way.candidates(problem))
+    if ours.settings.build != "defer":  # then the first call builds, which is the measurement's
+        arch = jit.current_arch(ours.settings)
+        if arch is None:
+            return []
+        specs = [op.spec_of_key(candidate.key, arch) for candidate in candidates]
+        built = jit.prepare(specs, ours.settings)
+        for candidate, spec in zip(list(candidates), specs):
+            if isinstance(built[spec], Exception):
+                log.debug("%s: %s is not measured: %s", op.name, candidate.label, built[spec])
+                candidates.remove(candidate)
+    made = []
+    for candidate in candidates:
+        caller = choice.bind(stock.input_nodes, stock.layout, **candidate.options)
+        caller.description = candidate.label
+        made.append(caller)
+    return made
+
+
+def _runs_on(op: Op, device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and op.kernel is not None
+        and torch.cuda.get_device_capability(device) >= op.kernel.min_capability
+    )
+
+
+def _problem(stock: Any) -> Problem | None:
+    """What Inductor's caller of PyTorch's operator computes; None where a size is symbolic."""
+    from torch._inductor.virtualized import V
+
+    operands = [_operand(node, node.get_layout()) for node in stock.input_nodes]
+    out = _operand(stock.layout, stock.layout)
+    known = [operand for operand in operands if operand is not None]
+    if out is None or len(known) < len(operands):
+        return None
+    return Problem(V.graph.current_node, tuple(known), out, dict(stock.kwargs), stock.layout.device)
+
+
+def _operand(node: Any, layout: Any) -> Operand | None:
+    try:
+        shape, stride, offset = tuple(map(int, layout.size)), tuple(map(int, layout.stride)), int(layout.offset)
+    except TypeError:  # a symbolic expression
+        return None
+    return Operand(shape, stride, offset, layout.dtype)
+
+
+# ---- what was chosen -------------------------------------------------------------------------------------------------
+
+
+def _report(timings: Mapping[Any, float], name: str, input_nodes: Sequence[Any], *_: Any) -> None:
+    """Inductor tells this what it measured, in milliseconds."""
+    from torch._inductor.select_algorithm import ExternKernelCaller
+
+    names = {_name(op) for ways in _ways.values() for op, _, _ in ways}
+    ours = _compiling()
+    if ours is None or not any(choice.name in names for choice in timings):
+        return
+    best: dict[str, float] = {}  # of each kind, and of each of our candidates
+    for choice, milliseconds in timings.items():
+        extern = isinstance(choice, ExternKernelCaller)
+        kind = choice.description if choice.name in names else "aten" if extern else "triton"
+        if math.isfinite(milliseconds):
+            best[kind] = min(milliseconds * 1e3, best.get(kind, math.inf))
+    if not best:
+        return
+    (winner, first), *rest = sorted(best.items(), key=lambda item: item[1])
+    sizes = ", ".join(f"[{', '.join(map(str, node.get_size()))}]" for node in input_nodes[:2])
+    others = ", ".join(f"{kind} {time:.1f}" for kind, time in rest)
+    line = f"{name} of {sizes}: {winner} is the fastest, {first:.1f} µs" + (f"; {others}" if others else "")
+    log.info("%s", line)
+    if ours.report is not None:
+        ours.report.autotuned.append(line)

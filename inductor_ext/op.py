@@ -15,12 +15,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from inductor_ext import jit, settings
 from inductor_ext.errors import InductorExtError
+
+if TYPE_CHECKING:
+    from inductor_ext.autotune import Autotune
 
 log = logging.getLogger("inductor_ext")
 
@@ -52,13 +55,17 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that mutates its arguments)."""
+    """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that mutates its arguments).
+
+    ``autotune`` lets its kernels compete under Inductor's ``max_autotune``.
+    """
 
     schema: str
     doc: str
     fake: Callable[..., Any]
     reference: Callable[..., Any]
     kernel: Kernel | None = None
+    autotune: Autotune | None = None
     _loaded: dict[Hashable, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -140,6 +147,10 @@ class Op:
             return tuple(buffers.values()) if len(buffers) > 1 else next(iter(buffers.values()))
 
         lowering.register_lowering(self.overload, type_promotion_kind=None)(lower)
+        if self.autotune is not None:
+            from inductor_ext import autotune
+
+            autotune.register(self)
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,7 @@ class RewritePass(_Base):
         self.previous = previous
         self.on_report = on_report
         self.observer = observer
+        self.report: GraphReport | None = None  # of the graph that is being compiled: the autotuner adds what it chose
 
     def uuid(self) -> Any:
         previous = torch_compat.uuid_of_pass(self.previous)
@@ -85,6 +86,7 @@ class RewritePass(_Base):
         report.kernels = [spec.to_dict() for spec, module in kernels.items() if not isinstance(module, Exception)]
         report.seconds = time.perf_counter() - started
         store.publish(report)
+        self.report = report
         if self.on_report:
             self.on_report(report)
 

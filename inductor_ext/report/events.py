@@ -44,6 +44,7 @@ class GraphReport:
     before: str = ""
     after: str = ""
     seconds: float = 0.0
+    autotuned: list[str] = dataclasses.field(default_factory=list)  # what Inductor measured beside kernels of ours, a line each
     cached: bool = False  # replayed from Inductor's cache; the rules did not run in this process
 
     def counts(self) -> dict[str, int]:
