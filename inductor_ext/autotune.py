@@ -152,21 +152,19 @@ def _with_candidates(choices: list[Any]) -> list[Any]:
 
 def _callers(op: Op, way: Autotune, choice: Any, problem: Problem, stock: Any, ours: RewritePass) -> list[Any]:
     """Inductor's callers of the candidates whose kernel can be had. Kernels are built in parallel, before anything is timed."""
-    candidates = list(way.candidates(problem))
+    arch = jit.current_arch(ours.settings)
+    candidates = [(each, op.spec_of_key(each.key, arch) if arch else None) for each in way.candidates(problem)]
     if ours.settings.build != "defer":  # then the first call builds, which is the measurement's
-        arch = jit.current_arch(ours.settings)
-        if arch is None:
-            return []
-        specs = [op.spec_of_key(candidate.key, arch) for candidate in candidates]
-        built = jit.prepare(specs, ours.settings)
-        for candidate, spec in zip(list(candidates), specs):
-            if isinstance(built[spec], Exception):
-                log.debug("%s: %s is not measured: %s", op.name, candidate.label, built[spec])
-                candidates.remove(candidate)
+        built = jit.prepare([spec for _, spec in candidates if spec is not None], ours.settings)
+        for each, spec in candidates:
+            if spec is not None and isinstance(built[spec], Exception):
+                log.debug("%s: %s is not measured: %s", op.name, each.label, built[spec])
+        candidates = [(each, spec) for each, spec in candidates if spec and not isinstance(built[spec], Exception)]
     made = []
-    for candidate in candidates:
-        caller = choice.bind(stock.input_nodes, stock.layout, **candidate.options)
-        caller.description = candidate.label
+    for each, spec in candidates:
+        caller = choice.bind(stock.input_nodes, stock.layout, **each.options)
+        caller.description = each.label
+        caller.inductor_ext_spec = spec
         made.append(caller)
     return made
 
@@ -210,18 +208,17 @@ def _report(timings: Mapping[Any, float], name: str, input_nodes: Sequence[Any],
     ours = _compiling()
     if ours is None or not any(choice.name in names for choice in timings):
         return
-    best: dict[str, float] = {}  # of each kind, and of each of our candidates
+    best: dict[str, tuple[float, Any]] = {}  # of each kind, and of each of our candidates: µs, Inductor's caller
     for choice, milliseconds in timings.items():
         extern = isinstance(choice, ExternKernelCaller)
         kind = choice.description if choice.name in names else "aten" if extern else "triton"
-        if math.isfinite(milliseconds):
-            best[kind] = min(milliseconds * 1e3, best.get(kind, math.inf))
+        if math.isfinite(milliseconds) and (kind not in best or milliseconds * 1e3 < best[kind][0]):
+            best[kind] = milliseconds * 1e3, choice
     if not best:
         return
-    (winner, first), *rest = sorted(best.items(), key=lambda item: item[1])
+    (winner, (first, chosen)), *rest = sorted(best.items(), key=lambda item: item[1][0])
     sizes = ", ".join(f"[{', '.join(map(str, node.get_size()))}]" for node in input_nodes[:2])
-    others = ", ".join(f"{kind} {time:.1f}" for kind, time in rest)
+    others = ", ".join(f"{kind} {time:.1f}" for kind, (time, _) in rest)
     line = f"{name} of {sizes}: {winner} is the fastest, {first:.1f} µs" + (f"; {others}" if others else "")
     log.info("%s", line)
-    if ours.report is not None:
-        ours.report.autotuned.append(line)
+    ours.add_autotuned(line, getattr(chosen, "inductor_ext_spec", None))

@@ -54,7 +54,8 @@ class RewritePass(_Base):
         self.previous = previous
         self.on_report = on_report
         self.observer = observer
-        self.report: GraphReport | None = None  # of the graph that is being compiled: the autotuner adds what it chose
+        self._report: GraphReport | None = None  # of the graph that is being compiled
+        self._report_key = ""
 
     def uuid(self) -> Any:
         previous = torch_compat.uuid_of_pass(self.previous)
@@ -85,10 +86,17 @@ class RewritePass(_Base):
         report.after = graphs.text_of(graph)
         report.kernels = [spec.to_dict() for spec, module in kernels.items() if not isinstance(module, Exception)]
         report.seconds = time.perf_counter() - started
-        store.publish(report)
-        self.report = report
+        self._report, self._report_key = report, store.publish(report)
         if self.on_report:
             self.on_report(report)
+
+    def add_autotuned(self, line: str, kernel: jit.JitSpec | None) -> None:
+        """Inductor's autotuner, which runs after this pass, chose between kernels: ``kernel``, if one of ours has won."""
+        if self._report is not None:
+            self._report.autotuned.append(line)
+            if kernel is not None and kernel.to_dict() not in self._report.kernels:
+                self._report.kernels.append(kernel.to_dict())
+            self._report_key = store.amend(self._report_key, self._report)
 
     def _mode(self, rule: Rule) -> RuleMode:
         return self.settings.rules.get(rule.name, "auto")

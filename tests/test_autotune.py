@@ -14,6 +14,7 @@ from inductor_ext import autotune, jit, registry, settings
 from inductor_ext.backend import compile_graph
 from inductor_ext.errors import BuildError
 from inductor_ext.kernels.scaled_mm.autotune import AUTOTUNE, MOST
+from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport
 from tests.support.fakegpu import FakeGpu, fake_gpu
 
@@ -200,16 +201,21 @@ def test_kernels_that_cannot_be_built_are_not_measured(
 def test_what_was_chosen_is_reported(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     reports: list[GraphReport] = []
     measured = Measured(monkeypatch, ours=1.0)
+    before = store.snapshot()
 
     def compiled(gm: Any, inputs: Any, **kwargs: Any) -> Any:
-        return compile_graph(gm, inputs, settings.current(build="defer"), on_report=reports.append)
+        return compile_graph(gm, inputs, settings.current(build="defer", arch="sm_90a"), on_report=reports.append)
 
     with caplog.at_level(logging.INFO, "inductor_ext"):
         _source(gpu, backend=compiled)
-    (line,) = reports[0].autotuned
+    (report,) = reports
+    (line,) = report.autotuned
     assert line.startswith(f"scaled_mm of [512, 1024], [1024, 1024]: {measured.ours[0]} is the fastest, 1001.0 µs; ")
     assert line.endswith("aten 2000.0") and line in caplog.text
-    assert GraphReport.from_dict(reports[0].to_dict()) == reports[0]
+    (spec,) = (jit.JitSpec.from_dict(kernel) for kernel in report.kernels)
+    assert spec.source == "scaled_mm/tile.cuh", "a cached graph has its kernel built before its first call"
+    (replayed,) = store.replayed(before)
+    assert (replayed.autotuned, replayed.kernels) == (report.autotuned, report.kernels)
 
 
 def test_the_winning_call_computes_the_product() -> None:

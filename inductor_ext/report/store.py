@@ -24,14 +24,27 @@ log = logging.getLogger("inductor_ext")
 _PREFIX = "inductor_ext.report."
 
 
-def publish(report: GraphReport) -> None:
-    """Remember a report under its digest and count the key that a cache hit will replay."""
+def publish(report: GraphReport) -> str:
+    """Remember a report under its digest and count the key that a cache hit will replay. Gives the key."""
+    for rule, count in report.counts().items():
+        counters["inductor"][f"inductor_ext.{rule}"] += count
+    return _keep(report)
+
+
+def amend(key: str, report: GraphReport) -> str:
+    """``report``, published as ``key``, says more now and its graph is still being compiled. Gives the new key."""
+    counters["inductor"][key] -= 1
+    if counters["inductor"][key] == 0:
+        del counters["inductor"][key]
+    return _keep(report)
+
+
+def _keep(report: GraphReport) -> str:
     text = json.dumps(report.to_dict(), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:24]
     _write(digest, text)
     counters["inductor"][_PREFIX + digest] += 1
-    for rule, count in report.counts().items():
-        counters["inductor"][f"inductor_ext.{rule}"] += count
+    return _PREFIX + digest
 
 
 def snapshot() -> Counter[str]:
