@@ -16,8 +16,16 @@ from inductor_ext.op import Op
 from inductor_ext.rule import Rule
 from inductor_ext.settings import Settings
 
-OP_MODULES = ("fp8_downcast", "downcast_fp8", "fp8_quantize")
-RULE_MODULES = ("quantize_once", "downcast_fp8", "fp8_quantize", "fp8_downcast")
+OP_MODULES = ("fp8_downcast", "downcast_fp8", "fp8_quantize", "scaled_mm")
+RULE_MODULES = (
+    "quantize_once",
+    "scaled_mm_cat",
+    "scaled_mm_siblings",
+    "scaled_mm",
+    "downcast_fp8",
+    "fp8_quantize",
+    "fp8_downcast",
+)
 
 #: Sets of ops for ``inductor-ext build --preset``.
 PRESETS = {"downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize")}

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.graph import describe, erase_dead, is_reshape
 from inductor_ext.patterns.support import fp8_chain
-from inductor_ext.patterns.support.same import input_pairs, same_value
+from inductor_ext.patterns.support.same import input_pairs, root, same_value
 from inductor_ext.rule import Context, Example, Match, Refusal, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -73,11 +73,13 @@ def _returned(node: Node) -> bool:
 
 
 def _casts_before(node: Node) -> list[Node]:
+    """Casts to the same dtype of what may be the same activation: comparing all of a model's is quadratic."""
     found: list[Node] = []
+    start = root(node)
     for other in node.graph.nodes:
         if other is node:
             return found
-        if fp8_chain.is_fp8_cast(other) and other.args[1] is node.args[1]:
+        if fp8_chain.is_fp8_cast(other) and other.args[1] is node.args[1] and root(other) is start:
             found.append(other)
     return found
 

@@ -18,7 +18,7 @@ from inductor_ext.graph import describe, value_of
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.patterns.support.same import is_pure, same_elements, same_tensor
+from inductor_ext.patterns.support.same import is_pure, root, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import Context, Example, Match, Refusal, Rule
 
@@ -59,7 +59,7 @@ def replace(match: Match) -> None:
 
 def _siblings(first: Product) -> Iterator[Product]:
     """Products with the same a and scale_a as ``first``, and the same options, in the graph's order."""
-    for node in sorted(_products_below(_root(first.a))):
+    for node in sorted(_products_below(root(first.a))):
         if node is first.node:
             continue
         other = scaled_product.parse(node)
@@ -77,15 +77,8 @@ def _alike(one: Product, two: Product) -> bool:
     )
 
 
-def _root(node: Node) -> Node:
-    """What a is quantised from: the chains of two siblings may be two, until quantize_once has made them one."""
-    while is_pure(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _products_below(root: Node) -> set[Node]:
-    found, seen, pending = set(), {root}, [root]
+def _products_below(source: Node) -> set[Node]:
+    found, seen, pending = set(), {source}, [source]
     while pending:
         for user in pending.pop().users:
             if scaled_product.is_product(user):

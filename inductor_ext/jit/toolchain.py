@@ -14,8 +14,9 @@ from inductor_ext.jit import compilers, headers
 from inductor_ext.jit.spec import ARCH
 from inductor_ext.settings import Settings, current
 
+# NDEBUG: CUTLASS asserts inside its barriers, and a kernel that may call __assertfail gets its wgmma serialised (ptxas C7510).
 # -z now: an undefined symbol shows at load, where it can be handled, not at the first call.
-BASE_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC", "-Xlinker", "-z,now")
+BASE_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC", "-Xlinker", "-z,now")
 _FREE_DISK_WANTED = 1 << 30
 
 

@@ -47,6 +47,13 @@ def is_pure(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in PURE
 
 
+def root(node: Node) -> Node:
+    """The first node that is not pure on the way up through first inputs: nodes of the same value have the same root."""
+    while is_pure(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
 def input_pairs(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
     yield from zip(a.all_input_nodes, b.all_input_nodes)
 

@@ -1,0 +1,136 @@
+"""Tune scaled_mm: time every sensible configuration of every problem on this GPU and write the table that `choice.py` reads.
+
+    python benchmarks/kernels/scaled_mm_tune.py --out results.json --table kernels/scaled_mm/table_sm_90a.json
+
+Operands are cold in L2, times are medians of CUDA-graph replays. A first round times all candidates shortly, a second one the
+best of them and ``torch._scaled_mm`` again, in turn, for longer. Configurations are picked with row-wise scales; for tensor-wise
+ones the best of those are timed, since the kernels are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import timing
+from benchmarks.kernels import scaled_mm_cases as cases
+from benchmarks.kernels.scaled_mm_cases import Problem
+from inductor_ext import registry
+from inductor_ext.kernels.scaled_mm import choice
+from inductor_ext.kernels.scaled_mm.config import Config, parse
+
+SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 7168, 16384)
+SMS = 132
+TILES = ("64x128p", "64x256p", "128x128p", "128x160p", "128x192p", "128x128c", "128x192c", "128x256c", "256x128c")
+CLUSTERS = ("", "@2x1")
+KEPT = 4  # configurations that the second round times
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """Configurations worth timing: tiles that fit M, splits that fill the GPU, tile counts not far from the best."""
+    m, n, k = problem.m, problem.n, problem.k
+    found = []
+    if m <= 1024:
+        for tokens in (8, 16, 32, 64, 128):
+            if not min(m, 64) <= tokens <= max(8, 2 * m):
+                continue
+            for channels in (64, 128):
+                ctas = math.ceil(n / channels) * math.ceil(m / tokens)
+                splits = [s for s in (1, 2, 4, 8) if s <= tokens and s <= k // 128 and (s == 1 or ctas * s <= 4 * SMS)]
+                if ctas <= 6 * SMS:
+                    found += [Config("stream", tokens, channels, split=s) for s in splits]
+    if m > 32:
+        tiles = [parse(f"tile:{tile}{cluster}") for tile in TILES for cluster in CLUSTERS if not cluster or m >= 512]
+        tiles = [tile for tile in tiles if tile.supports(not problem.fast, problem.out_dtype)]
+        costs = {tile: _waves(problem, tile) * tile.m * tile.n for tile in tiles}
+        found += [tile for tile, cost in costs.items() if cost <= 1.6 * min(costs.values())]
+    return [config for config in found if config.supports(not problem.fast, problem.out_dtype)]
+
+
+def _waves(problem: Problem, config: Config) -> int:
+    return math.ceil(math.ceil(problem.m / config.m) * math.ceil(problem.n / config.n) / SMS)
+
+
+def tune(problem: Problem, names: list[Config], modules: dict[Any, Any]) -> dict[str, Any]:
+    """Times of the best configurations and of PyTorch's operator, µs."""
+    sets = cases.cold_operands(problem)
+    guess = cases.floor_us(problem)
+    first = {c: cases.time_us([cases.ours(c, modules, problem, x) for x in sets], guess, 3) for c in names}
+    best = sorted(first, key=first.__getitem__)[:KEPT]
+    rounds: dict[str, list[float]] = {}
+    for _ in range(2):
+        rounds.setdefault("stock", []).append(cases.time_us([cases.stock(problem, x) for x in sets], guess, 9))
+        for config in best:
+            calls = [cases.ours(config, modules, problem, x) for x in sets]
+            rounds.setdefault(config.name, []).append(cases.time_us(calls, guess, 9))
+    times = {name: round(min(values), 3) for name, values in rounds.items()}
+    stock = times.pop("stock")
+    return {"m": problem.m, "stock_us": stock, "ours_us": dict(sorted(times.items(), key=lambda item: item[1]))}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="All times, with the environment.")] = Path("scaled_mm_tune.json"),
+    table: Annotated[Path, typer.Option(help="The table to write.")] = Path("table_sm_90a.json"),
+    shapes: Annotated[str, typer.Option(help="N×K pairs, such as 4096x1024,1024x2048; default: all.")] = "",
+    budget_s: Annotated[float, typer.Option(help="Stop starting new shapes after this many seconds.")] = 480.0,
+) -> None:
+    console, started = Console(width=150), time.perf_counter()
+    registry.ops()
+    wanted = [tuple(map(int, pair.split("x"))) for pair in shapes.split(",") if pair]
+    wanted = wanted or [*cases.GRID, *cases.LLAMA_8B, *cases.OTHERS]
+    every = [Problem(m, n, k, True, fast) for fast in (True, False) for n, k in wanted for m in SIZES]
+    modules = cases.build([(config, problem) for problem in every for config in candidates(problem)])
+    console.print(f"built {len(modules)} kernels in {time.perf_counter() - started:.0f} s")
+    entries = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("tuning", total=4 * len(wanted))
+        for n, k in wanted:
+            if time.perf_counter() - started > budget_s:
+                console.print(f"out of time: N={n} K={k} and what follows was not tuned")
+                break
+            for fast in (True, False):
+                rows = {True: [], False: []}
+                for m in SIZES:
+                    row = tune(Problem(m, n, k, True, fast), candidates(Problem(m, n, k, True, fast)), modules)
+                    rows[True].append(row)
+                    known = [parse(name) for name in row["ours_us"]]
+                    rows[False].append(tune(Problem(m, n, k, False, fast), known, modules))
+                for rowwise, found in rows.items():
+                    entries.append({"kind": choice.kind(rowwise, fast), "n": n, "k": k, "rows": found})
+                    progress.advance(task)
+                torch.cuda.empty_cache()
+    timing.write_json(out, {"shapes": entries})
+    table.write_text(_table(entries))
+    for entry in entries:
+        gains = [row["stock_us"] / min(row["ours_us"].values()) for row in entry["rows"]]
+        line = " ".join(f"{row['m']}:{gain:.2f}" for row, gain in zip(entry["rows"], gains))
+        console.print(f"{entry['n']}x{entry['k']} {entry['kind']}: {line}", soft_wrap=True)
+
+
+def _table(entries: list[dict[str, Any]]) -> str:
+    """JSON with a line a row, so that a new measurement reads as a diff."""
+    lines = []
+    for entry in entries:
+        rows = []
+        for row in entry["rows"]:
+            name, ours = next(iter(row["ours_us"].items()))
+            rows.append(json.dumps([row["m"], name, ours, row["stock_us"]]))
+        head = json.dumps({"kind": entry["kind"], "n": entry["n"], "k": entry["k"]})[:-1]
+        lines.append(f'  {head}, "rows": [\n   ' + ",\n   ".join(rows) + "]}")
+    command = "python benchmarks/kernels/scaled_mm_tune.py --table kernels/scaled_mm/table_sm_90a.json"
+    head = f' "gpu": {json.dumps(torch.cuda.get_device_name())},\n "made_by": {json.dumps(command)},\n'
+    columns = ["M", "configuration", "ours, µs", "torch._scaled_mm, µs"]
+    head += f' "torch": {json.dumps(torch.__version__)},\n "columns": {json.dumps(columns, ensure_ascii=False)},\n'
+    return "{\n" + head + ' "shapes": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,299 @@
+"""scaled_mm: FP8 matrix products with scales, several of them side by side in one output.
+
+    out[:, columns of i] = (a_i · b_i) * scale_a_i * scale_b_i + bias_i        for i in 0 … len(b) - 1
+
+``a_i`` [M, K_i] row-major and ``b_i`` [K_i, N_i] column-major, e4m3 × e4m3 or e4m3 × e5m2 either way round; ``scale_a_i`` one
+fp32 element or [M, 1] (or [M]), ``scale_b_i`` one or [1, N_i] (or [N_i, 1], [N_i]), in any combination; ``bias_i`` [N_i] of
+``out_dtype`` or None; ``out`` [M, ΣN_i] bf16, fp16 or fp32, whose rows may have any stride. ``a`` and ``scale_a`` have one
+element, shared by all, or as many as ``b``. K_i and N_i are multiples of 16, rows of a and columns of b start at multiples of
+16 bytes.
+
+``use_fast_accum=False`` adds the tensor core's partial sums to fp32 every 128 elements of K, as PyTorch asks cuBLAS to; True
+leaves them in the tensor core, which keeps 14 bits or so. ``static_b`` promises that nothing still running in the stream
+writes b: its first tiles are then loaded while the kernel ahead ends. ``config`` names a kernel (``config.py``); "" takes the
+table's choice (``choice.py``), which may be PyTorch's own operator.
+
+Sums are taken in another order than cuBLAS takes them: results differ from ``torch._scaled_mm``'s in the last place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from inductor_ext.kernels.scaled_mm import choice
+from inductor_ext.kernels.scaled_mm.config import CPP_TYPES, Config, parse
+from inductor_ext.op import Kernel, Op
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNMENT = 16
+#: Problems in one launch; more are cut into several.
+MAX_GROUP = 4
+
+Tensors = Sequence[torch.Tensor]
+
+
+def fake(
+    a: Tensors,
+    b: Tensors,
+    scale_a: Tensors,
+    scale_b: Tensors,
+    bias: Sequence[torch.Tensor | None],
+    out_dtype: torch.dtype,
+    use_fast_accum: bool,
+    static_b: bool,
+    config: str,
+) -> torch.Tensor:
+    _check(a, b, scale_a, scale_b, bias, out_dtype, config)
+    return a[0].new_empty((a[0].shape[0], sum(each.shape[1] for each in b)), dtype=out_dtype)
+
+
+def reference(
+    a: Tensors,
+    b: Tensors,
+    scale_a: Tensors,
+    scale_b: Tensors,
+    bias: Sequence[torch.Tensor | None],
+    out_dtype: torch.dtype,
+    use_fast_accum: bool,
+    static_b: bool,
+    config: str,
+) -> torch.Tensor:
+    """The sum in fp32 on a CPU; on a GPU, PyTorch's own operator."""
+    _check(a, b, scale_a, scale_b, bias, out_dtype, config)
+    parts = []
+    for i, b_i in enumerate(b):
+        a_i, scale = _at(a, i), _at(scale_a, i)
+        row, column = _column(scale, a_i.shape[0]), _row(scale_b[i], b_i.shape[1])
+        if a_i.device.type == "cuda":
+            parts.append(_stock(a_i, b_i, row, column, bias[i], out_dtype, use_fast_accum))
+            continue
+        product = (a_i.float() @ b_i.float()) * row * column
+        added = product if bias[i] is None else product + bias[i].float()
+        parts.append(added.to(out_dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _stock(a: Any, b: Any, row: Any, column: Any, bias: Any, out_dtype: torch.dtype, fast: bool) -> torch.Tensor:
+    if (row.dim() == 0) != (column.dim() == 0):  # torch wants both alike
+        row, column = row.expand(a.shape[0], 1).contiguous(), column.expand(1, b.shape[1]).contiguous()
+    if row.dim() > 0 and out_dtype is not torch.bfloat16:  # torch has row-wise scales for bf16 only; scale afterwards
+        one = a.new_ones((), dtype=torch.float32)
+        product = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=fast) * row * column
+        return (product if bias is None else product + bias.float()).to(out_dtype)
+    return torch._scaled_mm(a, b, row, column, bias=bias, out_dtype=out_dtype, use_fast_accum=fast)
+
+
+def _at(values: Sequence[Any], i: int) -> Any:
+    return values[i if len(values) > 1 else 0]
+
+
+def _column(scale: torch.Tensor, m: int) -> torch.Tensor:
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(m, 1)
+
+
+def _row(scale: torch.Tensor, n: int) -> torch.Tensor:
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(1, n)
+
+
+def _check(a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Sequence[Any], out_dtype: Any, config: str) -> None:
+    if not b or len(a) not in (1, len(b)) or len(scale_a) != len(a):
+        found = f"{len(a)}, {len(scale_a)} for {len(b)} b"
+        raise ValueError(f"scaled_mm: a, scale_a: wanted one of each, shared, or as many as b (at least one), found {found}")
+    if len(scale_b) != len(b) or len(bias) != len(b):
+        raise ValueError(f"scaled_mm: scale_b, bias: wanted {len(b)} of each, as of b, found {len(scale_b)}, {len(bias)}")
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"scaled_mm: out_dtype: wanted bfloat16, float16 or float32, found {out_dtype}")
+    if config:
+        parse(config)
+    for i, b_i in enumerate(b):
+        a_i = _at(a, i)
+        for name, tensor in ((f"a[{i}]", a_i), (f"b[{i}]", b_i)):
+            if tensor.dim() != 2:
+                raise ValueError(f"scaled_mm: {name}: wanted two dimensions, found shape {tuple(tensor.shape)}")
+            if tensor.dtype not in FP8:
+                raise TypeError(f"scaled_mm: {name}: wanted float8_e4m3fn or float8_e5m2, found {tensor.dtype}")
+        if a_i.dtype is torch.float8_e5m2 and b_i.dtype is torch.float8_e5m2:
+            raise TypeError("scaled_mm: a, b: wanted at most one of them in float8_e5m2, found both")
+        if b_i.shape[0] != a_i.shape[1] or b_i.shape[0] % ALIGNMENT or b_i.shape[1] % ALIGNMENT:
+            wanted = f"[{a_i.shape[1]}, N] with both multiples of {ALIGNMENT}"
+            raise ValueError(f"scaled_mm: b[{i}]: wanted {wanted}, found {tuple(b_i.shape)}")
+        if a_i.shape[0] != a[0].shape[0]:
+            raise ValueError(f"scaled_mm: a[{i}]: wanted {a[0].shape[0]} rows, as a[0] has, found {a_i.shape[0]}")
+        if b_i.stride(0) != 1 and b_i.shape[0] != 1:
+            raise ValueError(f"scaled_mm: b[{i}]: wanted a column-major tensor, found strides {tuple(b_i.stride())}")
+        _check_scale(f"scale_a[{i}]", _at(scale_a, i), a_i.shape[0])
+        _check_scale(f"scale_b[{i}]", scale_b[i], b_i.shape[1])
+        added = bias[i]
+        if added is not None and (added.numel() != b_i.shape[1] or added.dtype != out_dtype):
+            wanted = f"{b_i.shape[1]} elements of {out_dtype}"
+            raise ValueError(f"scaled_mm: bias[{i}]: wanted {wanted}, found {added.dtype} of shape {tuple(added.shape)}")
+
+
+def _check_scale(name: str, scale: torch.Tensor, extent: Any) -> None:
+    if scale.dtype is not torch.float32:
+        raise TypeError(f"scaled_mm: {name}: wanted float32, found {scale.dtype}")
+    if scale.numel() != 1 and scale.numel() != extent:
+        raise ValueError(f"scaled_mm: {name}: wanted one element or {extent}, found shape {tuple(scale.shape)}")
+
+
+# ---- which kernel ----------------------------------------------------------------------------------------------------
+
+_targets: dict[int | None, str] = {}
+
+
+def target_of(device: torch.device) -> str:
+    """The GPU target that a device's choice is made for. A CPU, which runs the reference, shows what an H200 would take."""
+    if device.type != "cuda":
+        return "sm_90a"
+    known = _targets.get(device.index)
+    if known is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        known = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+        if torch.cuda.is_initialized():  # not for fake tensors of a GPU that is not there
+            _targets[device.index] = known
+    return known
+
+
+def is_rowwise(scales: Sequence[torch.Tensor]) -> bool:
+    return any(scale.numel() != 1 for scale in scales)
+
+
+def decide(target: str, m: int, ns: tuple[int, ...], k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
+    """The choice for one problem, or for one launch that replaces several; None without a table for ``target``."""
+    if len(ns) == 1:
+        return choice.choose(target, m, ns[0], k, rowwise, fast)
+    return _decide_group(target, m, ns, k, rowwise, fast)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decide_group(target: str, m: int, ns: tuple[int, ...], k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
+    """One launch pays where it takes less than the launches it replaces, each by whatever is fastest for it."""
+    together = choice.choose(target, m, sum(ns), k, rowwise, fast)
+    apart = [choice.choose(target, m, n, k, rowwise, fast) for n in ns]
+    if together is None or None in apart:
+        return None
+    separate = sum(min(each.ours_us, each.stock_us) if each.use else each.stock_us for each in apart if each is not None)
+    gain = separate / together.ours_us
+    why = f"one launch of {together.ours_us:.1f} µs for {len(ns)} of {separate:.1f} µs together ({together.config.name})"
+    return choice.Choice(together.config, together.ours_us, separate, gain >= 1.0, why)
+
+
+def _problem(a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors) -> tuple[str, tuple[int, ...], int, bool]:
+    """Target, output channels, longest K, and whether any scale is a vector."""
+    ns = tuple(each.shape[1] for each in b)
+    k = b[0].shape[0] if len(b) == 1 else max(each.shape[0] for each in b)
+    rowwise = scale_b[0].numel() != 1 if len(b) == 1 else is_rowwise(scale_b)
+    return target_of(a[0].device), ns, k, rowwise or is_rowwise(scale_a)
+
+
+def key(
+    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Any, out_dtype: Any, fast: bool, static_b: bool, config: str
+) -> Hashable:
+    if not config:
+        target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
+        chosen = decide(target, a[0].shape[0], ns, k, rowwise, fast)
+        if chosen is None or not chosen.use:
+            return None
+        config = chosen.config.name
+    return config, a[0].dtype, b[0].dtype, out_dtype, fast
+
+
+def keys(
+    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Any, out_dtype: Any, fast: bool, static_b: bool, config: str
+) -> list[Hashable]:
+    """Every key that some M in its range leads to."""
+    m = a[0].shape[0]
+    if config or isinstance(m, int):
+        return [key(a, b, scale_a, scale_b, bias, out_dtype, fast, static_b, config)]
+    target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
+    least, most = _bounds(m)
+    found = choice.possible(target, sum(ns), k, rowwise, fast, least, most)
+    names = dict.fromkeys(each.config.name for each in found if len(ns) > 1 or each.use)
+    return [(name, a[0].dtype, b[0].dtype, out_dtype, fast) for name in names]
+
+
+def _bounds(size: torch.SymInt) -> tuple[int, int]:
+    environment, expression = size.node.shape_env, size.node.expr
+    bounds = environment.bound_sympy(expression)
+    finite = bounds.upper.is_Integer and int(bounds.upper) < choice.MAX_M
+    return max(int(bounds.lower), 1), int(bounds.upper) if finite else choice.MAX_M
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def source(key: Any) -> str:
+    return parse(key[0]).source
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    name, a_dtype, b_dtype, out_dtype, fast = key
+    made = parse(name).cpp(a_dtype, b_dtype, out_dtype, not fast)
+    return ("run", f"{made}::run"), ("run_group", f"{made}::run_group")
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    one, group = module.run, module.run_group
+    first, second = parse(key[0]).launch_options()
+
+    def run(
+        a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Any, _dtype: Any, _fast: Any, static_b: bool, _config: str, out: Any
+    ) -> None:
+        if len(b) == 1:
+            one(a[0], b[0], scale_a[0], scale_b[0], bias[0], out, static_b, first, second)
+            return
+        column = 0
+        for start in range(0, len(b), MAX_GROUP):
+            stop = min(start + MAX_GROUP, len(b))
+            width = sum(each.shape[1] for each in b[start:stop])
+            part = out if width == out.shape[1] else out.narrow(1, column, width)
+            shared = len(a) == 1
+            chosen_a, chosen_scale_a = (a, scale_a) if shared else (a[start:stop], scale_a[start:stop])
+            chosen_b, chosen_scale_b, chosen_bias = b[start:stop], scale_b[start:stop], bias[start:stop]
+            group(chosen_a, chosen_b, chosen_scale_a, chosen_scale_b, chosen_bias, part, static_b, first, second)
+            column += width
+
+    return run
+
+
+def examples(target: str) -> tuple[Hashable, ...]:
+    """What CI compiles: each family, both accumulations, each dtype. `PRESETS` says what a model needs."""
+    e4, e5, bf16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
+    if target.startswith("sm_10"):
+        return (("blackwell:128x128", e4, e4, bf16, True), ("blackwell:256x128@2x1", e4, e4, bf16, True))
+    if target != "sm_90a":
+        return ()
+    return (
+        ("stream:16x64/8", e4, e4, bf16, True),
+        ("stream:64x128/2", e4, e5, torch.float32, False),
+        ("tile:128x128p", e4, e4, bf16, True),
+        ("tile:128x160p", e5, e4, torch.float16, True),
+        ("tile:128x128c@2x1", e4, e4, bf16, False),
+    )
+
+
+OP = Op(
+    schema=(
+        "scaled_mm(Tensor[] a, Tensor[] b, Tensor[] scale_a, Tensor[] scale_b, Tensor?[] bias, ScalarType out_dtype, "
+        "bool use_fast_accum, bool static_b, str config) -> Tensor"
+    ),
+    doc="FP8 matrix products with tensor-wise or row-wise scales, side by side in one planned buffer",
+    fake=fake,
+    reference=reference,
+    kernel=Kernel(
+        source=source,
+        key=key,
+        exports=exports,
+        bind=bind,
+        min_capability=(9, 0),
+        examples=examples,
+        keys=keys,
+    ),
+)
+
+__all__ = ["CPP_TYPES", "OP", "Config"]

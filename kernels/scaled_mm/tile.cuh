@@ -1,0 +1,369 @@
+// scaled_mm for many tokens: a persistent, warp-specialised kernel. One warp of the first warpgroup feeds a ring of stages through
+// the copy engine; two warpgroups multiply.
+//
+//   pingpong     each consumer has an M × N tile of its own: while one stores its tile the other keeps the tensor cores busy
+//   cooperative  both share one M × N tile, half of its rows each
+//   clusters     cm × cn CTAs with neighbouring tiles; each brings 1/cn of its rows of a and 1/cm of its rows of b to all that
+//                share them. FP8 at full rate wants more bytes a cycle than L2 gives 132 SMs: 128 × 128 tiles ask for 64, L2
+//                has about 30, so what neighbours share is fetched once.
+//
+// Several products are one list of tiles. The output goes through shared memory and the copy engine, which clips it at M and N.
+#pragma once
+
+#include "inductor_ext/launch.cuh"
+#include "inductor_ext/tensor.h"
+#include "scaled_mm/hopper.cuh"
+#include "scaled_mm/problem.cuh"
+
+namespace inductor_ext {
+
+constexpr int kTileThreads = 3 * kWarpgroup;
+constexpr int kTileMaxStages = 12;
+
+template <typename Out, int M, int N, bool Pingpong>
+struct TileShared {
+  static constexpr int kRows = Pingpong ? M : M / 2;  // of a consumer's part
+  static constexpr int kBlocks = kRows / 64;          // wgmma's M is 64
+  static constexpr int kStage = (M + N) * kBlockK;
+  static constexpr int kWidth = N * static_cast<int>(sizeof(Out));  // bytes of a row of the tile
+  static constexpr int kBox = kWidth % 128 == 0 ? 128 : kWidth % 64 == 0 ? 64 : 32;  // bytes of a row that one store takes
+  static constexpr int kBoxColumns = kBox / static_cast<int>(sizeof(Out));
+  static constexpr int kChunk = 64 * kBox;  // what is staged at a time: 64 rows of one box
+  static constexpr int kVectors = 2 * N * 4 * (Pingpong ? 2 : 1);  // scales and bias of the channels of a tile
+  static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + kVectors + 2 * kTileMaxStages * 8; }
+  static constexpr int fit(int chunks) { return (kSharedLimit - fixed(chunks)) / kStage; }
+  static constexpr int kChunks = fit(2) == fit(1) ? 2 : 1;  // of each consumer: a second one when it costs no stage
+  static constexpr int kStages = fit(kChunks) < kTileMaxStages ? fit(kChunks) : kTileMaxStages;
+  static constexpr int kBytes = kStages * kStage + fixed(kChunks);
+  static_assert(kStages >= 3, "the tile leaves no room for a pipeline");
+};
+
+struct TileParams {
+  Products products;
+  int tiles_m;          // in cluster tiles, rounded up
+  int tiles_n;          // likewise
+  int group;            // cluster tiles of M that are taken together, so that their b stays in L2
+  int cluster_m, cluster_n;
+  bool static_b;
+};
+
+// Where a cluster tile lies: first row, product and first channel of this CTA's tile.
+struct TileAt {
+  int row, channel;
+  const Product* product;
+  int blocks;  // stages of K
+};
+
+template <int M, int N>
+__device__ __forceinline__ TileAt tile_at(const TileParams& p, int index, int rank_m, int rank_n) {
+  const int per_group = p.group * p.tiles_n;
+  const int group = index / per_group, rest = index - group * per_group;
+  const int first = group * p.group, rows = min(p.group, p.tiles_m - first);
+  const int tile_m = first + rest % rows, tile_n = rest / rows * p.cluster_n + rank_n;
+  int which = 0;
+  while (which + 1 < p.products.count && tile_n >= p.products.of[which + 1].first_tile) ++which;
+  const Product& product = p.products.of[which];
+  return {(tile_m * p.cluster_m + rank_m) * M, (tile_n - product.first_tile) * N, &product, (product.k + kBlockK - 1) / kBlockK};
+}
+
+// One box of a consumer's sums, 64 rows from column `First` of the tile on, scaled, into a chunk. Rows are those of `Wgmma`; the
+// chunk is swizzled as the copy engine reads it.
+template <typename Out, int N, int Box, int First>
+__device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N / 2], const float (&row_scale)[2],
+                                             const float* channel_scale, const float* channel_bias) {
+  constexpr int kColumns = Box / static_cast<int>(sizeof(Out));
+  const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+  auto at = [&](int row, int byte) { return chunk + ((row * Box + byte) ^ (((row * Box) >> 7 & (Box / 16 - 1)) << 4)); };
+  auto scaled = [&](int j, int i) {
+    const int column = First + 8 * j;
+    const float2 scale = *reinterpret_cast<const float2*>(channel_scale + column + 2 * (lane % 4));
+    const float2 bias = *reinterpret_cast<const float2*>(channel_bias + column + 2 * (lane % 4));
+    const float* pair = d + column / 2 + 2 * i;
+    return make_float2(pair[0] * row_scale[i] * scale.x + bias.x, pair[1] * row_scale[i] * scale.y + bias.y);
+  };
+  if constexpr (sizeof(Out) == 2) {
+    Out* tag = nullptr;
+    auto packed = [&](int j, int i) {
+      const float2 pair = scaled(j, i);
+      return pack(tag, pair.x, pair.y);
+    };
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j += 2) {
+      const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j + (matrix >> 1)) * 16;
+      cute::SM90_U32x4_STSM_N::copy(packed(j, 0), packed(j, 1), packed(j + 1, 0), packed(j + 1, 1),
+                                    *reinterpret_cast<cute::uint128_t*>(at(row, byte)));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = warp * 16 + lane / 4 + 8 * i, byte = (8 * j + 2 * (lane % 4)) * 4;
+        *reinterpret_cast<float2*>(at(row, byte)) = scaled(j, i);
+      }
+    }
+  }
+}
+
+// Calls f with 0, 1, … Count - 1 as compile-time numbers: register arrays may be indexed with nothing else.
+template <int Count, int I = 0, typename F>
+__device__ __forceinline__ void unrolled(F&& f) {
+  if constexpr (I < Count) {
+    f(std::integral_constant<int, I>());
+    unrolled<Count, I + 1>(f);
+  }
+}
+
+template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact>
+__global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const __grid_constant__ TileParams p) {
+  using Shared = TileShared<Out, M, N, Pingpong>;
+  constexpr int kStages = Shared::kStages, kBlocks = Shared::kBlocks;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  uint8_t* staging = shared + kStages * Shared::kStage;
+  float* vectors = reinterpret_cast<float*>(staging + 2 * Shared::kChunks * Shared::kChunk);
+  uint64_t* full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(vectors) + Shared::kVectors);
+  uint64_t* empty = full + kTileMaxStages;
+
+  const int ctas = p.cluster_m * p.cluster_n, rank = blockIdx.x % ctas;
+  const int rank_m = rank % p.cluster_m, rank_n = rank / p.cluster_m;
+  const int first = blockIdx.x / ctas, step = gridDim.x / ctas, tiles = p.tiles_m * p.tiles_n;
+  const int group = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.products.count; ++i) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].a));
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].b));
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].out));
+    }
+    // A stage is free when every warp that reads it, in every CTA that this one's loads reach, has said so.
+    const int readers = (Pingpong ? 4 : 8) * (p.cluster_m + p.cluster_n - 1);
+    for (int s = 0; s < kStages; ++s) FullBarrier::init(full + s, 1), EmptyBarrier::init(empty + s, readers);
+    cutlass::arch::fence_barrier_init();
+  }
+  if (ctas > 1) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+
+  if (group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    if (threadIdx.x == 0) {
+      uint16_t same_m = 0, same_n = 0;
+      for (int i = 0; i < p.cluster_n; ++i) same_m |= 1 << (rank_m + p.cluster_m * i);
+      for (int i = 0; i < p.cluster_m; ++i) same_n |= 1 << (i + p.cluster_m * rank_n);
+      const int a_rows = M / p.cluster_n, b_rows = N / p.cluster_m;
+      auto load_a = [&](const TileAt& tile, int block, int s) {
+        uint8_t* to = shared + s * Shared::kStage + rank_n * a_rows * kBlockK;
+        const int row = tile.row + rank_n * a_rows;
+        if (p.cluster_n > 1) {
+          load_tile_to(same_m, &tile.product->a, full + s, to, block * kBlockK, row);
+        } else {
+          load_tile(&tile.product->a, full + s, to, block * kBlockK, row);
+        }
+      };
+      auto load_b = [&](const TileAt& tile, int block, int s) {
+        uint8_t* to = shared + s * Shared::kStage + (M + rank_m * b_rows) * kBlockK;
+        const int row = tile.channel + rank_m * b_rows;
+        if (p.cluster_m > 1) {
+          load_tile_to(same_n, &tile.product->b, full + s, to, block * kBlockK, row);
+        } else {
+          load_tile(&tile.product->b, full + s, to, block * kBlockK, row);
+        }
+      };
+      Slot slot;
+      slot.phase = 1;  // the first time round every stage is free
+      int ahead = 0;
+      if (p.static_b && first < tiles) {  // a few stages of weights before the kernel ahead has ended
+        const TileAt tile = tile_at<M, N>(p, first, rank_m, rank_n);
+        for (; ahead < min(tile.blocks, kStages); ++ahead) {
+          FullBarrier::arrive_and_expect_tx(full + ahead, Shared::kStage);
+          load_b(tile, ahead, ahead);
+        }
+      }
+      wait_for_previous_kernel();
+      for (int index = first; index < tiles; index += step) {
+        const TileAt tile = tile_at<M, N>(p, index, rank_m, rank_n);
+        for (int block = 0; block < tile.blocks; ++block) {
+          if (ahead > 0) {
+            --ahead;
+          } else {
+            EmptyBarrier::wait(empty + slot.index, slot.phase);
+            FullBarrier::arrive_and_expect_tx(full + slot.index, Shared::kStage);
+            load_b(tile, block, slot.index);
+          }
+          load_a(tile, block, slot.index);
+          slot.advance(kStages);
+        }
+      }
+      allow_next_kernel();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    const int consumer = group - 1, warp = threadIdx.x / 32 % 4;
+    const bool leader = threadIdx.x % kWarpgroup == 0;
+    uint8_t* own_staging = staging + consumer * Shared::kChunks * Shared::kChunk;
+    float* channel_scale = vectors + (Pingpong ? consumer * 2 * N : 0);
+    float* channel_bias = channel_scale + N;
+    int staged = 0;  // chunks so far
+    auto meet = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, consumer); };
+    const bool reaches = lane < ctas && (lane % p.cluster_m == rank_m || lane / p.cluster_m == rank_n);
+    auto release = [&](int s) {
+      if (ctas == 1) {
+        if (lane == 0) EmptyBarrier::arrive(empty + s);
+      } else {
+        EmptyBarrier::arrive(empty + s, lane, reaches);
+      }
+    };
+
+    wait_for_previous_kernel();
+    if (Pingpong && consumer == 1) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2);  // the first tile is consumer 0's
+    Slot slot;
+    int turn = 0;
+    for (int index = first; index < tiles; index += step, turn ^= 1) {
+      const TileAt tile = tile_at<M, N>(p, index, rank_m, rank_n);
+      if (Pingpong && turn != consumer) {
+        slot.skip(tile.blocks, kStages);
+        continue;
+      }
+      const Product& product = *tile.product;
+      const int row0 = tile.row + (Pingpong ? 0 : consumer * Shared::kRows);
+
+      // Asked for before the products and used after them.
+      float scale[kBlocks][2], channel[2] = {}, added[2] = {};
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = min(row0 + b * 64 + warp * 16 + lane / 4 + 8 * i, p.products.m - 1);
+          scale[b][i] = product.scale_a[static_cast<int64_t>(row) * product.scale_a_stride];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = threadIdx.x % kWarpgroup + i * kWarpgroup;
+        if (at < N) {
+          const int column = min(tile.channel + at, product.n - 1);
+          channel[i] = product.scale_b[static_cast<int64_t>(column) * product.scale_b_stride];
+          if (product.bias != nullptr) added[i] = widen(static_cast<const Out*>(product.bias)[column]);
+        }
+      }
+
+      float d[kBlocks][N / 2];
+      if constexpr (Exact) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+          for (int i = 0; i < N / 2; ++i) d[b][i] = 0.f;
+        }
+      }
+      // Consumers take turns in the ring: a wait for a stage tells only odd rounds from even ones, so one that ran ahead of the
+      // other's tile would take that tile's stages for its own.
+      if constexpr (Pingpong) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2 + consumer);
+      int previous = -1;
+      for (int block = 0; block < tile.blocks; ++block) {
+        FullBarrier::wait(full + slot.index, slot.phase);
+        const uint8_t* a = shared + slot.index * Shared::kStage + (Pingpong ? 0 : consumer * Shared::kRows * kBlockK);
+        const uint8_t* b_tile = shared + slot.index * Shared::kStage + M * kBlockK;
+        if constexpr (Exact) {
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) {
+            float part[N / 2];
+            fence_registers(part);
+            cute::warpgroup_arrive();
+            Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, part, true);
+            cute::warpgroup_commit_batch();
+            cute::warpgroup_wait<0>();
+            if (b == kBlocks - 1) release(slot.index);
+            fence_registers(part);
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) d[b][i] += part[i];
+          }
+        } else {
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
+          cute::warpgroup_arrive();
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, d[b], block == 0);
+          cute::warpgroup_commit_batch();
+          cute::warpgroup_wait<1>();
+          if (previous >= 0) release(previous);
+          previous = slot.index;
+        }
+        slot.advance(kStages);
+      }
+      if constexpr (Pingpong) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2 + (consumer ^ 1));
+      if constexpr (!Exact) {
+        cute::warpgroup_wait<0>();
+        if (previous >= 0) release(previous);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
+      }
+
+      // Cooperative consumers write the same numbers to the same places, once neither still reads those of the last tile.
+      if constexpr (!Pingpong) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = threadIdx.x % kWarpgroup + i * kWarpgroup;
+        if (at < N) channel_scale[at] = channel[i], channel_bias[at] = added[i];
+      }
+      unrolled<kBlocks>([&](auto b) {
+        unrolled<Shared::kWidth / Shared::kBox>([&](auto box) {
+          uint8_t* chunk = own_staging + staged++ % Shared::kChunks * Shared::kChunk;
+          if (leader) cute::tma_store_wait<Shared::kChunks - 1>();  // the copy engine has read what was there
+          meet();
+          stage_output<Out, N, Shared::kBox, box * Shared::kBoxColumns>(chunk, d[b], scale[b], channel_scale, channel_bias);
+          cute::tma_store_fence();
+          meet();
+          if (leader) {
+            cute::SM90_TMA_STORE_2D::copy(&product.out, chunk, tile.channel + box * Shared::kBoxColumns, row0 + b * 64);
+            cute::tma_store_arrive();
+          }
+        });
+      });
+    }
+    if (leader) cute::tma_store_wait<0>();
+  }
+  if (ctas > 1) {  // no CTA leaves while another may still arrive at its barriers
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+}
+
+// M × N tiles; `first`, `second` are the cluster's sizes along M and N.
+template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact>
+struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact>, EA, EB, Out> {
+  using Shared = TileShared<Out, M, N, Pingpong>;
+  static_assert(Shared::kRows % 64 == 0 && N % 16 == 0 && N <= 256);
+
+  static Boxes boxes(int64_t cluster_m, int64_t cluster_n) {
+    const bool fits = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && N % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
+    if (!fits) {
+      TVM_FFI_THROW(ValueError) << "cluster: wanted at most 8 CTAs that divide the tile " << M << " x " << N << " in groups of 8 rows, found "
+                                << cluster_m << " x " << cluster_n;
+    }
+    return {static_cast<int>(M / cluster_n), static_cast<int>(N / cluster_m), N, 64, Shared::kBoxColumns, static_cast<int>(cluster_n)};
+  }
+
+  static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n) {
+    const int ctas = cluster_m * cluster_n;
+    TileParams p{products};
+    p.tiles_m = static_cast<int>(ceil_div(products.m, M * cluster_m));
+    p.tiles_n = products.tiles_n / cluster_n;
+    p.group = std::max(1, 1024 / (M * cluster_m));
+    p.cluster_m = cluster_m, p.cluster_n = cluster_n, p.static_b = static_b;
+    auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact>;
+    static OncePerDevice allowed;
+    allowed.run(device, [&] {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");
+    });
+    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n * ctas, room = sm_count(device) / ctas * ctas;
+    Launch launch(static_cast<unsigned>(std::min(wanted, room)), kTileThreads);
+    launch.stream(env_stream(device)).shared_memory(Shared::kBytes).programmatic();
+    if (ctas > 1) launch.cluster(ctas);
+    launch.run(kernel, p);
+  }
+};
+
+}  // namespace inductor_ext
