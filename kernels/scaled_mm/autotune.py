@@ -19,10 +19,8 @@ from inductor_ext.graph import is_call, through_views, value_of
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import CPP_TYPES, Config, parse
 
-#: Kernels measured for one problem.
-MOST = 8
-#: Measured shapes that a problem looks at.
-NEIGHBOURS = 3
+#: Kernels measured for one problem, at most so many of them from the table, which looks at so many measured shapes.
+MOST, MOST_OF_TABLE, NEIGHBOURS = 8, 5, 3
 ALIGNMENT = 16
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -85,7 +83,7 @@ AUTOTUNE = Autotune(stock="_scaled_mm", candidates=candidates, arguments=argumen
 def _configs(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> Iterator[Config]:
     table = choice.table(target)
     if table is not None:
-        yield from _measured(table, choice.kind(rowwise, fast), m, n, k)
+        yield from list(dict.fromkeys(_measured(table, choice.kind(rowwise, fast), m, n, k)))[:MOST_OF_TABLE]
     if target == "sm_90a":
         yield from map(parse, _hopper(m, n, k))
     elif target == "sm_100a":
