@@ -72,6 +72,7 @@ def verification_section(found: Verification) -> Section:
             f"{check.elements:,}",
             f"{check.differing:,}",
             f"{check.max_abs:.3g}",
+            f"{check.distance:.2g}",
         )
         for check in found.checks
     ]
@@ -79,7 +80,7 @@ def verification_section(found: Verification) -> Section:
         verdict = f"Differs: {', '.join(found.differs) or 'the compiled model, end to end'}."
     else:
         verdict = "Every rewrite agrees with what it replaced." if lines else "Nothing was rewritten."
-    columns = ("rule", "graph", "rewrites", "promise", "elements", "differing", "max difference")
+    columns = ("rule", "graph", "rewrites", "promise", "elements", "differing", "max difference", "relative distance")
     return Section("Each rewrite against what it replaced", verdict, columns, lines, ok=found.ok)
 
 

@@ -166,6 +166,8 @@ def _checks(found: Verification) -> Table:
     table = _table("Rule by rule", "rule", "graph", "rewrites", "promise", "differing", "max diff", "result")
     for check in found.checks:
         result = "equal" if check.differing == 0 else f"{'ok' if check.ok else 'DIFFERS'}: {check.where}"
+        if check.differing and not check.exact:
+            result += f"; relative distance {check.distance:.2g}"
         cells = (
             check.rule,
             check.graph,

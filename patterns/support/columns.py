@@ -16,6 +16,10 @@ from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_vie
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import PURE, in_order
 
+#: Higher-order operators that take any strides. The others may hold what was traced with the strides of eager: a user's Triton
+#: kernel was given them as numbers.
+_STRIDED = frozenset({"flex_attention"})
+
 #: What may be done to a weight or a scale on the way to a product; moving it up changes nothing.
 _MOVABLE = PURE | {aten.slice.Tensor, aten.select.int, aten.t.default, aten.transpose.int, aten.expand.default}
 
@@ -27,8 +31,7 @@ def obstacle(matrix: Node, forced: bool) -> Failure | None:
             if not forced:
                 wanted = "a product used inside the graph only: Inductor would copy a column slice before returning it"
                 return Failure(matrix, "a sibling is returned to the caller", wanted, f"{describe(reached)} among the outputs")
-        elif isinstance(user.target, torch._ops.HigherOrderOperator) or is_call(user, aten.as_strided.default):
-            # A user's Triton kernel was traced with the strides that the matrix had in eager.
+        elif _reads_by_strides(user):
             return Failure(matrix, "a user reads it by strides", "users that take any row stride", describe(user))
         elif forced:
             continue
@@ -53,6 +56,12 @@ def _users(node: Node) -> list[tuple[Node, Node]]:
             if is_view(user):
                 pending.append(user)
     return found
+
+
+def _reads_by_strides(user: Node) -> bool:
+    if isinstance(user.target, torch._ops.HigherOrderOperator):
+        return user.target.name() not in _STRIDED
+    return is_call(user, aten.as_strided.default)
 
 
 def _any_strides(target: Any) -> bool:

@@ -150,6 +150,19 @@ def test_strides_read_by_a_user_are_refused_even_when_forced() -> None:
     assert found.counts() == {} and refusals(found, "scaled_mm_siblings") == ["a user reads it by strides"]
 
 
+def test_flex_attention_takes_columns() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attention(a: Any, s: Any, *pairs: Any) -> Any:
+        q, k, v = (one(a, w, s, t).view(2, 128, 2, 64).transpose(1, 2) for w, t in zip(pairs[::2], pairs[1::2]))
+        return flex_attention(q, k, v)
+
+    def make() -> tuple[Any, ...]:
+        return empty(256, 64), scale(), *(value for _ in range(3) for value in (empty(128, 64), scale()))
+
+    assert explained(attention, make, scaled_mm_siblings="always").counts() == {"scaled_mm_siblings": 1}
+
+
 def test_an_operator_of_a_person_gets_its_strides() -> None:
     if not hasattr(torch.ops.inductor_ext_tests, "look"):
         torch.library.define("inductor_ext_tests::look", "(Tensor x) -> Tensor")
