@@ -86,9 +86,10 @@ def active() -> bool:
     import torch._inductor.config as config
 
     wanted = config.max_autotune or config.max_autotune_gemm
-    # Ours stand beside PyTorch's operator; C++ wrappers cannot call them; deterministic means that nothing is measured.
-    stock = "ATEN" in config.max_autotune_gemm_backends.upper().replace(" ", "").split(",")
-    return bool(wanted and stock and not config.cpp_wrapper and not getattr(config, "deterministic", False))
+    stock = "ATEN" in config.max_autotune_gemm_backends.upper().replace(" ", "").split(",")  # ours stand beside it
+    # C++ wrappers cannot call ours; deterministic means that nothing is measured; other processes do not know ours.
+    against = ("cpp_wrapper", "deterministic", "autotune_in_subproc", "pipeline_max_autotune_gemm")
+    return bool(wanted and stock and not any(getattr(config, option, False) for option in against))
 
 
 # ---- hooks in Inductor -----------------------------------------------------------------------------------------------

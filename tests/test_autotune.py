@@ -158,6 +158,7 @@ def test_not_offered(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, fn: Any, con
         ({"max_autotune": True, "max_autotune_gemm_backends": "aten, triton"}, True),
         ({"max_autotune": True, "cpp_wrapper": True}, False),
         ({"max_autotune": True, "deterministic": True}, False),
+        ({"max_autotune": True, "autotune_in_subproc": True}, False),
     ],
 )
 def test_active(config: dict[str, Any], wanted: bool) -> None:
