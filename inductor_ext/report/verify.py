@@ -42,8 +42,8 @@ class RuleCheck:
     elements: int = 0
     differing: int = 0
     max_abs: float = 0.0
-    distance: float = 0.0
     where: str = ""
+    distance: float = 0.0
 
     @property
     def ok(self) -> bool:
