@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 import inductor_ext
 from inductor_ext import torch_compat
 from inductor_ext.graph import aten
-from inductor_ext.patterns.support import scaled_product
+from inductor_ext.patterns.support import scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.scaled_product import Product
 from tests.support import scaled_tables as tables
@@ -323,6 +324,28 @@ def test_meta_of_the_grouped_product(a: Any, b: Any, shape: Any) -> None:
     one, two = (torch.empty(size, dtype=E4, device="meta") for size in (a, b))
     found = torch_compat._meta_scaled_grouped_mm_v2(one, two, [], [], [], [], [], [], offs)
     assert found.shape == shape and found.dtype is BF16
+
+
+@pytest.mark.parametrize("operand", ["scale_a", "bias"])
+def test_verify_names_the_rule_when_it_loses_an_operand(monkeypatch: pytest.MonkeyPatch, operand: str) -> None:
+    """The rule promises no bytes, but a product without its bias, or with another scale, is not the product."""
+    insert = scaled_plan.Plan.insert
+
+    def wrong(plan: scaled_plan.Plan, graph: Graph) -> Node:
+        (product,) = plan.products
+        changed = {"scale_a": product.scale_b} if operand == "scale_a" else {"bias": None}
+        return insert(dataclasses.replace(plan, products=(dataclasses.replace(product, **changed),)), graph)
+
+    def biased(a: Any, w: Any, s: Any, t: Any, b: Any) -> torch.Tensor:
+        return torch._scaled_mm(a, w.t(), s, t, bias=b, out_dtype=BF16)
+
+    a, w = torch.randn(32, 64).to(E4), torch.randn(48, 64).to(E4)
+    inputs = a, w, torch.tensor(0.5), torch.tensor(0.25), torch.ones(48, dtype=BF16)
+    right = inductor_ext.verify(biased, *inputs, rules={"scaled_mm": "always"}, end_to_end=False)
+    assert right.ok and right.checks[0].rewrites == 1
+    monkeypatch.setattr(scaled_plan.Plan, "insert", wrong)
+    found = inductor_ext.verify(biased, *inputs, rules={"scaled_mm": "always"}, end_to_end=False)
+    assert found.differs == ["scaled_mm"] and found.checks[0].distance > 0.1
 
 
 # ---- b read before the kernel ahead ends -----------------------------------------------------------------------------
