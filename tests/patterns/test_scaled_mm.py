@@ -381,6 +381,10 @@ UNSURE: dict[str, tuple[Any, Any]] = {
     "a_is_an_input": (one, tensorwise),
     "a_is_a_view_of_an_input": (lambda a, w, s, t: one(a.view(E4).view(32, 64), w, s, t), lambda: (
         empty(64, 32, dtype=torch.int8), *tensorwise()[1:])),
+    "b_is_a_copy_by_reshape": (
+        lambda x, w, s, t: one(quantise(x, s), w.permute(1, 0, 2).reshape(48, 64), s, t),
+        lambda: (empty(32, 64, dtype=BF16), empty(8, 6, 64), scale(), scale()),
+    ),
     "a_is_a_copy_of_an_input": (lambda a, w, s, t: one(a.clone(), w, s, t), tensorwise),
     "b_is_computed": (lambda x, w, s, t: one(quantise(x, s), quantise(w, t), s, t), lambda: (
         empty(32, 64, dtype=BF16), empty(48, 64, dtype=BF16), scale(), scale())),
