@@ -41,7 +41,8 @@ class Kernel:
     keys worth prebuilding, or a function of the target that gives them.
 
     An op whose kernel depends on sizes sets ``keys(*args)``: every key that a call may have whose sizes are symbolic. One
-    with several sources makes ``source`` a function of the key.
+    with several sources makes ``source`` a function of the key. ``stock(*args, *outputs)`` is PyTorch's own operators writing
+    into the outputs, for a key of None; without it the reference runs, and its result is copied.
     """
 
     source: str | Callable[[Any], str]
@@ -51,6 +52,7 @@ class Kernel:
     min_capability: tuple[int, int] = (8, 9)
     examples: tuple[Hashable, ...] | Callable[[str], tuple[Hashable, ...]] = ()
     keys: Callable[..., Sequence[Hashable]] | None = None
+    stock: Callable[..., None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +180,10 @@ class Op:
         """What a call of ``key`` on ``device`` runs: the kernel or, after one warning, PyTorch's own operators."""
         wanted = device.type == "cuda" and self.kernel is not None and key is not None
         module = self._module(key, device) if wanted else None
-        if module is None or self.kernel is None:
-            run: Callable[..., None] = self._run_reference_into
+        if device.type == "cuda" and key is None and self.kernel is not None and self.kernel.stock is not None:
+            run: Callable[..., None] = self.kernel.stock
+        elif module is None or self.kernel is None:
+            run = self._run_reference_into
         else:
             run = self.kernel.bind(module, key)
         self._loaded[key, device.index] = run

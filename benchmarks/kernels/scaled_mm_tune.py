@@ -3,8 +3,8 @@
     python benchmarks/kernels/scaled_mm_tune.py --out results.json --table kernels/scaled_mm/table_sm_90a.json
 
 Operands are cold in L2, times are medians of CUDA-graph replays. A first round times all candidates shortly, a second one the
-best of them and ``torch._scaled_mm`` again, in turn, for longer. Configurations are picked with row-wise scales; for tensor-wise
-ones the best of those are timed, since the kernels are the same.
+best of them and ``torch._scaled_mm`` again, in turn, for longer. Candidates compete with row-wise scales; with tensor-wise ones
+only the best of those are timed, since the kernels are the same.
 """
 
 from __future__ import annotations

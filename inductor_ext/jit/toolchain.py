@@ -16,7 +16,11 @@ from inductor_ext.settings import Settings, current
 
 # NDEBUG: CUTLASS asserts inside its barriers, and a kernel that may call __assertfail gets its wgmma serialised (ptxas C7510).
 # -z now: an undefined symbol shows at load, where it can be handled, not at the first call.
-BASE_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC", "-Xlinker", "-z,now")
+# no-gnu-unique: two binaries of one template would share its static variables, such as "this kernel has been configured".
+BASE_FLAGS = (
+    *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-shared"),
+    *("-Xcompiler", "-fPIC,-fno-gnu-unique", "-Xlinker", "-z,now"),
+)
 _FREE_DISK_WANTED = 1 << 30
 
 

@@ -30,7 +30,10 @@ SOURCES = {
     "tile": "scaled_mm/tile.cuh",
     "blackwell": "scaled_mm/blackwell.cuh",
 }
-_NAME = re.compile(r"(?P<family>stream|tile|blackwell):(?P<m>\d+)x(?P<n>\d+)(?P<kind>[pc]?)(/(?P<split>\d+))?(@(?P<cm>\d)x(?P<cn>\d))?")
+_NAME = re.compile(
+    r"(?P<family>stream|tile|blackwell):(?P<m>\d+)x(?P<n>\d+)(?P<kind>[pc]?)"
+    r"(/(?P<split>\d+))?(@(?P<cm>\d)x(?P<cn>\d))?"
+)
 
 #: An accumulator is 32 bits; more than this many a thread, partial sums included, spill.
 _MAX_ACCUMULATORS = 208

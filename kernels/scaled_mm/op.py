@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels.scaled_mm import choice
+from inductor_ext.kernels.scaled_mm.autotune import AUTOTUNE
 from inductor_ext.kernels.scaled_mm.config import CPP_TYPES, Config, parse
 from inductor_ext.op import Kernel, Op
 
@@ -72,9 +73,8 @@ def reference(
         if a_i.device.type == "cuda":
             parts.append(_stock(a_i, b_i, row, column, bias[i], out_dtype, use_fast_accum))
             continue
-        product = (a_i.float() @ b_i.float()) * row * column
-        added = product if bias[i] is None else product + bias[i].float()
-        parts.append(added.to(out_dtype))
+        product, added = (a_i.float() @ b_i.float()) * row * column, bias[i]
+        parts.append((product if added is None else product + added.float()).to(out_dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -100,7 +100,9 @@ def _row(scale: torch.Tensor, n: int) -> torch.Tensor:
     return scale.reshape(()) if scale.numel() == 1 else scale.reshape(1, n)
 
 
-def _check(a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Sequence[Any], out_dtype: Any, config: str) -> None:
+def _check(
+    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Sequence[Any], out_dtype: Any, config: str
+) -> None:
     if not b or len(a) not in (1, len(b)) or len(scale_a) != len(a):
         found = f"{len(a)}, {len(scale_a)} for {len(b)} b"
         raise ValueError(f"scaled_mm: a, scale_a: wanted one of each, shared, or as many as b (at least one), found {found}")
@@ -192,19 +194,35 @@ def _problem(a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors) -> tupl
 
 
 def key(
-    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Any, out_dtype: Any, fast: bool, static_b: bool, config: str
+    a: Tensors,
+    b: Tensors,
+    scale_a: Tensors,
+    scale_b: Tensors,
+    bias: Any,
+    out_dtype: Any,
+    fast: bool,
+    static_b: bool,
+    config: str,
 ) -> Hashable:
     if not config:
         target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
         chosen = decide(target, a[0].shape[0], ns, k, rowwise, fast)
-        if chosen is None or not chosen.use:
+        if chosen is None or not (chosen.use or len(b) > 1):  # several in one buffer have no way back without a copy
             return None
         config = chosen.config.name
     return config, a[0].dtype, b[0].dtype, out_dtype, fast
 
 
 def keys(
-    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Any, out_dtype: Any, fast: bool, static_b: bool, config: str
+    a: Tensors,
+    b: Tensors,
+    scale_a: Tensors,
+    scale_b: Tensors,
+    bias: Any,
+    out_dtype: Any,
+    fast: bool,
+    static_b: bool,
+    config: str,
 ) -> list[Hashable]:
     """Every key that some M in its range leads to."""
     m = a[0].shape[0]
@@ -225,6 +243,28 @@ def _bounds(size: torch.SymInt) -> tuple[int, int]:
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def stock(
+    a: Tensors,
+    b: Tensors,
+    scale_a: Tensors,
+    scale_b: Tensors,
+    bias: Sequence[torch.Tensor | None],
+    out_dtype: torch.dtype,
+    use_fast_accum: bool,
+    static_b: bool,
+    config: str,
+    out: torch.Tensor,
+) -> None:
+    """PyTorch's operator into ``out``; what it cannot do goes through the reference and a copy."""
+    row, column = _column(scale_a[0], a[0].shape[0]), _row(scale_b[0], b[0].shape[1])
+    alike = (row.dim() == 0) == (column.dim() == 0) and (row.dim() == 0 or out_dtype is torch.bfloat16)
+    if len(b) == 1 and alike and out.is_contiguous():
+        aten_out = torch.ops.aten._scaled_mm.out
+        aten_out(a[0], b[0], row, column, bias[0], None, out_dtype, use_fast_accum, out=out)
+    else:
+        out.copy_(reference(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum, static_b, config))
 
 
 def source(key: Any) -> str:
@@ -264,7 +304,7 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
 def examples(target: str) -> tuple[Hashable, ...]:
     """What CI compiles: each family, both accumulations, each dtype. `PRESETS` says what a model needs."""
     e4, e5, bf16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
-    if target.startswith("sm_10"):
+    if target == "sm_100a":
         return (("blackwell:128x128", e4, e4, bf16, True), ("blackwell:256x128@2x1", e4, e4, bf16, True))
     if target != "sm_90a":
         return ()
@@ -293,7 +333,9 @@ OP = Op(
         min_capability=(9, 0),
         examples=examples,
         keys=keys,
+        stock=stock,
     ),
+    autotune=AUTOTUNE,
 )
 
 __all__ = ["CPP_TYPES", "OP", "Config"]
