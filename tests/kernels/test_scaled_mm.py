@@ -236,7 +236,7 @@ def test_the_nearest_shape_counts_and_is_named() -> None:
 
 
 def test_a_nearest_shape_has_to_gain_more() -> None:
-    gains = {(1024, 1024): ((16, STREAM, 1.0, 1.02),)}
+    gains = {(1024, 1024): ((16, STREAM, 1.0, choice.MEASURED_GAIN),)}
     exact, near = (_table(gains).choose(KIND, 16, n, 1024) for n in (1024, 1040))
     assert exact is not None and near is not None and exact.use and not near.use
     better = {(1024, 1024): ((16, STREAM, 1.0, choice.UNMEASURED_GAIN),)}
@@ -319,3 +319,22 @@ def test_a_configuration_given_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_group_has_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     tables.use(monkeypatch, {(48, 64): FASTER, (32, 64): FASTER, (80, 64): FASTER})
     assert scaled_mm.key(*_arguments(m=16, widths=(48, 32))) == (STREAM, E4, E4, BF16, True)
+
+
+def test_a_group_has_no_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the products would be faster apart the group runs all the same: PyTorch's would have to be copied together."""
+    tables.use(monkeypatch, {(48, 64): SLOWER, (32, 64): SLOWER, (80, 64): ((16, STREAM, 9.0, 1.0),)})
+    chosen = scaled_mm.decide("sm_90a", 16, (48, 32), 64, False, True)
+    assert chosen is not None and not chosen.use
+    assert scaled_mm.key(*_arguments(m=16, widths=(48, 32))) == (STREAM, E4, E4, BF16, True)
+
+
+@pytest.mark.parametrize("wider", [False, True])
+@pytest.mark.parametrize("widths", [(48,), (48, 32)])
+def test_torchs_operator_writes_into_out(widths: tuple[int, ...], wider: bool) -> None:
+    arguments = _arguments(widths=widths)
+    buffer = torch.full((24, sum(widths) + 16 * wider), 7.0, dtype=BF16)
+    out = buffer[:, : sum(widths)]
+    scaled_mm.stock(*arguments, out)
+    torch.testing.assert_close(out, ops.scaled_mm(*arguments), rtol=1e-2, atol=1e-3)
+    assert (buffer[:, sum(widths) :] == 7).all()
