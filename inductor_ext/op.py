@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,7 @@ class Kernel:
     ``key(*args)`` is a hashable value of all that is compiled in, None where PyTorch's own operators are the better choice;
     ``exports(key)`` the functions to instantiate, as (name, C++ expression); ``bind(module, key)`` gives what a call of that
     key runs, as ``run(*args, *outputs)``: whatever does not change between calls is looked up there, once. ``examples`` are
-    keys worth prebuilding, or a function of the target that gives them.
+    keys worth prebuilding, or a function of the target that gives them; ``presets`` other such functions by name.
 
     An op whose kernel depends on sizes sets ``keys(*args)``: every key that a call may have whose sizes are symbolic. One
     with several sources makes ``source`` a function of the key. ``stock(*args, *outputs)`` is PyTorch's own operators writing
@@ -53,6 +53,7 @@ class Kernel:
     examples: tuple[Hashable, ...] | Callable[[str], tuple[Hashable, ...]] = ()
     keys: Callable[..., Sequence[Hashable]] | None = None
     stock: Callable[..., None] | None = None
+    presets: Mapping[str, Callable[[str], Sequence[Hashable]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +164,11 @@ class Op:
         keys = self.kernel.keys(*args) if self.kernel.keys is not None else (self.kernel.key(*args),)
         return [self.spec_of_key(key, arch) for key in keys if key is not None]
 
-    def examples(self, arch: str) -> list[jit.JitSpec]:
-        """The kernels worth building ahead for ``arch``."""
+    def examples(self, arch: str, preset: str = "") -> list[jit.JitSpec]:
+        """The kernels worth building ahead for ``arch``: those of ``preset`` where the op has such a list."""
         if self.kernel is None:
             return []
-        keys = self.kernel.examples
+        keys = self.kernel.presets.get(preset, self.kernel.examples)
         found = [self.spec_of_key(key, arch) for key in (keys(arch) if callable(keys) else keys)]
         return list(dict.fromkeys(found))
 

@@ -27,8 +27,11 @@ RULE_MODULES = (
     "fp8_downcast",
 )
 
-#: Sets of ops for ``inductor-ext build --preset``.
-PRESETS = {"downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize")}
+#: Sets of ops for ``inductor-ext build --preset``. An op may have kernels of its own for a preset (``Kernel.presets``).
+PRESETS = {
+    "downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize"),
+    "qwen3": ("fp8_quantize", "scaled_mm"),  # Qwen3-0.6B quantised by torchao, any number of tokens
+}
 
 _HERE = Path(__file__).parent
 

@@ -2,8 +2,8 @@
 
     aten._scaled_mm(a, b, scale_a, scale_b, …)   →   inductor_ext.scaled_mm([a], [b], [scale_a], [scale_b], [bias], …)
 
-``aten._scaled_mm_v2`` (``torch.nn.functional.scaled_mm``) alike. PyTorch's operator stays where it measured faster, and under
-``max_autotune``, where Inductor measures for itself.
+``aten._scaled_mm_v2`` (``torch.nn.functional.scaled_mm``) alike. PyTorch's operator stays where it measured faster. Under
+``max_autotune``, and where M is a number, Inductor's own autotuner measures our kernels beside its own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     product = scaled_product.parse(node)
     if isinstance(product, Failure):
         return context.refuse(product.node, product.reason, wanted=product.wanted, found=product.found)
-    if not context.forced and autotune.active():
-        wanted = "no max_autotune, under which every kernel is measured, ours too"
-        return context.refuse(node, "Inductor autotunes this product", wanted=wanted, found="max_autotune")
+    if not context.forced and isinstance(product.m, int) and autotune.active():
+        wanted = "no max_autotune, under which Inductor measures our kernels beside PyTorch's and Triton's"
+        return context.refuse(node, "left to Inductor's autotuner", wanted=wanted, found="max_autotune")
     plan = scaled_plan.plan((product,), True, context, "PyTorch's own operator is faster here")
     if isinstance(plan, Failure):
         return context.refuse(plan.node, plan.reason, wanted=plan.wanted, found=plan.found)

@@ -14,7 +14,7 @@ import inductor_ext
 from inductor_ext import autotune, jit, registry, settings
 from inductor_ext.backend import compile_graph
 from inductor_ext.errors import BuildError
-from inductor_ext.kernels.scaled_mm.autotune import AUTOTUNE, MOST
+from inductor_ext.kernels.scaled_mm.autotune import MOST
 from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport
 from tests.support.fakegpu import FakeGpu, fake_gpu
@@ -25,11 +25,8 @@ NAME = "inductor_ext_scaled_mm_tuned"
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
-    (op,) = [op for op in registry.ops() if op.name == "scaled_mm"]
+    registry.ops()
     registry.define_lowerings()
-    if op.autotune is None:  # until kernels/scaled_mm/op.py declares it
-        object.__setattr__(op, "autotune", AUTOTUNE)
-        autotune.register(op)
 
 
 @pytest.fixture(scope="module")

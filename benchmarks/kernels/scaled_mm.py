@@ -3,7 +3,7 @@
     python benchmarks/kernels/scaled_mm.py --out benchmarks/results/h200/scaled_mm.json [--collectives]
 
 Operands are cold in L2. Both sides are CUDA-graph replays, timed in turn, three rounds; a ratio is the median of the rounds'.
-Where the table keeps PyTorch's operator both sides are the same call, and the ratio is 1 by choice. ``--collectives`` times also
+Where the table keeps PyTorch's operator both sides are one call, and the ratio is 1 by choice. ``--collectives`` also times
 CUTLASS's own SM90 collectives (45 s a kernel to build), the yardstick of the kernels written here.
 """
 

@@ -49,10 +49,10 @@ def candidates(problem: Problem) -> list[Config]:
                     found += [Config("stream", tokens, channels, split=s) for s in splits]
     if m > 32:
         tiles = [parse(f"tile:{tile}{cluster}") for tile in TILES for cluster in CLUSTERS if not cluster or m >= 512]
-        tiles = [tile for tile in tiles if tile.supports(not problem.fast, problem.out_dtype)]
+        tiles = [tile for tile in tiles if tile.supports(not problem.fast)]
         costs = {tile: _waves(problem, tile) * tile.m * tile.n for tile in tiles}
         found += [tile for tile, cost in costs.items() if cost <= 1.6 * min(costs.values())]
-    return [config for config in found if config.supports(not problem.fast, problem.out_dtype)]
+    return [config for config in found if config.supports(not problem.fast)]
 
 
 def _waves(problem: Problem, config: Config) -> int:

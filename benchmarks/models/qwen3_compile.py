@@ -1,9 +1,11 @@
 """Qwen3-0.6B (Hugging Face, random weights) with torchao FP8 PerRow: compile seconds and step time, stock against this backend.
 
-    python benchmarks/models/qwen3_compile.py [--layers 28] [--batch 14] [--length 512] [--out FILE.json]
+    python benchmarks/models/qwen3_compile.py [--layers 28] [--batch 14] [--length 512] [--together] [--out FILE.json]
 
 Each side compiles in a process of its own with an empty Inductor cache; this backend's kernels are built beforehand (the warm
-kernel cache of the goal). Times are medians of CUDA-graph replays; kernels are counted by the profiler in one step.
+kernel cache of the goal). Times are medians of CUDA-graph replays; kernels are counted by the profiler in one step, cuBLAS's
+products (nvjet), memsets and ours apart. ``--together`` compiles both sides at the same time, which halves the wait and makes
+the compile times worthless; steps are then still measured one after the other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 
@@ -57,14 +60,23 @@ def graph_time(step: Any, replays: int = 30) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def kernels_of(step: Any) -> int:
+KINDS = {"memset": "Memset", "nvjet": "nvjet", "scaled_mm": "scaled_mm_", "fp8_quantize": "fp8_quantize", "triton": "triton_"}
+
+
+def kernels_of(step: Any) -> dict[str, dict[str, float]]:
+    """Launches and µs of one step: all, and by what the kernel's name holds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    found = {}
+    for kind, text in {"all": "", **KINDS}.items():
+        mine = [event for event in events if text in event.key]
+        found[kind] = {"launches": sum(event.count for event in mine), "us": round(sum(e.self_device_time_total for e in mine), 1)}
+    return found
 
 
-def child(side: str, layers: int, batch: int, length: int, output: str) -> None:
+def child(side: str, layers: int, batch: int, length: int, output: str, lock: str) -> None:
     model = build_model(layers)
     tokens = torch.randint(0, 1024, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     counts: dict[str, int] = {}
@@ -92,9 +104,10 @@ def child(side: str, layers: int, batch: int, length: int, output: str) -> None:
         out = step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        result = {
-            "compile_s": seconds, "step_ms": graph_time(step), "kernels": kernels_of(step), "rewrites": counts,
-        }  # fmt: skip
+        with filelock.FileLock(lock):
+            result = {
+                "compile_s": seconds, "step_ms": graph_time(step), "kernels": kernels_of(step), "rewrites": counts,
+            }  # fmt: skip
     torch.save(out.float().cpu(), output + ".pt")
     Path(output).write_text(json.dumps(result))
 
@@ -108,31 +121,39 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--child")
     parser.add_argument("--child-out")
+    parser.add_argument("--together", action="store_true")
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.layers, options.batch, options.length, options.child_out)
+        lock = str(Path(options.child_out).with_name("measuring.lock"))
+        child(options.child, options.layers, options.batch, options.length, options.child_out, lock)
         return
 
     results: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
     outputs: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as scratch:
         # Two layers first: builds this backend's kernels, and warms the file system for both.
-        for index, (side, layers) in enumerate(
-            [("ours", 2)] + [(s, options.layers) for _ in range(options.repeats) for s in results]
-        ):
-            path = f"{scratch}/{index}.json"
-            command = [sys.executable, __file__, "--child", side, "--child-out", path, "--layers", str(layers),
-                       "--batch", str(options.batch), "--length", str(options.length)]  # fmt: skip
+        runs = [("ours", 2)] + [(s, options.layers) for _ in range(options.repeats) for s in results]
+        started: list[subprocess.Popen[bytes]] = []
+        for index, (side, layers) in enumerate(runs):
+            command = [sys.executable, __file__, "--child", side, "--child-out", f"{scratch}/{index}.json",
+                       "--layers", str(layers), "--batch", str(options.batch), "--length", str(options.length)]  # fmt: skip
             environment = {
                 **os.environ,
                 "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor{index}",
                 "TRITON_CACHE_DIR": f"{scratch}/triton{index}",
             }
-            subprocess.run(command, check=True, env=environment)
+            if not (options.together and index == 0):
+                started.append(subprocess.Popen(command, env=environment))
+            if not options.together and started[-1].wait():
+                raise SystemExit(f"{side} failed")
+        if any(process.wait() for process in started):
+            raise SystemExit("a side failed")
+        for index, (side, layers) in enumerate(runs):
+            path = f"{scratch}/{index}.json"
             if index:
                 results[side].append(json.loads(Path(path).read_text()))
                 outputs[side] = torch.load(path + ".pt")
-            print(side, layers, Path(path).read_text(), flush=True)
+                print(side, layers, Path(path).read_text(), flush=True)
 
     def best(side: str, key: str) -> float:
         return min(run[key] for run in results[side])
@@ -141,6 +162,7 @@ def main() -> None:
     report = {
         "what": f"Qwen3-0.6B shape, {options.layers} layers, torchao PerRow, {options.batch} x {options.length}",
         "runs": results,
+        "compiled_together": options.together,
         "compile_ratio_ours_over_stock": best("ours", "compile_s") / best("stock", "compile_s"),
         "speedup_over_stock": best("stock", "step_ms") / best("ours", "step_ms"),
         "cosine_ours_stock": float(torch.nn.functional.cosine_similarity(stock, ours, dim=0)),

@@ -26,7 +26,7 @@ def build(
     """
     chosen = settings.current()
     wanted = _ops(names or [], preset)
-    specs = [spec for target in _targets(arch, chosen) for op in wanted for spec in op.examples(target)]
+    specs = [spec for target in _targets(arch, chosen) for op in wanted for spec in op.examples(target, preset)]
     if not specs:
         raise SettingError("none of these ops declares a kernel to build ahead")
     directory = out or chosen.cache_path()

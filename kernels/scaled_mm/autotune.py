@@ -7,7 +7,6 @@ that fit by arithmetic. The table's first, so that they are among them when the 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch.fx import Node
 
 from inductor_ext.autotune import Autotune, Candidate, Operand, Problem
-from inductor_ext.graph import is_call, through_views, value_of
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import CPP_TYPES, Config, parse
+from inductor_ext.kernels.scaled_mm.ready import static_b
 
 #: Kernels measured for one problem, at most so many of them from the table, which looks at so many measured shapes.
 MOST, MOST_OF_TABLE, NEIGHBOURS = 8, 5, 3
@@ -27,25 +26,6 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _TENSOR_WISE, _ROW_WISE = 0, 1  # torch.nn.functional.ScalingType
 _SMS = 132
 _WIDE = ("128x128p", "128x128p@2x1", "128x160p", "128x192c", "128x256c@2x1", "256x128c@2x1")
-
-
-def static_b(a: Node, b: Node) -> bool:
-    """Whether nothing that still runs in the stream when our kernel starts can be writing b.
-
-    Under programmatic dependent launch the kernel starts while the one before it ends, and with this promise loads b's first
-    tiles before it waits. That is safe when b was written before this graph began, a being computed by a kernel of this graph:
-    that kernel lies between whatever wrote b and ours. It began after the writer was done, or, launched the same way, let ours
-    begin only after waiting for the writer itself: every kernel of ours waits before it lets the next one start.
-
-    So b has to be a view of a graph input, and a must not be one. What makes a is a kernel for sure when none of its inputs
-    has a's dtype: Inductor drops copies and casts that change nothing.
-    """
-    made_by = through_views(a)
-    if is_call(made_by, operator.getitem):
-        made_by = made_by.args[0]
-    above = [value_of(node) for node in made_by.all_input_nodes]
-    read = [value.dtype for value in above if isinstance(value, torch.Tensor)]
-    return bool(read) and value_of(a).dtype not in read and through_views(b).op in ("placeholder", "get_attr")
 
 
 def candidates(problem: Problem) -> list[Candidate]:
@@ -61,7 +41,7 @@ def candidates(problem: Problem) -> list[Candidate]:
     ahead = static_b(problem.node.args[0], problem.node.args[1])
     found: dict[str, Candidate] = {}
     for config in _configs(target_of(problem.device), m, n, k, rowwise, fast):
-        if config.supports(not fast, problem.out.dtype) and config.name not in found:
+        if config.supports(not fast) and config.name not in found:
             options = {"config": config.name, "use_fast_accum": fast, "static_b": ahead}
             found[config.name] = Candidate(config.name, (config.name, a.dtype, b.dtype, problem.out.dtype, fast), options)
     return list(found.values())[:MOST]

@@ -68,14 +68,12 @@ class Config:
             return self.m // 2
         return self.m * self.n // (128 if self.pingpong else 256)
 
-    def supports(self, exact: bool, out_dtype: torch.dtype) -> bool:
+    def supports(self, exact: bool) -> bool:
         """Whether the kernel exists: an exact one keeps the partial sums of 64 rows beside the whole."""
         if self.family == "blackwell":
             return True
         partial = (self.m if self.family == "stream" else self.n) // 2
-        if self.accumulators + (partial if exact else 0) > _MAX_ACCUMULATORS:
-            return False
-        return self.family == "stream" or out_dtype.itemsize == 2 or self.n <= 128
+        return self.accumulators + (partial if exact else 0) <= _MAX_ACCUMULATORS
 
     def cpp(self, a_dtype: torch.dtype, b_dtype: torch.dtype, out_dtype: torch.dtype, exact: bool) -> str:
         """The C++ expression of the host function."""

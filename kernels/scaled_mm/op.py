@@ -161,6 +161,13 @@ def target_of(device: torch.device) -> str:
     return known
 
 
+def untuned(target: str, m: int) -> str:
+    """A configuration for a GPU without a table, for those who ask for one; "" where there is none."""
+    if target == "sm_100a":
+        return "blackwell:128x128" if m <= 128 else "blackwell:256x128@2x1"
+    return ""
+
+
 def is_rowwise(scales: Sequence[torch.Tensor]) -> bool:
     return any(scale.numel() != 1 for scale in scales)
 
@@ -229,13 +236,14 @@ def keys(
     if config or isinstance(m, int):
         return [key(a, b, scale_a, scale_b, bias, out_dtype, fast, static_b, config)]
     target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
-    least, most = _bounds(m)
+    least, most = bounds(m)
     found = choice.possible(target, sum(ns), k, rowwise, fast, least, most)
     names = dict.fromkeys(each.config.name for each in found if len(ns) > 1 or each.use)
     return [(name, a[0].dtype, b[0].dtype, out_dtype, fast) for name in names]
 
 
-def _bounds(size: torch.SymInt) -> tuple[int, int]:
+def bounds(size: torch.SymInt) -> tuple[int, int]:
+    """Least and greatest M that a symbolic one may be, at most `choice.MAX_M`."""
     environment, expression = size.node.shape_env, size.node.expr
     bounds = environment.bound_sympy(expression)
     finite = bounds.upper.is_Integer and int(bounds.upper) < choice.MAX_M
@@ -317,6 +325,17 @@ def examples(target: str) -> tuple[Hashable, ...]:
     )
 
 
+#: (N, K) of Qwen3-0.6B's projections, apart and side by side.
+QWEN3 = ((2048, 1024), (1024, 1024), (4096, 1024), (1024, 2048), (3072, 1024), (6144, 1024), (1024, 3072))
+
+
+def qwen3(target: str) -> list[Hashable]:
+    """Every kernel that Qwen3-0.6B may take, for any M: torchao's recipes, row-wise and tensor-wise."""
+    e4 = torch.float8_e4m3fn
+    choices = [each for n, k in QWEN3 for rowwise in (True, False) for each in choice.possible(target, n, k, rowwise, True)]
+    return [(name, e4, e4, torch.bfloat16, True) for name in dict.fromkeys(each.config.name for each in choices)]
+
+
 OP = Op(
     schema=(
         "scaled_mm(Tensor[] a, Tensor[] b, Tensor[] scale_a, Tensor[] scale_b, Tensor?[] bias, ScalarType out_dtype, "
@@ -334,6 +353,7 @@ OP = Op(
         examples=examples,
         keys=keys,
         stock=stock,
+        presets={"qwen3": qwen3},
     ),
     autotune=AUTOTUNE,
 )

@@ -9,16 +9,16 @@ go back to PyTorch's operator without a copy, so no M may lose more than `MAY_LO
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import call, is_call, through_views, value_of
+from inductor_ext.graph import call, value_of
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import Call, Context
@@ -26,9 +26,10 @@ from inductor_ext.rule import Call, Context
 COST = "the same inputs, sums in fp32 taken in another order; use_fast_accum is kept as written"
 
 
-#: Speed of one launch for several products, relative to several, below which no M in its range may fall. On an H200 q, k and v
-#: of Qwen3-0.6B gain 2.6x at 16 rows and lose 2 % at 7168.
-MAY_LOSE = 0.95
+#: Speed of one launch for several products, relative to the best of several, below which no M in its range may fall where M
+#: changes between calls. On an H200 q, k and v of Qwen3-0.6B, row-wise, gain 2.6x at 16 rows and lose 2 % at 16 384; with a
+#: number for M they are left apart there.
+MAY_LOSE = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +58,13 @@ class Plan:
             [each.bias for each in self.products],
             first.out_dtype,
             first.fast,
-            all(map(static_b, self.products)),
+            all(static_b(each.a, each.b) for each in self.products),
             self.config,
         )
 
     def insert(self, graph: Graph) -> Node:
         """The call, at the graph's insertion point."""
         return call(graph, scaled_mm.OP.overload, *self.arguments(), like=self.products[0].node)
-
-
-def static_b(product: Product) -> bool:
-    """Whether nothing that still runs in the stream when our kernel starts can be writing b.
-
-    Under programmatic dependent launch the kernel starts while the one before it ends, and with this promise loads b's first
-    tiles before it waits. That is safe when b was written before this graph began, a being computed by a kernel of this graph:
-    that kernel lies between whatever wrote b and ours. It began after the writer was done, or, launched the same way, let ours
-    begin only after waiting for the writer itself: every kernel of ours waits before it lets the next one start.
-
-    So b has to lie in the memory of a graph input, and a must not. What makes a is a kernel for sure when none of its inputs
-    has a's dtype: Inductor drops copies and casts that change nothing. (Inductor copies an input that is not at a multiple of
-    16 bytes at every call. That copy lets no kernel start before all of its blocks have ended.)
-    """
-    made_by = through_views(product.a)
-    if is_call(made_by, operator.getitem):
-        made_by = made_by.args[0]
-    above = [value_of(node) for node in made_by.all_input_nodes]
-    read = [value.dtype for value in above if isinstance(value, torch.Tensor)]
-    return bool(read) and value_of(product.a).dtype not in read and _in_an_input(product.b)
-
-
-def _in_an_input(node: Node) -> bool:
-    """Whether ``node`` is a graph input or a true view of one; a reshape may be a copy, and then has storage of its own."""
-    above = through_views(node)
-    storages = {value_of(each).untyped_storage()._cdata for each in (node, above)}
-    return above.op in ("placeholder", "get_attr") and len(storages) == 1
 
 
 def plan(products: Sequence[Product], shared: bool, context: Context, slower: str) -> Plan | Failure:
@@ -114,6 +88,8 @@ def plan(products: Sequence[Product], shared: bool, context: Context, slower: st
             return Failure(first.node, slower, wanted, worst.why)
     kept = choices if context.forced else using
     names = list(dict.fromkeys(found.config.name for found in kept))
+    if not choices and static:  # forced, on a GPU that nothing was measured on
+        names = [name for name in (scaled_mm.untuned(target, first.m),) if name]
     on_gpu = device.type == "cuda"
     config = names[0] if static and names and on_gpu else ""  # a CPU runs the reference, whatever the table says
     detail = ", ".join(names) if on_gpu and names else "reference" if not on_gpu else "PyTorch's operator"
@@ -140,7 +116,7 @@ def _sizes(target: str, m: Any, ns: tuple[int, ...], k: int, rowwise: bool, fast
     """M, or the sizes in its range at which the choice may be another: those measured, and the next above each."""
     if isinstance(m, int):
         return [m]
-    least, most = scaled_mm._bounds(m)
+    least, most = scaled_mm.bounds(m)
     table = choice.table(target)
     if table is None:
         return []

@@ -200,8 +200,8 @@ def test_what_is_no_name(name: str) -> None:
 def test_examples_are_configurations_that_exist(target: str) -> None:
     keys = scaled_mm.examples(target)
     assert keys
-    for name, *_, out, fast in keys:  # type: ignore[misc]
-        assert parse(name).supports(not fast, out)
+    for name, *_, fast in keys:  # type: ignore[misc]
+        assert parse(name).supports(not fast)
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
