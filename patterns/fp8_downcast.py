@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import call, describe, feeds_opaque, is_opaque, value_of
+from inductor_ext.graph import call, describe, value_of
 from inductor_ext.kernels.fp8_downcast.op import OP
-from inductor_ext.patterns.support import fp8_chain
+from inductor_ext.patterns.support import fp8_chain, profit
 from inductor_ext.patterns.support.dynamic_scale import amax_above
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
@@ -39,20 +39,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if not (fp8_chain.collapses_to_rows(x) or (not rows and fp8_chain.is_dense(x))):
         wanted = "rows of one pitch and unit stride" if rows else "a dense tensor, or rows of one pitch and unit stride"
         return context.refuse(node, "input layout", wanted=wanted, found=f"{describe(chain.x)} strides {list(x.stride())}")
-    if not context.forced and not is_opaque(chain.x):
-        return context.refuse(
-            node,
-            "Inductor fuses this chain into its producer for free",
-            wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
-            found=describe(chain.x),
-        )
-    if not context.forced and not feeds_opaque(node):
-        return context.refuse(
-            node,
-            "Inductor fuses this chain into its consumer for free",
-            wanted="a GEMM, another opaque kernel or the graph's output as consumer",
-            found=", ".join(map(describe, node.users)),
-        )
+    unprofitable = profit.refusal(node, chain.x, context)
+    if unprofitable is not None:
+        return unprofitable
     arguments = (x, [value_of(operand) for operand in chain.operands], chain.program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
     return Match(node, (Call(OP, arguments),), f"{chain.program} → {chain.dtype}", why, chain)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, feeds_opaque, index_of, is_opaque, same_sizes, value_of
+from inductor_ext.graph import aten, call, describe, erase_dead, index_of, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.fp8_quantize.op import OP
-from inductor_ext.patterns.support import dynamic_scale, fp8_chain
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -50,20 +50,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     numbers = len(steps.constants(scale.program, program))
     if numbers > steps.MAX_CONSTS:
         return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
-    if not context.forced and not is_opaque(chain.x):
-        return context.refuse(
-            node,
-            "Inductor fuses this chain into its producer for free",
-            wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
-            found=describe(chain.x),
-        )
-    if not context.forced and not feeds_opaque(node):
-        return context.refuse(
-            node,
-            "Inductor fuses this chain into its consumer for free",
-            wanted="a GEMM, another opaque kernel or the graph's output as consumer",
-            found=", ".join(map(describe, node.users)),
-        )
+    unprofitable = profit.refusal(node, chain.x, context)
+    if unprofitable is not None:
+        return unprofitable
     arguments = (x, scale.granularity, scale.program, program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
     detail = f"{scale.granularity}: scale = {scale.program or 'amax'}; {program} → {chain.dtype}"

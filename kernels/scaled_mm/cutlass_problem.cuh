@@ -191,7 +191,8 @@ struct CutlassHost {
     check_cluster(cluster_m, cluster_n);
     Device device;
     const int64_t columns = out.ndim() == 2 && b.ndim() == 2 ? b.shape()[1] : 0;
-    launch(check_cutlass_problem<EA, EB, Out>(a, b, scale_a, scale_b, bias, out, 0, columns, device), device.id());
+    const CutlassProblem p = check_cutlass_problem<EA, EB, Out>(a, b, scale_a, scale_b, bias, out, 0, columns, device);
+    launch(p, device.id());
   }
 
   // Several problems into columns of `out`, side by side: one launch each.
