@@ -1,4 +1,4 @@
-// amax = max |x| with NaN propagating, over a vector, a group of lanes, a block. Exact: a maximum has no rounding.
+// amax = max |x| with NaN propagating, and sums, over a vector, a group of lanes, a block. A maximum is exact: it has no rounding.
 // Absolute values are reduced as the bits of non-negative floats: they order like unsigned integers, and NaN is above infinity.
 #pragma once
 
@@ -79,6 +79,24 @@ __device__ __forceinline__ uint32_t block_max(uint32_t bits, uint32_t* shared) {
   } else {
     return group_max<32>(threadIdx.x % 32 < kWarps ? shared[threadIdx.x % 32] : 0);
   }
+}
+
+// Sums, in an order that does not change from run to run; every lane of a group, or every thread, gets the whole.
+template <int Lanes>
+__device__ __forceinline__ float group_sum(float value) {
+#pragma unroll
+  for (int step = Lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+// `shared` has one word a warp. A second call needs a __syncthreads() between.
+template <int Threads>
+__device__ __forceinline__ float block_sum(float value, float* shared) {
+  constexpr int kWarps = Threads / 32;
+  value = group_sum<32>(value);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  return group_sum<32>(threadIdx.x % 32 < kWarps ? shared[threadIdx.x % 32] : 0.0f);
 }
 
 }  // namespace inductor_ext

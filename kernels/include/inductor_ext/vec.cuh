@@ -59,9 +59,40 @@ struct Raw {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = 0;
   }
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) {
+        reinterpret_cast<uint4*>(p)[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      }
+    } else if constexpr (kBytes == 2) {
+      *reinterpret_cast<unsigned short*>(p) = static_cast<unsigned short>(words[0]);
+    } else {
+      *reinterpret_cast<uint32_t*>(p) = words[0];
+    }
+  }
+  // fp32 values rounded to T.
+  __device__ __forceinline__ void pack(const float (&v)[N]) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) words[i] = __float_as_uint(v[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = pair(v[2 * i], 2 * i + 1 < N ? v[2 * i + 1 < N ? 2 * i + 1 : 0] : 0.0f);
+    }
+  }
   __device__ __forceinline__ void unpack(float (&v)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = get(i);
+  }
+  static __device__ __forceinline__ uint32_t pair(float low, float high) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const __nv_bfloat162 rounded = __floats2bfloat162_rn(low, high);
+      return reinterpret_cast<const uint32_t&>(rounded);
+    } else {
+      const __half2 rounded = __floats2half2_rn(low, high);
+      return reinterpret_cast<const uint32_t&>(rounded);
+    }
   }
   __device__ __forceinline__ float get(int i) const {
     if constexpr (sizeof(T) == 4) {

@@ -1,0 +1,164 @@
+"""rms_norm_quantize: RMSNorm, with or without the residual added before it, and FP8 with a dynamic scale a row.
+
+    total = x + residual                      in x's dtype, the third output; x itself without a residual
+    h     = total.float();  r = rsqrt(mean(h²) + eps)        over the last dimension
+    y     = norm(h * r, weight)               rounded to x's dtype, as `NORMS` says
+    scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)
+
+``norm`` names what models do with the weight: ``"cast mul"`` rounds before it multiplies (Llama, Mistral, Qwen, Phi),
+``"mul cast"`` multiplies in fp32 (``torch.nn.functional.rms_norm``, OLMo 2), ``"mul+1 cast"`` by 1 + weight in fp32 (Gemma).
+
+x [..., C] with one pitch between rows, residual alike, weight [C]; bf16, fp16 or fp32 each. Outputs: out [..., C] contiguous,
+scale [..., 1], total [..., C] contiguous, or [0] without a residual. Programs are those of ``kernels/steps.py``.
+
+Only the mean's order of summation differs from eager: given the same r, every byte is eager's. A row with a NaN or an infinity
+becomes NaN as in eager. No columns: ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inductor_ext.kernels import steps
+from inductor_ext.op import Kernel, Op
+
+NORMS = ("cast mul", "mul cast", "mul+1 cast")
+TORCHAO_SCALE = "div:448.0 f32"
+TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
+_CPP_NORMS = {"cast mul": "CastThenWeight", "mul cast": "WeightThenCast", "mul+1 cast": "OnePlusWeightThenCast"}
+
+
+def fake(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    norm: str,
+    scale_program: str,
+    program: str,
+    dtype: torch.dtype,
+) -> Any:
+    _check(x, residual, weight, norm, scale_program, program, dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=steps.result_dtype(scale_program, x.dtype))
+    return out, scale, x.new_empty((0,)) if residual is None else x.new_empty(x.shape)
+
+
+def reference(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    norm: str,
+    scale_program: str,
+    program: str,
+    dtype: torch.dtype,
+) -> Any:
+    _check(x, residual, weight, norm, scale_program, program, dtype)
+    if x.shape[-1] == 0:
+        raise ValueError(f"rms_norm_quantize: x: wanted at least one column, found shape {tuple(x.shape)}")
+    total = x if residual is None else x + residual
+    y = normalise(total, weight, eps, norm)
+    scale = steps.evaluate(scale_program, y.abs().amax(-1, keepdim=True))
+    out = steps.evaluate(program, y, scale=scale).to(dtype).contiguous()
+    return out, scale.contiguous(), x.new_empty((0,)) if residual is None else total.contiguous()
+
+
+def normalise(total: torch.Tensor, weight: torch.Tensor, eps: float, norm: str) -> torch.Tensor:
+    """RMSNorm as the models spell it, in PyTorch's operators."""
+    h = total.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if norm == "cast mul":
+        return (weight * h.to(total.dtype)).to(total.dtype)
+    return (h * (1.0 + weight.float() if norm == "mul+1 cast" else weight.float())).to(total.dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm: str,
+    scale_program: str,
+    program: str,
+    dtype: torch.dtype,
+) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in steps.TOKEN_OF_DTYPE:
+            raise TypeError(f"rms_norm_quantize: {name}: wanted bfloat16, float16 or float32, found {tensor.dtype}")
+    if norm not in NORMS:
+        raise ValueError(f"rms_norm_quantize: norm: wanted one of {', '.join(NORMS)}, found {norm!r}")
+    if dtype not in steps.CPP_FP8:
+        raise TypeError(f"rms_norm_quantize: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
+    if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        wanted = f"the length of a row of x, {tuple(x.shape)}"
+        raise ValueError(f"rms_norm_quantize: weight: wanted {wanted}, found shape {tuple(weight.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        found = f"{residual.dtype} of shape {tuple(residual.shape)}"
+        raise ValueError(f"rms_norm_quantize: residual: wanted {x.dtype} of shape {tuple(x.shape)}, as x, found {found}")
+    steps.check_program("rms_norm_quantize", scale_program, 0)
+    steps.check_program("rms_norm_quantize", program, 0, scale=True)
+    if len(steps.constants(scale_program, program)) > steps.MAX_CONSTS:
+        raise ValueError(f"rms_norm_quantize: wanted at most {steps.MAX_CONSTS} numbers in both programs together")
+
+
+def key(x: Any, residual: Any, weight: Any, eps: float, norm: str, scale_program: str, program: str, dtype: Any) -> Any:
+    return x.dtype, residual is not None, weight.dtype, norm, scale_program, program, dtype
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    x_dtype, has_residual, weight_dtype, norm, scale_program, program, dtype = key
+    types = ", ".join(
+        (
+            steps.CPP_TYPES[x_dtype],
+            steps.CPP_TYPES[weight_dtype],
+            str(has_residual).lower(),
+            f"inductor_ext::{_CPP_NORMS[norm]}",
+            steps.CPP_FP8[dtype],
+            str(steps.saturated(program, dtype)).lower(),
+            steps.CPP_TYPES[steps.result_dtype(scale_program, x_dtype)],
+            steps.to_cpp(scale_program, x_dtype),
+            steps.to_cpp(program, x_dtype, first_const=len(steps.constants(scale_program))),
+        )
+    )
+    return (("run", f"inductor_ext::RmsNormQuantize<{types}>::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = module.run
+    constants = steps.padded_constants(key[4], key[5])
+
+    def call(
+        x: Any, residual: Any, weight: Any, eps: float, _n: str, _s: str, _p: str, _d: Any, out: Any, scale: Any, total: Any
+    ) -> None:
+        run(x, residual, weight, eps, out, scale, total, *constants)
+
+    return call
+
+
+def _example(dtype: torch.dtype, residual: bool, weight: torch.dtype, norm: str) -> tuple[Any, ...]:
+    return dtype, residual, weight, norm, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn
+
+
+OP = Op(
+    schema=(
+        "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, str norm, str scale_program, str program, "
+        "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+    ),
+    doc="RMSNorm, the residual added before it if there is one, and FP8 with a dynamic scale a row",
+    fake=fake,
+    reference=reference,
+    kernel=Kernel(
+        source="rms_norm_quantize/rms_norm_quantize.cuh",
+        key=key,
+        exports=exports,
+        bind=bind,
+        examples=(
+            _example(torch.bfloat16, True, torch.bfloat16, "cast mul"),
+            _example(torch.bfloat16, False, torch.bfloat16, "cast mul"),
+            _example(torch.bfloat16, True, torch.float32, "mul+1 cast"),
+        ),
+    ),
+)

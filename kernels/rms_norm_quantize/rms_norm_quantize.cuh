@@ -1,0 +1,216 @@
+// RMSNorm, with or without a residual added before it, and FP8 with a dynamic scale a row, in one pass over memory.
+//
+//   total = round(x + residual);  r = rsqrt(mean(total²) + eps);  y = norm(total * r, weight), rounded to x's dtype
+//   scale = scale_program(max |y|);  out = cast(program(y, scale))
+//
+//   x, residual [R, C] (leading dims may be several), unit last stride, row pitch free; weight [C] contiguous
+//   out [R, C], scale R elements, total [R, C] like x, all with a row pitch of C; without a residual total is not touched
+//   C up to 32 768; c0..c7 are the constants of both programs
+//
+// A row stays in registers from its first load to its cast: as `total` until the mean is known, as y until the maximum is.
+// 8 lanes take a row of at most 128 columns, a warp up to 1024, a block of 128 to 1024 threads up to 32 768.
+#pragma once
+
+#include <tvm/ffi/function.h>
+
+#include "inductor_ext/fp8.cuh"
+#include "inductor_ext/launch.cuh"
+#include "inductor_ext/reduce.cuh"
+#include "inductor_ext/steps.cuh"
+#include "inductor_ext/tensor.h"
+
+namespace inductor_ext {
+
+// What a model does with the normalised value and the weight; In is the dtype of both ends.
+struct CastThenWeight {
+  template <typename In>
+  __device__ static __forceinline__ float apply(float normalised, float weight) { return round_to<In>(normalised) * weight; }
+};
+struct WeightThenCast {
+  template <typename In>
+  __device__ static __forceinline__ float apply(float normalised, float weight) { return normalised * weight; }
+};
+struct OnePlusWeightThenCast {
+  template <typename In>
+  __device__ static __forceinline__ float apply(float normalised, float weight) { return normalised * (1.0f + weight); }
+};
+
+struct RmsNormQuantizeParams {
+  const void* x;
+  const void* residual;
+  const void* weight;
+  uint8_t* out;
+  void* scale;
+  void* total;
+  int64_t rows, cols;  // cols in vectors
+  int64_t x_pitch, residual_pitch;
+  float eps, per_column;  // 1 / C
+  Consts consts;
+};
+
+template <int Threads>
+constexpr int kNormBlock = Threads <= 32 ? 128 : Threads;
+
+template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
+          typename ScaleProgram, typename Chain, int Threads, int E, int U>
+__global__ void __launch_bounds__(kNormBlock<Threads>) rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
+  constexpr int kBlock = kNormBlock<Threads>;
+  __shared__ uint32_t shared_max[kBlock / 32];
+  __shared__ float shared_sum[kBlock / 32];
+  const int lane = threadIdx.x % Threads;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / Threads) + threadIdx.x / Threads;
+  const bool active = row < p.rows;
+  const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
+  const In* residual = static_cast<const In*>(p.residual) + row * p.residual_pitch;
+  In* total = static_cast<In*>(p.total) + row * p.cols * E;
+
+  Raw<In, E> raw[U];
+  Raw<W, E> weight[U];
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int i = u * Threads + lane;
+    raw[u].zero(), weight[u].zero();
+    if (active && i < p.cols) raw[u].load(x + i * E), weight[u].load(static_cast<const W*>(p.weight) + i * E);
+  }
+  if constexpr (HasResidual) {
+    Raw<In, E> other[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int i = u * Threads + lane;
+      other[u].zero();
+      if (active && i < p.cols) other[u].load(residual + i * E);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int i = u * Threads + lane;
+      float a[E], b[E];
+      raw[u].unpack(a), other[u].unpack(b);
+#pragma unroll
+      for (int e = 0; e < E; ++e) a[e] = __fadd_rn(a[e], b[e]);
+      raw[u].pack(a);
+      if (active && i < p.cols) raw[u].store(total + i * E);
+    }
+  }
+  allow_next_kernel();
+
+  float sum = 0.f;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    float v[E];
+    raw[u].unpack(v);
+#pragma unroll
+    for (int e = 0; e < E; ++e) sum = fmaf(v[e], v[e], sum);
+  }
+  if constexpr (Threads <= 32) {
+    sum = group_sum<Threads>(sum);
+  } else {
+    sum = block_sum<Threads>(sum, shared_sum);
+  }
+  const float factor = rsqrtf(sum * p.per_column + p.eps);
+
+  Amax<In> amax;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    float v[E], w[E];
+    raw[u].unpack(v), weight[u].unpack(w);
+#pragma unroll
+    for (int e = 0; e < E; ++e) v[e] = Norm::template apply<In>(__fmul_rn(v[e], factor), w[e]);
+    raw[u].pack(v);
+    amax.merge(raw[u]);
+  }
+  uint32_t bits = amax.float_bits();
+  if constexpr (Threads <= 32) {
+    bits = group_max<Threads>(bits);
+  } else {
+    bits = block_max<Threads>(bits, shared_max);
+  }
+  if (!active) return;
+
+  Env env{p.consts, nullptr};
+  float scale[1] = {__uint_as_float(bits)};
+  ScaleProgram::apply(ScaleProgram::prepare(env), scale);
+  if (lane == 0) static_cast<ScaleT*>(p.scale)[row] = from_float<ScaleT>(scale[0]);
+  env.scale = scale[0];
+  const auto prepared = Chain::prepare(env);
+  uint8_t* out = p.out + row * p.cols * E;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int i = u * Threads + lane;
+    if (i < p.cols) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, out + i * E);
+  }
+}
+
+template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
+          typename ScaleProgram, typename Program>
+struct RmsNormQuantize {
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "rms_norm_quantize has no tensor operands");
+  using Chain = ToFp8<Program>;
+
+  static void run(TensorView x, Optional<TensorView> residual, TensorView weight, double eps, TensorView out, TensorView scale,
+                  TensorView total, double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
+    Device device;
+    TensorMatcher().dtype<In>().device(device).verify(x, "x");
+    const Rows rows = rows_of(x, "x");
+    TensorMatcher({rows.cols}).template dtype<W>().contiguous().device(device).verify(weight, "weight");
+    TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
+    TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
+    check_size(out, "out", rows.rows * rows.cols), check_size(scale, "scale", rows.rows);
+    RmsNormQuantizeParams p{};
+    if constexpr (HasResidual) {
+      const TensorView added = residual.value();
+      TensorMatcher().dtype<In>().device(device).verify(added, "residual");
+      const Rows other = rows_of(added, "residual");
+      if (other.rows != rows.rows || other.cols != rows.cols) {
+        TVM_FFI_THROW(ValueError) << "residual: wanted the shape of x, " << shape_of(x) << ", found " << shape_of(added);
+      }
+      TensorMatcher().dtype<In>().contiguous().device(device).verify(total, "total");
+      check_size(total, "total", rows.rows * rows.cols);
+      p.residual = data(added), p.residual_pitch = other.pitch, p.total = data(total);
+    }
+    if (rows.cols == 0 || rows.cols > 32768) {
+      TVM_FFI_THROW(ValueError) << "x: wanted 1 to 32768 columns, found shape " << shape_of(x);
+    }
+    if (rows.rows == 0) return;
+
+    const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
+    p.x = data(x), p.weight = data(weight), p.out = data<uint8_t>(out), p.scale = data(scale);
+    p.rows = rows.rows, p.cols = rows.cols, p.x_pitch = rows.pitch;
+    p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(rows.cols), p.consts = Consts::of(constants);
+    const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
+    const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.x, p.x_pitch) && aligned(p.weight, 16) && aligned(p.out, 8) &&
+                         (!HasResidual || (rows_aligned(p.residual, p.residual_pitch) && aligned(p.total, 16)));
+    DeviceGuard guard(device.id());
+    cudaStream_t stream = env_stream(device.id());
+    const int64_t cols = rows.cols;
+    if (vectors) {
+      p.cols /= 8;
+      if (cols <= 128) return launch<8, 8, 2>(p, stream);
+      if (cols <= 512) return launch<32, 8, 2>(p, stream);
+      if (cols <= 1024) return launch<32, 8, 4>(p, stream);
+      if (cols <= 4096) return launch<256, 8, 2>(p, stream);
+      if (cols <= 8192) return launch<512, 8, 2>(p, stream);
+      if (cols <= 16384) return launch<1024, 8, 2>(p, stream);
+      return launch<1024, 8, 4>(p, stream);
+    }
+    if (cols <= 256) return launch<32, 1, 8>(p, stream);
+    if (cols <= 4096) return launch<256, 1, 16>(p, stream);
+    if (cols <= 16384) return launch<1024, 1, 16>(p, stream);
+    return launch<1024, 1, 32>(p, stream);
+  }
+
+ private:
+  static void check_size(const TensorView& view, const char* name, int64_t wanted) {
+    if (view.numel() != wanted) TVM_FFI_THROW(ValueError) << name << ": wanted " << wanted << " elements, found shape " << shape_of(view);
+  }
+  template <int Threads, int E, int U>
+  static void launch(const RmsNormQuantizeParams& p, cudaStream_t stream) {
+    constexpr int kBlock = kNormBlock<Threads>;
+    Launch(static_cast<unsigned>(ceil_div(p.rows, kBlock / Threads)), kBlock)
+        .stream(stream)
+        .programmatic()
+        .run(rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>, p);
+  }
+};
+
+}  // namespace inductor_ext

@@ -1,0 +1,185 @@
+"""rms_norm_quantize: its reference against the models' own modules, its arguments' errors, and the kernel against both."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from inductor_ext import jit, registry, settings
+from inductor_ext.kernels.rms_norm_quantize.op import NORMS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
+from tests.support.equal import assert_same_bytes
+
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+gpu = pytest.mark.gpu
+
+
+def call(
+    x: Any, residual: Any, weight: Any, norm: str = "cast mul", eps: float = 1e-6, dtype: Any = E4, **programs: str
+) -> Any:
+    programs = {"scale_program": TORCHAO_SCALE, "program": TORCHAO_PROGRAM, **programs}
+    return torch.ops.inductor_ext.rms_norm_quantize(x, residual, weight, eps, norm, *programs.values(), dtype)
+
+
+def operands(shape: Any, dtype: Any = BF16, weight: Any = None, device: str = "cpu") -> list[torch.Tensor]:
+    made = torch.Generator(device).manual_seed(3)
+    x, residual = (torch.randn(shape, device=device, generator=made).to(dtype) * 3 for _ in range(2))
+    return [x, residual, (torch.rand(shape[-1], device=device, generator=made) + 0.5).to(weight or dtype)]
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def _module(kind: str, weight: torch.Tensor, eps: float) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.gemma import modeling_gemma
+    from transformers.models.llama import modeling_llama
+    from transformers.models.olmo2 import modeling_olmo2
+    from transformers.models.qwen3 import modeling_qwen3
+
+    assert transformers
+    made = {
+        "llama": modeling_llama.LlamaRMSNorm,
+        "qwen3": modeling_qwen3.Qwen3RMSNorm,
+        "gemma": modeling_gemma.GemmaRMSNorm,
+        "olmo2": modeling_olmo2.Olmo2RMSNorm,
+    }[kind](weight.shape[0], eps=eps)
+    made.weight.data = weight.clone()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm"), [("llama", "cast mul"), ("qwen3", "cast mul"), ("gemma", "mul+1 cast"), ("olmo2", "mul cast")]
+)
+def test_the_reference_is_the_models_norm(kind: str, norm: str) -> None:
+    x, residual, weight = operands((5, 7, 96))
+    out, scale, total = call(x, residual, weight, norm)
+    assert_same_bytes(total, x + residual)
+    y = _module(kind, weight, 1e-6)(x + residual)
+    wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    assert_same_bytes(out, wanted)
+    assert_same_bytes(scale, wanted_scale)
+
+
+def test_the_reference_is_torch_rms_norm() -> None:
+    x, _, weight = operands((4, 64))
+    out, scale, total = call(x, None, weight, "mul cast")
+    y = torch.nn.functional.rms_norm(x, (64,), weight, 1e-6)
+    assert total.shape == (0,) and scale.shape == (4, 1)
+    near = torch.nn.functional.cosine_similarity(out.float() * scale, y.float(), dim=-1)
+    assert (near > 0.999).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": lambda x: x.double()}, TypeError, "x: wanted bfloat16, float16 or float32"),
+        ({"weight": lambda w: w[:3]}, ValueError, "weight: wanted the length of a row of x"),
+        ({"residual": lambda r: r.float()}, ValueError, "residual: wanted torch.bfloat16"),
+        ({"residual": lambda r: r[:1]}, ValueError, "residual: wanted torch.bfloat16 of shape"),
+        ({"norm": lambda _: "layer"}, ValueError, "norm: wanted one of"),
+        ({"dtype": lambda _: torch.int8}, TypeError, "dtype: wanted float8_e4m3fn"),
+        ({"program": lambda _: "f32 div:s0"}, ValueError, "s0"),
+        ({"x": lambda x: x[..., :0], "residual": lambda _: None, "weight": lambda w: w[:0]}, ValueError, "at least one column"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    values: dict[str, Any] = dict(zip(("x", "residual", "weight"), operands((4, 64))))
+    values |= {"norm": "cast mul", "dtype": E4, "program": TORCHAO_PROGRAM}
+    values.update({name: make(values[name]) for name, make in change.items()})
+    tensors = [values.pop(name) for name in ("x", "residual", "weight")]
+    with pytest.raises(error, match=message):
+        call(*tensors, **values)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (0, 64), (64,)])
+def test_fake_agrees(shape: Any, residual: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, other, weight = operands(shape)
+    real = call(x, other if residual else None, weight)
+    with FakeTensorMode() as mode:
+        x, other, weight = map(mode.from_tensor, (x, other, weight))
+        fake = call(x, other if residual else None, weight)
+    for one, two in zip(real, fake):
+        assert (one.dtype, one.shape) == (two.dtype, two.shape)
+        assert one.numel() == 0 or one.stride() == two.stride()
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+COLUMNS = (8, 64, 100, 128, 520, 1024, 1032, 3072, 4096, 8192, 16384)
+
+
+@pytest.fixture(scope="module")
+def built() -> None:
+    arch = jit.current_arch(settings.current())
+    if arch is None:
+        pytest.skip("no GPU")
+    registry.ops()
+    every = itertools.product((BF16, FP16, FP32), (True, False), NORMS)
+    keys = [(d, r, w, n, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for d, r, n in every for w in dict.fromkeys((d, FP32))]
+    modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
+    failed = [module for module in modules if isinstance(module, Exception)]
+    assert not failed, failed[0]
+
+
+def check(x: Any, residual: Any, weight: Any, norm: str) -> None:
+    """total byte for byte; the scale within one unit in its last place; out within one FP8 step of eager."""
+    out, scale, total = call(x, residual, weight, norm)
+    want_out, want_scale, want_total = OP.reference(x, residual, weight, 1e-6, norm, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    assert_same_bytes(total, want_total)
+    torch.testing.assert_close(scale, want_scale, rtol=2.0**-7 if x.dtype is BF16 else 2.0**-9, atol=0, equal_nan=True)
+    codes, want = out.view(torch.uint8).int(), want_out.view(torch.uint8).int()
+    apart = (codes - want).abs()
+    assert ((apart <= 1) | ((codes & 127) + (want & 127) <= 1)).all(), "further from eager than one FP8 step"
+    assert (apart != 0).float().mean() < 0.05
+
+
+@gpu
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+def test_every_width(residual: bool, dtype: Any, norm: str) -> None:
+    for columns in COLUMNS:
+        for weight in dict.fromkeys((dtype, FP32)):
+            x, other, w = operands((37, columns), dtype, weight, "cuda")
+            check(x, other if residual else None, w, norm)
+
+
+@gpu
+@pytest.mark.usefixtures("built")
+def test_given_the_factor_every_byte_is_eagers() -> None:
+    """Rows whose squares have an exact mean: no order of summation can tell."""
+    x = torch.tensor([1.0, -1.0, 2.0, -2.0], device="cuda").repeat(64, 256).bfloat16()
+    weight = torch.linspace(0.1, 3, 1024, device="cuda").bfloat16()
+    out, scale, _ = call(x, None, weight)
+    y = normalise(x, weight, 1e-6, "cast mul")
+    want_out, want_scale = torch.ops.inductor_ext.fp8_quantize(y, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    assert_same_bytes(out, want_out)
+    assert_same_bytes(scale, want_scale)
+
+
+@gpu
+@pytest.mark.usefixtures("built")
+def test_layouts_extremes_and_empty_input() -> None:
+    x, other, weight = operands((40, 1024), BF16, None, "cuda")
+    wide = torch.randn(40, 3 * 1024, device="cuda").bfloat16()
+    check(wide[:, 1024:2048], other, weight, "cast mul")
+    check(x, wide[:, 2048:], weight, "cast mul")
+    check(x.view(5, 8, 1024), other.view(5, 8, 1024), weight, "mul cast")
+    check(wide[:, 1:1025], None, weight, "cast mul")
+    for value in (float("nan"), float("inf"), 0.0, 1e-40, 3e38):
+        bad = x.clone()
+        bad[3] = value
+        bad[5, 7] = value
+        out, scale, _ = call(bad, None, weight)
+        want_out, want_scale, _ = OP.reference(bad, None, weight, 1e-6, "cast mul", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        assert torch.equal(scale.isnan(), want_scale.isnan()) and torch.equal(out.float().isnan(), want_out.float().isnan())
+    empty, scale, _ = call(x[:0], None, weight)
+    assert empty.shape == (0, 1024) and scale.shape == (0, 1)
