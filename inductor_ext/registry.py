@@ -22,6 +22,7 @@ RULE_MODULES = (
     "scaled_mm_cat",
     "scaled_mm_siblings",
     "scaled_mm",
+    "rms_norm_quantize",
     "downcast_fp8",
     "fp8_quantize",
     "fp8_downcast",

@@ -54,6 +54,8 @@ exec "$host" -x c++ -std=c++17 -shared -fPIC -I {stub} $include -MD -MF "$dep" -
 """
 
 SUBPROCESS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
 import sys, types
 package = types.ModuleType("inductor_ext")
 package.__path__ = [{package!r}]

@@ -1,0 +1,175 @@
+"""rms_norm_quantize: RMSNorm, the residual added before it and a row's FP8 quantisation become one kernel.
+
+    t = x + residual;  y = rms_norm(t) * weight;  s = program(amax(|y|));  q = cast(clamp(y / s))
+        →   q, s, t = inductor_ext.rms_norm_quantize(x, residual, weight, …)
+
+One pass over memory instead of one for each reduction. The mean's order of summation differs from eager's: the scale may differ
+in its last place, and a value by one FP8 step. Until it has been measured on a GPU it fires only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import CONVERT, aten, call, describe, erase_dead, index_of, is_reshape, replay, same_sizes, value_of
+from inductor_ext.kernels import steps
+from inductor_ext.kernels.rms_norm_quantize.op import OP
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, rms_norm
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+E4 = torch.float8_e4m3fn
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    chain = fp8_chain.trace(node)
+    if isinstance(chain, fp8_chain.Failure):
+        return None
+    norm = rms_norm.trace(chain.x)
+    if norm is None:
+        return None
+    if isinstance(norm, fp8_chain.Failure):
+        return context.refuse(norm.node, norm.reason, wanted=norm.wanted, found=norm.found)
+    if not context.forced:
+        return context.refuse(node, "not measured on a GPU yet", wanted='rules={"rms_norm_quantize": "always"}', found="auto")
+    if len(chain.operands) != 1 or dynamic_scale.amax_above(chain.operands[0], chain.x) is None:
+        found = ", ".join(map(describe, chain.operands)) or "a number"
+        return context.refuse(node, "the scale is not of the norm's rows", wanted="amax of each row", found=found)
+    scale = dynamic_scale.trace(chain, chain.operands[0])
+    if isinstance(scale, fp8_chain.Failure):
+        return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
+    if scale.granularity != "row" or chain.pre_views:
+        found = f"{scale.granularity} of {list(chain.input_value().shape)}"
+        return context.refuse(node, "the scale is not of the norm's rows", wanted="amax of each row", found=found)
+    other = _other_user(chain, scale)
+    if other is not None:
+        wanted = "the quantisation as its only user"
+        return context.refuse(norm.y, "the norm's result has a second user", wanted=wanted, found=describe(other))
+    inputs = norm.addends or (norm.total, None)
+    for each in inputs:
+        if each is not None and not fp8_chain.collapses_to_rows(value_of(each)):
+            found = f"{describe(each)} strides {list(value_of(each).stride())}"
+            return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=found)
+    program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
+    numbers = len(steps.constants(scale.program, program))
+    if numbers > steps.MAX_CONSTS:
+        return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
+    rest = (norm.eps, norm.norm, scale.program, program, chain.dtype)
+    x, residual = (None if each is None else value_of(each) for each in inputs)
+    spelling = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}"
+    detail = f"{spelling}, scale = {scale.program or 'amax'}; {program} → {chain.dtype}"
+    made = Call(OP, (x, residual, value_of(norm.weight), *rest))
+    return Match(node, (made,), detail, "forced", (chain, scale, norm, (*inputs, norm.weight), rest))
+
+
+def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> Node | None:
+    """A user of the norm's result besides the chain and the way to its scale."""
+    known = {chain.cast, *chain.inner, *scale.inner, scale.node, scale.amax}
+    pending, seen = [chain.x], set()
+    while pending:
+        for user in pending.pop().users:
+            if user in known or user in seen:
+                continue
+            if user.target is aten.abs.default or is_reshape(user) or user.target is CONVERT:
+                seen.add(user)
+                pending.append(user)
+                continue
+            return user
+    return None
+
+
+def replace(match: Match) -> None:
+    chain, scale, norm, inputs, rest = match.data
+    graph, order = match.node.graph, index_of(match.node.graph)
+    scale_value, total_value = value_of(scale.node), value_of(norm.total)
+    fused = inputs[1] is not None
+    first = norm.total if fused else min((scale.node, match.node), key=order.__getitem__)
+    with graph.inserting_before(first):
+        made = call(graph, OP.overload, *inputs, *rest, like=match.node)
+        out, made_scale, total = (call(graph, operator.getitem, made, i, like=match.node) for i in range(3))
+        value = replay(graph, chain.post_views, out)
+        if not same_sizes(value_of(made_scale).shape, scale_value.shape):
+            made_scale = call(graph, aten.reshape.default, made_scale, list(scale_value.shape), like=scale.node)
+    fp8_chain.replace_cast(match.node, value)
+    if not scale.node._erased:
+        scale.node.replace_all_uses_with(made_scale)
+        erase_dead(scale.node)
+    if fused and not norm.total._erased:
+        total.meta["val"] = total_value
+        norm.total.replace_all_uses_with(total)
+        erase_dead(norm.total)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    s = (y.abs().amax(-1, keepdim=True) / 448.0).float()
+    return (y.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def _gemma(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(x)
+
+
+def _inputs(device: str) -> tuple[torch.Tensor, ...]:
+    return torch.randn(6, 4, 64, device=device).bfloat16(), torch.rand(64, device=device).bfloat16() + 0.5
+
+
+def _with_residual(device: str) -> tuple[torch.Tensor, ...]:
+    x, weight = _inputs(device)
+    return x, torch.randn(6, 4, 64, device=device).bfloat16(), weight
+
+
+def _residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    total = x + r
+    return *_quantise(_llama(total, weight)), total * 2
+
+
+RULE = Rule(
+    name="rms_norm_quantize",
+    doc="RMSNorm with its residual and a row's FP8 quantisation → one kernel",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    exact=False,
+    cost="the mean is summed in another order: the scale within its last place, values within one FP8 step",
+    matches=(
+        Example("llama", lambda x, w: _quantise(_llama(x, w)), _inputs, mode="always"),
+        Example("llama_dynamic_shape", lambda x, w: _quantise(_llama(x, w)), _inputs, mode="always", dynamic=True),
+        Example("gemma", lambda x, w: _quantise(_gemma(x, w)), _inputs, mode="always"),
+        Example("torch", lambda x, w: _quantise(torch.nn.functional.rms_norm(x, (64,), w, 1e-6)), _inputs, mode="always"),
+        Example("residual_is_read_later", _residual, _with_residual, mode="always"),
+    ),
+    near_misses=(
+        Example("not_asked_for", lambda x, w: _quantise(_llama(x, w)), _inputs, reason="not measured on a GPU yet"),
+        Example(
+            "norm_is_read_elsewhere",
+            lambda x, w: (lambda y: (*_quantise(y), y * 3))(_llama(x, w)),
+            _inputs,
+            mode="always",
+            reason="the norm's result has a second user",
+        ),
+        Example(
+            "one_scale_for_all",
+            lambda x, w: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(_llama(x, w)),
+            _inputs,
+            mode="always",
+            reason="the scale is not of the norm's rows",
+        ),
+    ),
+)
