@@ -20,18 +20,12 @@
 #include "cutlass/gemm/gemm.h"
 #include "cutlass/kernel_hardware_info.h"
 
+#include "scaled_mm/cutlass_types.cuh"
+
 namespace inductor_ext {
 
 using tvm::ffi::Array;
 using tvm::ffi::Tensor;
-
-template <typename T>
-struct CutlassType;
-template <> struct CutlassType<__nv_fp8_e4m3> { using type = cutlass::float_e4m3_t; };
-template <> struct CutlassType<__nv_fp8_e5m2> { using type = cutlass::float_e5m2_t; };
-template <> struct CutlassType<__nv_bfloat16> { using type = cutlass::bfloat16_t; };
-template <> struct CutlassType<__half> { using type = cutlass::half_t; };
-template <> struct CutlassType<float> { using type = float; };
 
 // ---- the problem ------------------------------------------------------------------------------------------------------------
 

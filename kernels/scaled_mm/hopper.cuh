@@ -13,7 +13,6 @@
 
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/numeric_types.h>
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -23,16 +22,14 @@
 #include <cstdint>
 #include <utility>
 
+#include "scaled_mm/cutlass_types.cuh"
+
 namespace inductor_ext {
 
 constexpr int kBlockK = 128;      // elements, and bytes, of K in a stage
 constexpr int kMmaK = 32;         // of one wgmma
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kSharedLimit = 232448;  // bytes of shared memory that a CTA may have
-
-template <typename T> struct CutlassType { using type = T; };
-template <> struct CutlassType<__nv_fp8_e4m3> { using type = cutlass::float_e4m3_t; };
-template <> struct CutlassType<__nv_fp8_e5m2> { using type = cutlass::float_e5m2_t; };
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,47 @@
+"""scaled_mm's and rms_norm_quantize's kernels once each, small, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python benchmarks/kernels/scaled_mm_sanitize.py     (racecheck, initcheck, synccheck)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from inductor_ext import registry
+from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
+
+E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
+CONFIGS = (
+    *("stream:8x64/1", "stream:16x64/8", "stream:64x64/4", "stream:64x128/1"),
+    *("tile:64x128p", "tile:128x160p", "tile:128x128c", "tile:128x128p@2x1"),
+)
+
+
+def product(config: str, m: int, n: int, k: int, fast: bool) -> None:
+    """Operands come from the host, so that initcheck sees every byte written."""
+    a, b = torch.randn(m, k).to(E4).cuda(), torch.randn(n, k).to(E4).cuda().t()
+    scales = torch.rand(m, 1).cuda(), torch.rand(1, n).cuda()
+    out = torch.zeros(m, n + 32, dtype=BF16).cuda()[:, 16 : 16 + n]
+    lists = [a], [b], [scales[0]], [scales[1]], [torch.rand(n).to(BF16).cuda()]
+    torch.ops.inductor_ext.scaled_mm.out(*lists, BF16, fast, True, config, out=out)
+
+
+def main() -> None:
+    registry.ops()
+    for config in CONFIGS:
+        for m, n, k in ((5, 80, 144), (130, 272, 528), (300, 1040, 1040)):
+            product(config, m, n, k, True)
+    for config in ("stream:64x64/4", "tile:128x128c"):
+        product(config, 130, 272, 528, False)
+    for columns in (64, 100, 1024, 4096, 16384):
+        for residual in (True, False):
+            x, other = (torch.randn(9, columns).to(BF16).cuda() for _ in range(2))
+            weight = torch.rand(columns).to(BF16).cuda()
+            rest = (weight, 1e-6, "cast mul", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+            torch.ops.inductor_ext.rms_norm_quantize(x, other if residual else None, *rest)
+    torch.cuda.synchronize()
+    print("sanitize: ran")
+
+
+if __name__ == "__main__":
+    main()
