@@ -13,10 +13,8 @@
 
 #include <tvm/ffi/function.h>
 
-#include "inductor_ext/fp8.cuh"
 #include "inductor_ext/launch.cuh"
-#include "inductor_ext/reduce.cuh"
-#include "inductor_ext/steps.cuh"
+#include "inductor_ext/quantize_row.cuh"
 #include "inductor_ext/tensor.h"
 
 namespace inductor_ext {
@@ -48,13 +46,10 @@ struct RmsNormQuantizeParams {
   Consts consts;
 };
 
-template <int Threads>
-constexpr int kNormBlock = Threads <= 32 ? 128 : Threads;
-
 template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
           typename ScaleProgram, typename Chain, int Threads, int E, int U>
-__global__ void __launch_bounds__(kNormBlock<Threads>) rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
-  constexpr int kBlock = kNormBlock<Threads>;
+__global__ void __launch_bounds__(kRowBlock<Threads>) rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
+  constexpr int kBlock = kRowBlock<Threads>;
   __shared__ uint32_t shared_max[kBlock / 32];
   __shared__ float shared_sum[kBlock / 32];
   const int lane = threadIdx.x % Threads;
@@ -109,7 +104,6 @@ __global__ void __launch_bounds__(kNormBlock<Threads>) rms_norm_quantize_kernel(
   }
   const float factor = rsqrtf(sum * p.per_column + p.eps);
 
-  Amax<In> amax;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     float v[E], w[E];
@@ -117,28 +111,9 @@ __global__ void __launch_bounds__(kNormBlock<Threads>) rms_norm_quantize_kernel(
 #pragma unroll
     for (int e = 0; e < E; ++e) v[e] = Norm::template apply<In>(__fmul_rn(v[e], factor), w[e]);
     raw[u].pack(v);
-    amax.merge(raw[u]);
   }
-  uint32_t bits = amax.float_bits();
-  if constexpr (Threads <= 32) {
-    bits = group_max<Threads>(bits);
-  } else {
-    bits = block_max<Threads>(bits, shared_max);
-  }
-  if (!active) return;
-
-  Env env{p.consts, nullptr};
-  float scale[1] = {__uint_as_float(bits)};
-  ScaleProgram::apply(ScaleProgram::prepare(env), scale);
-  if (lane == 0) static_cast<ScaleT*>(p.scale)[row] = from_float<ScaleT>(scale[0]);
-  env.scale = scale[0];
-  const auto prepared = Chain::prepare(env);
-  uint8_t* out = p.out + row * p.cols * E;
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const int i = u * Threads + lane;
-    if (i < p.cols) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, out + i * E);
-  }
+  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(raw, p.consts, shared_max, active, p.cols,
+                                                                     static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
 }
 
 template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
@@ -182,35 +157,26 @@ struct RmsNormQuantize {
                          (!HasResidual || (rows_aligned(p.residual, p.residual_pitch) && aligned(p.total, 16)));
     DeviceGuard guard(device.id());
     cudaStream_t stream = env_stream(device.id());
-    const int64_t cols = rows.cols;
-    if (vectors) {
-      p.cols /= 8;
-      if (cols <= 128) return launch<8, 8, 2>(p, stream);
-      if (cols <= 512) return launch<32, 8, 2>(p, stream);
-      if (cols <= 1024) return launch<32, 8, 4>(p, stream);
-      if (cols <= 4096) return launch<256, 8, 2>(p, stream);
-      if (cols <= 8192) return launch<512, 8, 2>(p, stream);
-      if (cols <= 16384) return launch<1024, 8, 2>(p, stream);
-      return launch<1024, 8, 4>(p, stream);
-    }
-    if (cols <= 256) return launch<32, 1, 8>(p, stream);
-    if (cols <= 4096) return launch<256, 1, 16>(p, stream);
-    if (cols <= 16384) return launch<1024, 1, 16>(p, stream);
-    return launch<1024, 1, 32>(p, stream);
+    if (vectors) p.cols /= 8;
+    with_row_shape(rows.cols, vectors, Start{p, stream});
   }
 
  private:
   static void check_size(const TensorView& view, const char* name, int64_t wanted) {
     if (view.numel() != wanted) TVM_FFI_THROW(ValueError) << name << ": wanted " << wanted << " elements, found shape " << shape_of(view);
   }
-  template <int Threads, int E, int U>
-  static void launch(const RmsNormQuantizeParams& p, cudaStream_t stream) {
-    constexpr int kBlock = kNormBlock<Threads>;
-    Launch(static_cast<unsigned>(ceil_div(p.rows, kBlock / Threads)), kBlock)
-        .stream(stream)
-        .programmatic()
-        .run(rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>, p);
-  }
+  struct Start {
+    const RmsNormQuantizeParams& p;
+    cudaStream_t stream;
+    template <int Threads, int E, int U>
+    void operator()() const {
+      constexpr int kBlock = kRowBlock<Threads>;
+      Launch(static_cast<unsigned>(ceil_div(p.rows, kBlock / Threads)), kBlock)
+          .stream(stream)
+          .programmatic()
+          .run(rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>, p);
+    }
+  };
 };
 
 }  // namespace inductor_ext

@@ -1,0 +1,125 @@
+// A gated activation and FP8 with a dynamic scale a row, in one pass over memory.
+//
+//   y = round(round(act(gate)) * up);  scale = scale_program(max |y|);  out = cast(program(y, scale))
+//
+//   gate, up [R, C] (leading dims may be several), unit last stride, row pitch free each; out [R, C] contiguous, scale R elements
+//   C up to 32 768; c0..c7 are the constants of both programs
+//
+// The activations are PyTorch's own formulas (aten/src/ATen/native/cuda/Activation*.cu), computed in fp32.
+#pragma once
+
+#include <tvm/ffi/function.h>
+
+#include "inductor_ext/launch.cuh"
+#include "inductor_ext/quantize_row.cuh"
+#include "inductor_ext/tensor.h"
+
+namespace inductor_ext {
+
+struct Silu {
+  __device__ static __forceinline__ float apply(float x) { return x / (1.0f + expf(-x)); }
+};
+struct Gelu {
+  __device__ static __forceinline__ float apply(float x) { return x * 0.5f * (1.0f + erff(x * 0.70710678118654752440f)); }
+};
+struct GeluTanh {
+  __device__ static __forceinline__ float apply(float x) {
+    constexpr float kBeta = 0.79788456080286535588f, kKappa = 0.044715f;  // sqrt(2 / pi)
+    const float cube = x * x * x;
+    return 0.5f * x * (1.0f + tanhf(kBeta * (x + kKappa * cube)));
+  }
+};
+
+struct ActMulQuantizeParams {
+  const void* gate;
+  const void* up;
+  uint8_t* out;
+  void* scale;
+  int64_t rows, cols;  // cols in vectors
+  int64_t gate_pitch, up_pitch;
+  Consts consts;
+};
+
+template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads,
+          int E, int U>
+__global__ void __launch_bounds__(kRowBlock<Threads>) act_mul_quantize_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+  constexpr int kBlock = kRowBlock<Threads>;
+  __shared__ uint32_t shared[kBlock / 32];
+  const int lane = threadIdx.x % Threads;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / Threads) + threadIdx.x / Threads;
+  const bool active = row < p.rows;
+  const In* gate = static_cast<const In*>(p.gate) + row * p.gate_pitch;
+  const In* up = static_cast<const In*>(p.up) + row * p.up_pitch;
+
+  Raw<In, E> y[U], factor[U];
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int i = u * Threads + lane;
+    y[u].zero(), factor[u].zero();
+    if (active && i < p.cols) y[u].load(gate + i * E), factor[u].load(up + i * E);
+  }
+  allow_next_kernel();
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    float v[E], w[E];
+    y[u].unpack(v), factor[u].unpack(w);
+#pragma unroll
+    for (int e = 0; e < E; ++e) v[e] = __fmul_rn(round_to<In>(Act::apply(v[e])), w[e]);
+    y[u].pack(v);
+  }
+  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(y, p.consts, shared, active, p.cols,
+                                                                     static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
+}
+
+template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
+struct ActMulQuantize {
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_mul_quantize has no tensor operands");
+  using Chain = ToFp8<Program>;
+
+  static void run(TensorView gate, TensorView up, TensorView out, TensorView scale, double c0, double c1, double c2, double c3,
+                  double c4, double c5, double c6, double c7) {
+    Device device;
+    TensorMatcher().dtype<In>().device(device).verify(gate, "gate");
+    TensorMatcher().dtype<In>().device(device).verify(up, "up");
+    TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
+    TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
+    const Rows rows = rows_of(gate, "gate"), other = rows_of(up, "up");
+    if (other.rows != rows.rows || other.cols != rows.cols) {
+      TVM_FFI_THROW(ValueError) << "up: wanted the shape of gate, " << shape_of(gate) << ", found " << shape_of(up);
+    }
+    if (rows.cols == 0 || rows.cols > 32768) {
+      TVM_FFI_THROW(ValueError) << "gate: wanted 1 to 32768 columns, found shape " << shape_of(gate);
+    }
+    if (out.numel() != rows.rows * rows.cols || scale.numel() != rows.rows) {
+      TVM_FFI_THROW(ValueError) << "out, scale: wanted " << rows.rows << " rows of " << rows.cols << ", found shapes " << shape_of(out)
+                                << ", " << shape_of(scale);
+    }
+    if (rows.rows == 0) return;
+
+    const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
+    ActMulQuantizeParams p{data(gate), data(up),    data<uint8_t>(out), data(scale),
+                           rows.rows,  rows.cols,   rows.pitch,         other.pitch, Consts::of(constants)};
+    const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
+    const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.gate, p.gate_pitch) && rows_aligned(p.up, p.up_pitch) && aligned(p.out, 8);
+    DeviceGuard guard(device.id());
+    if (vectors) p.cols /= 8;
+    with_row_shape(rows.cols, vectors, Start{p, env_stream(device.id())});
+  }
+
+ private:
+  struct Start {
+    const ActMulQuantizeParams& p;
+    cudaStream_t stream;
+    template <int Threads, int E, int U>
+    void operator()() const {
+      constexpr int kBlock = kRowBlock<Threads>;
+      Launch(static_cast<unsigned>(ceil_div(p.rows, kBlock / Threads)), kBlock)
+          .stream(stream)
+          .programmatic()
+          .run(act_mul_quantize_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>, p);
+    }
+  };
+};
+
+}  // namespace inductor_ext

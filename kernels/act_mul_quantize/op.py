@@ -1,0 +1,109 @@
+"""act_mul_quantize: a gated activation and FP8 with a dynamic scale a row.
+
+    y     = round(act(gate.float())) * up           each step rounded to gate's dtype, as eager does
+    scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)
+
+``act``: "silu" (Llama, Mistral, Qwen, Phi), "gelu" (erf) or "gelu_tanh" (Gemma). gate and up [..., C] of one dtype, bf16, fp16
+or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
+[..., 1]. Programs are those of ``kernels/steps.py``. C up to 32 768; no columns: ValueError. No rule makes this op yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inductor_ext.kernels import steps
+from inductor_ext.op import Kernel, Op
+
+TORCHAO_SCALE = "div:448.0 f32"
+TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+_CPP_ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh"}
+
+
+def fake(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, program: str, dtype: torch.dtype) -> Any:
+    _check(gate, up, act, scale_program, program, dtype)
+    scale = gate.new_empty((*gate.shape[:-1], 1), dtype=steps.result_dtype(scale_program, gate.dtype))
+    return gate.new_empty(gate.shape, dtype=dtype), scale
+
+
+def reference(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, program: str, dtype: torch.dtype) -> Any:
+    _check(gate, up, act, scale_program, program, dtype)
+    if gate.shape[-1] == 0:
+        raise ValueError(f"act_mul_quantize: gate: wanted at least one column, found shape {tuple(gate.shape)}")
+    y = ACTIVATIONS[act](gate) * up
+    scale = steps.evaluate(scale_program, y.abs().amax(-1, keepdim=True))
+    return steps.evaluate(program, y, scale=scale).to(dtype).contiguous(), scale.contiguous()
+
+
+def _check(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, program: str, dtype: torch.dtype) -> None:
+    if gate.dtype not in steps.TOKEN_OF_DTYPE:
+        raise TypeError(f"act_mul_quantize: gate: wanted bfloat16, float16 or float32, found {gate.dtype}")
+    if up.shape != gate.shape or up.dtype != gate.dtype or gate.dim() == 0:
+        wanted = f"{gate.dtype} of shape {tuple(gate.shape)}, as gate, of at least one dimension"
+        raise ValueError(f"act_mul_quantize: up: wanted {wanted}, found {up.dtype} of shape {tuple(up.shape)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act_mul_quantize: act: wanted one of {', '.join(ACTIVATIONS)}, found {act!r}")
+    if dtype not in steps.CPP_FP8:
+        raise TypeError(f"act_mul_quantize: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
+    steps.check_program("act_mul_quantize", scale_program, 0)
+    steps.check_program("act_mul_quantize", program, 0, scale=True)
+    if len(steps.constants(scale_program, program)) > steps.MAX_CONSTS:
+        raise ValueError(f"act_mul_quantize: wanted at most {steps.MAX_CONSTS} numbers in both programs together")
+
+
+def key(gate: Any, up: Any, act: str, scale_program: str, program: str, dtype: Any) -> Any:
+    return gate.dtype, act, scale_program, program, dtype
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    in_dtype, act, scale_program, program, dtype = key
+    types = ", ".join(
+        (
+            steps.CPP_TYPES[in_dtype],
+            f"inductor_ext::{_CPP_ACTIVATIONS[act]}",
+            steps.CPP_FP8[dtype],
+            str(steps.saturated(program, dtype)).lower(),
+            steps.CPP_TYPES[steps.result_dtype(scale_program, in_dtype)],
+            steps.to_cpp(scale_program, in_dtype),
+            steps.to_cpp(program, in_dtype, first_const=len(steps.constants(scale_program))),
+        )
+    )
+    return (("run", f"inductor_ext::ActMulQuantize<{types}>::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = module.run
+    constants = steps.padded_constants(key[2], key[3])
+
+    def call(gate: Any, up: Any, _a: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
+        run(gate, up, out, scale, *constants)
+
+    return call
+
+
+OP = Op(
+    schema=(
+        "act_mul_quantize(Tensor gate, Tensor up, str act, str scale_program, str program, ScalarType dtype) "
+        "-> (Tensor, Tensor)"
+    ),
+    doc="a gated activation (SiLU, GELU) and FP8 with a dynamic scale a row",
+    fake=fake,
+    reference=reference,
+    kernel=Kernel(
+        source="act_mul_quantize/act_mul_quantize.cuh",
+        key=key,
+        exports=exports,
+        bind=bind,
+        examples=tuple(
+            (torch.bfloat16, act, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn) for act in ("silu", "gelu_tanh")
+        ),
+    ),
+)

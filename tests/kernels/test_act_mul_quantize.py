@@ -1,0 +1,119 @@
+"""act_mul_quantize: its reference against model libraries' eager lines, its arguments' errors, and the kernel against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from inductor_ext import jit, registry, settings
+from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE
+from tests.support.equal import assert_same_bytes
+
+E4 = torch.float8_e4m3fn
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def call(gate: Any, up: Any, act: str = "silu", dtype: Any = E4, program: str = TORCHAO_PROGRAM) -> Any:
+    return torch.ops.inductor_ext.act_mul_quantize(gate, up, act, TORCHAO_SCALE, program, dtype)
+
+
+def operands(shape: Any, dtype: Any = BF16, device: str = "cpu") -> list[torch.Tensor]:
+    made = torch.Generator(device).manual_seed(5)
+    return [(torch.randn(shape, device=device, generator=made) * 3).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("act", "hidden_act"), [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh")])
+def test_the_reference_is_the_models_mlp(act: str, hidden_act: str) -> None:
+    activations = pytest.importorskip("transformers.activations")
+    gate, up = operands((5, 96))
+    y = activations.ACT2FN[hidden_act](gate) * up
+    out, scale = call(gate, up, act)
+    wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    assert_same_bytes(out, wanted)
+    assert_same_bytes(scale, wanted_scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate": lambda x: x.double()}, TypeError, "gate: wanted bfloat16"),
+        ({"up": lambda x: x[:1]}, ValueError, "up: wanted torch.bfloat16 of shape"),
+        ({"up": lambda x: x.float()}, ValueError, "up: wanted torch.bfloat16"),
+        ({"act": lambda _: "tanh"}, ValueError, "act: wanted one of silu"),
+        ({"dtype": lambda _: torch.int8}, TypeError, "dtype: wanted float8_e4m3fn"),
+        ({"program": lambda _: "f32 div:s0"}, ValueError, "s0"),
+        ({"gate": lambda x: x[:, :0], "up": lambda x: x[:, :0]}, ValueError, "at least one column"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    values: dict[str, Any] = dict(zip(("gate", "up"), operands((4, 64))))
+    values |= {"act": "silu", "dtype": E4, "program": TORCHAO_PROGRAM}
+    values.update({name: make(values[name]) for name, make in change.items()})
+    with pytest.raises(error, match=message):
+        call(**values)
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (0, 64), (64,)])
+def test_fake_agrees(shape: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = call(*operands(shape))
+    with FakeTensorMode() as mode:
+        fake = call(*map(mode.from_tensor, operands(shape)))
+    for one, two in zip(real, fake):
+        assert (one.dtype, one.shape) == (two.dtype, two.shape)
+        assert one.numel() == 0 or one.stride() == two.stride()
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built() -> None:
+    arch = jit.current_arch(settings.current())
+    if arch is None:
+        pytest.skip("no GPU")
+    registry.ops()
+    keys = [(dtype, act, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16, FP32) for act in ACTIVATIONS]
+    modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
+    failed = [module for module in modules if isinstance(module, Exception)]
+    assert not failed, failed[0]
+
+
+def check(gate: Any, up: Any, act: str) -> None:
+    """Byte for byte: every step is element-wise or a maximum, and PyTorch's own formula."""
+    out, scale = call(gate, up, act)
+    want_out, want_scale = OP.reference(gate, up, act, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    assert_same_bytes(scale, want_scale)
+    assert_same_bytes(out, want_out)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_every_width_and_bit_pattern(dtype: Any, act: str) -> None:
+    for columns in (8, 64, 100, 128, 520, 1024, 3072, 4096, 8192, 14336, 16384):
+        check(*operands((37, columns), dtype, "cuda"), act)
+    if dtype is not FP32:
+        gate = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(64, 1024)
+        gate = gate.nan_to_num(0.0, posinf=3.0, neginf=-3.0)
+        check(gate, torch.ones_like(gate), act)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("built")
+def test_layouts_extremes_and_empty_input() -> None:
+    both = torch.randn(40, 2 * 3072, device="cuda").bfloat16()
+    gate, up = both.chunk(2, 1)
+    check(gate, up, "silu")
+    check(both[:, 1:1025], up[:, :1024], "gelu")
+    check(gate.reshape(5, 8, 3072), up.reshape(5, 8, 3072), "gelu_tanh")
+    for value in (float("nan"), float("inf"), -float("inf"), 0.0, 1e-40, 3e38):
+        bad = gate.clone()
+        bad[3, 5] = value
+        check(bad, up, "silu")
+    out, scale = call(gate[:0], up[:0])
+    assert out.shape == (0, 3072) and scale.shape == (0, 1)
