@@ -1,6 +1,6 @@
 """Seconds that nvcc takes for scaled_mm's kernels and for CUTLASS's own collectives, from cold, one at a time. Needs no GPU.
 
-    python benchmarks/kernels/scaled_mm_build.py --out benchmarks/results/build/scaled_mm.json
+    python benchmarks/kernels/scaled_mm_build.py --out benchmarks/results/nvcc/scaled_mm_build.json
 """
 
 from __future__ import annotations
