@@ -23,6 +23,7 @@ RULE_MODULES = (
     "scaled_mm_siblings",
     "scaled_mm",
     "rms_norm_quantize",
+    "act_mul_quantize",
     "downcast_fp8",
     "fp8_quantize",
     "fp8_downcast",

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, aten, call, describe, erase_dead, index_of, is_reshape, replay, same_sizes, value_of
-from inductor_ext.kernels import steps
+from inductor_ext.graph import call, describe, erase_dead, index_of, value_of
 from inductor_ext.kernels.rms_norm_quantize.op import OP
-from inductor_ext.patterns.support import dynamic_scale, fp8_chain, rms_norm
+from inductor_ext.patterns.support import fp8_chain, rms_norm, row_quantisation
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
 E4 = torch.float8_e4m3fn
@@ -40,68 +39,30 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return context.refuse(norm.node, norm.reason, wanted=norm.wanted, found=norm.found)
     if not context.forced:
         return context.refuse(node, "not measured on a GPU yet", wanted='rules={"rms_norm_quantize": "always"}', found="auto")
-    if len(chain.operands) != 1 or dynamic_scale.amax_above(chain.operands[0], chain.x) is None:
-        found = ", ".join(map(describe, chain.operands)) or "a number"
-        return context.refuse(node, "the scale is not of the norm's rows", wanted="amax of each row", found=found)
-    scale = dynamic_scale.trace(chain, chain.operands[0])
-    if isinstance(scale, fp8_chain.Failure):
-        return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
-    if scale.granularity != "row" or chain.pre_views:
-        found = f"{scale.granularity} of {list(chain.input_value().shape)}"
-        return context.refuse(node, "the scale is not of the norm's rows", wanted="amax of each row", found=found)
-    other = _other_user(chain, scale)
-    if other is not None:
-        wanted = "the quantisation as its only user"
-        return context.refuse(norm.y, "the norm's result has a second user", wanted=wanted, found=describe(other))
+    found = row_quantisation.parse(chain, context)
+    if isinstance(found, Refusal):
+        return found
     inputs = norm.addends or (norm.total, None)
     for each in inputs:
         if each is not None and not fp8_chain.collapses_to_rows(value_of(each)):
-            found = f"{describe(each)} strides {list(value_of(each).stride())}"
-            return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=found)
-    program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
-    numbers = len(steps.constants(scale.program, program))
-    if numbers > steps.MAX_CONSTS:
-        return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
-    rest = (norm.eps, norm.norm, scale.program, program, chain.dtype)
+            strides = f"{describe(each)} strides {list(value_of(each).stride())}"
+            return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
     x, residual = (None if each is None else value_of(each) for each in inputs)
-    spelling = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}"
-    detail = f"{spelling}, scale = {scale.program or 'amax'}; {program} → {chain.dtype}"
+    rest = (norm.eps, norm.norm, *found.arguments)
+    detail = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}, {found.detail}"
     made = Call(OP, (x, residual, value_of(norm.weight), *rest))
-    return Match(node, (made,), detail, "forced", (chain, scale, norm, (*inputs, norm.weight), rest))
-
-
-def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> Node | None:
-    """A user of the norm's result besides the chain and the way to its scale."""
-    known = {chain.cast, *chain.inner, *scale.inner, scale.node, scale.amax}
-    pending, seen = [chain.x], set()
-    while pending:
-        for user in pending.pop().users:
-            if user in known or user in seen:
-                continue
-            if user.target is aten.abs.default or is_reshape(user) or user.target is CONVERT:
-                seen.add(user)
-                pending.append(user)
-                continue
-            return user
-    return None
+    return Match(node, (made,), detail, "forced", (found, norm, (*inputs, norm.weight, *rest)))
 
 
 def replace(match: Match) -> None:
-    chain, scale, norm, inputs, rest = match.data
+    found, norm, arguments = match.data
     graph, order = match.node.graph, index_of(match.node.graph)
-    scale_value, total_value = value_of(scale.node), value_of(norm.total)
-    fused = inputs[1] is not None
-    first = norm.total if fused else min((scale.node, match.node), key=order.__getitem__)
-    with graph.inserting_before(first):
-        made = call(graph, OP.overload, *inputs, *rest, like=match.node)
-        out, made_scale, total = (call(graph, operator.getitem, made, i, like=match.node) for i in range(3))
-        value = replay(graph, chain.post_views, out)
-        if not same_sizes(value_of(made_scale).shape, scale_value.shape):
-            made_scale = call(graph, aten.reshape.default, made_scale, list(scale_value.shape), like=scale.node)
-    fp8_chain.replace_cast(match.node, value)
-    if not scale.node._erased:
-        scale.node.replace_all_uses_with(made_scale)
-        erase_dead(scale.node)
+    fused = arguments[1] is not None
+    total_value = value_of(norm.total)
+    with graph.inserting_before(norm.total if fused else min(found.nodes, key=order.__getitem__)):
+        made = call(graph, OP.overload, *arguments, like=match.node)
+        out, scale, total = (call(graph, operator.getitem, made, i, like=match.node) for i in range(3))
+        row_quantisation.put(graph, found, out, scale)
     if fused and not norm.total._erased:
         total.meta["val"] = total_value
         norm.total.replace_all_uses_with(total)
@@ -162,14 +123,14 @@ RULE = Rule(
             lambda x, w: (lambda y: (*_quantise(y), y * 3))(_llama(x, w)),
             _inputs,
             mode="always",
-            reason="the norm's result has a second user",
+            reason="what is quantised has a second user",
         ),
         Example(
             "one_scale_for_all",
             lambda x, w: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(_llama(x, w)),
             _inputs,
             mode="always",
-            reason="the scale is not of the norm's rows",
+            reason="the scale is not of the rows",
         ),
     ),
 )

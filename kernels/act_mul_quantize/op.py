@@ -5,7 +5,7 @@
 
 ``act``: "silu" (Llama, Mistral, Qwen, Phi), "gelu" (erf) or "gelu_tanh" (Gemma). gate and up [..., C] of one dtype, bf16, fp16
 or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
-[..., 1]. Programs are those of ``kernels/steps.py``. C up to 32 768; no columns: ValueError. No rule makes this op yet.
+[..., 1]. Programs are those of ``kernels/steps.py``. C up to 32 768; no columns: ValueError.
 """
 
 from __future__ import annotations

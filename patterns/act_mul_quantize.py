@@ -1,0 +1,141 @@
+"""act_mul_quantize: a gated activation and a row's FP8 quantisation become one kernel.
+
+    y = act(gate) * up;  s = program(amax(|y|));  q = cast(clamp(y / s))   →   q, s = inductor_ext.act_mul_quantize(gate, up, …)
+
+act is SiLU or GELU, gate and up two buffers or the halves of one. One pass over memory. Until it has been measured on a GPU it
+fires only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import aten, call, describe, index_of, is_call, same_sizes, value_of
+from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
+from inductor_ext.patterns.support import fp8_chain, row_quantisation
+from inductor_ext.patterns.support.expression import Expression
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+E4 = torch.float8_e4m3fn
+_EXPRESSIONS = {name: Expression(fn) for name, fn in ACTIVATIONS.items()}
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    chain = fp8_chain.trace(node)
+    if isinstance(chain, fp8_chain.Failure):
+        return None
+    gated = _gated(chain.x)
+    if gated is None:
+        return None
+    act, gate, up, inner = gated
+    if not context.forced:
+        return context.refuse(node, "not measured on a GPU yet", wanted='rules={"act_mul_quantize": "always"}', found="auto")
+    for step in inner:
+        other = next((user for user in step.users if user is not chain.x and user not in inner), None)
+        if other is not None:
+            wanted = "the product with up only"
+            return context.refuse(step, "a step of the activation has a second user", wanted=wanted, found=describe(other))
+    found = row_quantisation.parse(chain, context)
+    if isinstance(found, Refusal):
+        return found
+    for each in (gate, up):
+        if not fp8_chain.collapses_to_rows(value_of(each)):
+            strides = f"{describe(each)} strides {list(value_of(each).stride())}"
+            return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
+    made = Call(OP, (value_of(gate), value_of(up), act, *found.arguments))
+    return Match(node, (made,), f"{act}, {found.detail}", "forced", (found, (gate, up, act, *found.arguments)))
+
+
+def _gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
+    """Activation, gate, up, and the activation's nodes of ``y = act(gate) * up``."""
+    if not is_call(y, aten.mul.Tensor):
+        return None
+    for activated, up in (y.args[:2], y.args[1::-1]):
+        for act, expression in _EXPRESSIONS.items():
+            traced = expression.trace(activated)
+            if traced is None or not isinstance(up, Node):
+                continue
+            gate, inner = traced
+            alike = value_of(gate).dtype is value_of(up).dtype is value_of(y).dtype
+            if alike and same_sizes(value_of(gate).shape, value_of(up).shape):
+                return act, gate, up, inner
+    return None
+
+
+def replace(match: Match) -> None:
+    found, arguments = match.data
+    graph, order = match.node.graph, index_of(match.node.graph)
+    with graph.inserting_before(min(found.nodes, key=order.__getitem__)):
+        made = call(graph, OP.overload, *arguments, like=match.node)
+        out, scale = (call(graph, operator.getitem, made, i, like=match.node) for i in range(2))
+        row_quantisation.put(graph, found, out, scale)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    s = (y.abs().amax(-1, keepdim=True) / 448.0).float()
+    return (y.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _gate_and_up(device: str) -> tuple[torch.Tensor, ...]:
+    return tuple((torch.randn(6, 4, 64, device=device) * 3).bfloat16() for _ in range(2))
+
+
+def _both(device: str) -> tuple[torch.Tensor, ...]:
+    return ((torch.randn(24, 128, device=device) * 3).bfloat16(),)
+
+
+def _silu(gate: torch.Tensor, up: torch.Tensor) -> Any:
+    return _quantise(torch.nn.functional.silu(gate) * up)
+
+
+def _gelu_tanh(gate: torch.Tensor, up: torch.Tensor) -> Any:
+    return _quantise(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
+RULE = Rule(
+    name="act_mul_quantize",
+    doc="SiLU or GELU times up and a row's FP8 quantisation → one kernel",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    exact=False,
+    cost="SiLU keeps every byte; GELU's erf and tanh are PyTorch's kernel's, and a value may differ by one FP8 step",
+    matches=(
+        Example("silu", _silu, _gate_and_up, mode="always"),
+        Example("silu_dynamic_shape", _silu, _gate_and_up, mode="always", dynamic=True),
+        Example("gelu", lambda g, u: _quantise(u * torch.nn.functional.gelu(g)), _gate_and_up, mode="always"),
+        Example("gelu_tanh", _gelu_tanh, _gate_and_up, mode="always"),
+        Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both, mode="always"),
+    ),
+    near_misses=(
+        Example("not_asked_for", _silu, _gate_and_up, reason="not measured on a GPU yet"),
+        Example(
+            "read_elsewhere",
+            lambda g, u: (lambda y: (*_quantise(y), y * 3))(torch.nn.functional.silu(g) * u),
+            _gate_and_up,
+            mode="always",
+            reason="what is quantised has a second user",
+        ),
+        Example(
+            "one_scale_for_all",
+            lambda g, u: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(
+                torch.nn.functional.silu(g) * u
+            ),
+            _gate_and_up,
+            mode="always",
+            reason="the scale is not of the rows",
+        ),
+    ),
+)
