@@ -26,7 +26,7 @@ import torch
 
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.autotune import AUTOTUNE
-from inductor_ext.kernels.scaled_mm.config import CPP_TYPES, Config, parse
+from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.op import Kernel, Op
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -357,5 +357,3 @@ OP = Op(
     ),
     autotune=AUTOTUNE,
 )
-
-__all__ = ["CPP_TYPES", "OP", "Config"]
