@@ -20,12 +20,15 @@ from rich.table import Table
 
 from benchmarks import timing
 from inductor_ext import registry
+from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024), (65536, 1024), (1, 4096), (128, 4096), (65536, 8192))
+ACT_MUL_SHAPES = ((1, 3072), (16, 3072), (128, 3072), (1024, 3072), (7168, 3072), (1, 14336), (128, 14336), (7168, 14336))
 ROUNDS = 3
+Calls = tuple[int, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]]
 
 
 def quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +46,16 @@ def norm_with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
     return *quantise(normalise(total, weight, 1e-6, "cast mul")), total
 
 
-def rms_norm(rows: int, columns: int, residual: bool) -> tuple[int, Callable[[], Any]]:
+def silu_mul_halves(gate_up: torch.Tensor) -> Any:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return quantise(torch.nn.functional.silu(gate) * up)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> Any:
+    return quantise(torch.nn.functional.silu(gate) * up)
+
+
+def rms_norm(rows: int, columns: int, residual: bool) -> Calls:
     """Bytes that must move, and what makes one (stock, ours) pair of calls over buffers of its own."""
     fn = norm_with_residual if residual else norm
     compiled = torch.compile(fn, dynamic=False)
@@ -61,19 +73,35 @@ def rms_norm(rows: int, columns: int, residual: bool) -> tuple[int, Callable[[],
     return rows * (columns * (7 if residual else 3) + 4), make
 
 
-def measure(rows: int, columns: int, residual: bool) -> dict[str, Any]:
+def act_mul(rows: int, columns: int, halves: bool) -> Calls:
+    """The same of a gated activation; gate and up are the halves of one buffer, or two."""
+    compiled = torch.compile(silu_mul_halves if halves else silu_mul, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        both = torch.randn(rows, 2 * columns, device="cuda").to(BF16)
+        gate, up = both.chunk(2, dim=-1) if halves else both.view(2, rows, columns)
+        out = torch.empty(rows, columns, device="cuda", dtype=E4)
+        scale = torch.empty(rows, 1, device="cuda")
+        call = (gate, up, "silu", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        tensors = (both,) if halves else (gate, up)
+        return lambda: compiled(*tensors), lambda: ACT_MUL._call(*call, out0=out, out1=scale)
+
+    return rows * (columns * 5 + 4), make
+
+
+def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     torch._dynamo.reset()
-    moved, make = rms_norm(rows, columns, residual)
+    moved, make = calls
     pairs = [make() for _ in range(timing.sets_for(moved, 32))]
     sides = {"stock": [pair[0] for pair in pairs], "ours": [pair[1] for pair in pairs]}
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):
-        for name, calls in sides.items():
-            found[name].append(timing.graph_time(calls, replays=9) * 1e6)
+        for name, each in sides.items():
+            found[name].append(timing.graph_time(each, replays=9) * 1e6)
     ratio = statistics.median(a / b for a, b in zip(found["stock"], found["ours"]))
     ours = statistics.median(found["ours"])
     return {
-        "work": "rms_norm + residual + quantise" if residual else "rms_norm + quantise", "rows": rows, "columns": columns,
+        "work": work, "rows": rows, "columns": columns,
         "stock_us": round(statistics.median(found["stock"]), 2), "ours_us": round(ours, 2), "ratio": round(ratio, 3),
         "of_copy": round(timing.copy_time(moved) * 1e6 / ours, 3),
     }  # fmt: skip
@@ -81,7 +109,13 @@ def measure(rows: int, columns: int, residual: bool) -> dict[str, Any]:
 
 def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("producers.json")) -> None:
     registry.ops()
-    rows = [measure(*shape, residual) for shape in SHAPES for residual in (True, False)]
+    rows = []
+    for shape in SHAPES:
+        rows.append(measure("rms_norm + quantise", *shape, rms_norm(*shape, residual=False)))
+        rows.append(measure("rms_norm + residual + quantise", *shape, rms_norm(*shape, residual=True)))
+    for shape in ACT_MUL_SHAPES:
+        rows.append(measure("silu·mul + quantise, halves", *shape, act_mul(*shape, halves=True)))
+        rows.append(measure("silu·mul + quantise, two buffers", *shape, act_mul(*shape, halves=False)))
     timing.write_json(out, {"rows": rows})
     table = Table(*rows[0])
     for row in rows:

@@ -1,4 +1,4 @@
-"""scaled_mm's and rms_norm_quantize's kernels once each, small, for compute-sanitizer.
+"""The kernels of scaled_mm, rms_norm_quantize and act_mul_quantize once each, small, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python benchmarks/kernels/scaled_mm_sanitize.py     (racecheck, initcheck, synccheck)
 """
@@ -39,6 +39,9 @@ def main() -> None:
             weight = torch.rand(columns).to(BF16).cuda()
             rest = (weight, 1e-6, "cast mul", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
             torch.ops.inductor_ext.rms_norm_quantize(x, other if residual else None, *rest)
+    for columns in (64, 100, 3072, 16384):
+        gate, up = torch.randn(9, 2 * columns).to(BF16).cuda().chunk(2, dim=-1)
+        torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
     torch.cuda.synchronize()
     print("sanitize: ran")
 

@@ -195,9 +195,8 @@ def _decide_group(target: str, m: int, ns: tuple[int, ...], k: int, rowwise: boo
 def _problem(a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors) -> tuple[str, tuple[int, ...], int, bool]:
     """Target, output channels, longest K, and whether any scale is a vector."""
     ns = tuple(each.shape[1] for each in b)
-    k = b[0].shape[0] if len(b) == 1 else max(each.shape[0] for each in b)
-    rowwise = scale_b[0].numel() != 1 if len(b) == 1 else is_rowwise(scale_b)
-    return target_of(a[0].device), ns, k, rowwise or is_rowwise(scale_a)
+    k = max(each.shape[0] for each in b)
+    return target_of(a[0].device), ns, k, is_rowwise(scale_a) or is_rowwise(scale_b)
 
 
 def key(
@@ -212,8 +211,14 @@ def key(
     config: str,
 ) -> Hashable:
     if not config:
-        target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
-        chosen = decide(target, a[0].shape[0], ns, k, rowwise, fast)
+        first_a, first_b = a[0], b[0]
+        if len(b) == 1:  # the hot path of a dynamic M: half the time of the general one
+            k, n = first_b.shape
+            rowwise = scale_b[0].numel() != 1 or scale_a[0].numel() != 1
+            chosen = choice.choose(target_of(first_a.device), first_a.shape[0], n, k, rowwise, fast)
+        else:
+            target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
+            chosen = decide(target, first_a.shape[0], ns, k, rowwise, fast)
         if chosen is None or not (chosen.use or len(b) > 1):  # several in one buffer have no way back without a copy
             return None
         config = chosen.config.name
@@ -295,11 +300,14 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
         if len(b) == 1:
             one(a[0], b[0], scale_a[0], scale_b[0], bias[0], out, static_b, first, second)
             return
+        if len(b) <= MAX_GROUP:
+            group(a, b, scale_a, scale_b, bias, out, static_b, first, second)
+            return
         column = 0
         for start in range(0, len(b), MAX_GROUP):
             stop = min(start + MAX_GROUP, len(b))
             width = sum(each.shape[1] for each in b[start:stop])
-            part = out if width == out.shape[1] else out.narrow(1, column, width)
+            part = out.narrow(1, column, width)
             shared = len(a) == 1
             chosen_a, chosen_scale_a = (a, scale_a) if shared else (a[start:stop], scale_a[start:stop])
             chosen_b, chosen_scale_b, chosen_bias = b[start:stop], scale_b[start:stop], bias[start:stop]
