@@ -188,8 +188,11 @@ __global__ void __launch_bounds__(W / 64 * kWarpgroup + 32) scaled_mm_stream_ker
     cutlass::arch::NamedBarrier::sync(kConsumers, 0);
     if (threadIdx.x < split) {
       const int to = threadIdx.x, bytes = min(each, valid - to * each) * (W + 4) * 4;
-      if (to == rank) FullBarrier::arrive_and_expect_tx(arrived, max(mine, 0) * (W + 4) * 4 * split);
-      if (bytes > 0) copy_to(to, sums + rank * part, own + to * part, bytes, arrived);
+      if (to == rank) {
+        FullBarrier::arrive_and_expect_tx(arrived, max(mine, 0) * (W + 4) * 4 * (split - 1));  // its own it reads where they are
+      } else if (bytes > 0) {
+        copy_to(to, sums + rank * part, own + to * part, bytes, arrived);
+      }
     }
     FullBarrier::wait(arrived, 0);
     cute::cluster_arrive();  // whoever copied to this CTA may leave
@@ -208,7 +211,8 @@ __global__ void __launch_bounds__(W / 64 * kWarpgroup + 32) scaled_mm_stream_ker
     if (channel0 + channel >= product.n) continue;
     float v[8] = {};
     for (int s = 0; s < split; ++s) {
-      const float4* from = reinterpret_cast<const float4*>(sums + (s * each + token) * (W + 4) + channel);
+      const float* sums_of = bulk && s == rank ? own + rank * part : sums + s * part;
+      const float4* from = reinterpret_cast<const float4*>(sums_of + token * (W + 4) + channel);
       const float4 low = from[0], high = from[1];
       v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
       v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;

@@ -29,7 +29,7 @@ struct TileShared {
   static constexpr int kBox = kWidth % 128 == 0 ? 128 : kWidth % 64 == 0 ? 64 : 32;  // bytes of a row that one store takes
   static constexpr int kBoxColumns = kBox / static_cast<int>(sizeof(Out));
   static constexpr int kChunk = 64 * kBox;  // what is staged at a time: 64 rows of one box
-  static constexpr int kVectors = 2 * N * 4 * (Pingpong ? 2 : 1);  // scales and bias of the channels of a tile
+  static constexpr int kVectors = 2 * (2 * N * 4);  // scales and bias of the channels of a tile, each consumer's own
   static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + kVectors + 2 * kTileMaxStages * 8; }
   static constexpr int fit(int chunks) { return (kSharedLimit - fixed(chunks)) / kStage; }
   static constexpr int kChunks = fit(2) == fit(1) ? 2 : 1;  // of each consumer: a second one when it costs no stage
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
     const int consumer = group - 1, warp = threadIdx.x / 32 % 4;
     const bool leader = threadIdx.x % kWarpgroup == 0;
     uint8_t* own_staging = staging + consumer * Shared::kChunks * Shared::kChunk;
-    float* channel_scale = vectors + (Pingpong ? consumer * 2 * N : 0);
+    float* channel_scale = vectors + consumer * 2 * N;
     float* channel_bias = channel_scale + N;
     int staged = 0;  // chunks so far
     auto meet = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, consumer); };
@@ -316,8 +316,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
         for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
       }
 
-      // Cooperative consumers write the same numbers to the same places, once neither still reads those of the last tile.
-      if constexpr (!Pingpong) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2);
+      // Those of the last tile were read before its last `meet`.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = threadIdx.x % kWarpgroup + i * kWarpgroup;
