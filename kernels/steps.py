@@ -132,15 +132,22 @@ def saturated(text: str, fp8: torch.dtype) -> bool:
     return low is not None and high is not None and -limit <= low <= high <= limit
 
 
-def to_cpp(text: str, dtype: torch.dtype, operands: Sequence[torch.dtype | None] = (), first_const: int = 0) -> str:
+def to_cpp(
+    text: str,
+    dtype: torch.dtype,
+    operands: Sequence[torch.dtype | None] = (),
+    first_const: int = 0,
+    fp8: torch.dtype | None = None,
+) -> str:
     """The C++ type of a program whose value starts in ``dtype``.
 
     ``operands[i]`` is the dtype of operand i on the device, or None for an operand that the host reads and passes as a
-    constant: those are numbered after all numbers of the call's programs. Numbers are numbered from ``first_const``.
+    constant: those are numbered after all numbers of the call's programs. Numbers are numbered from ``first_const``. With
+    ``fp8`` the result is cast to it, and the clamps that the cast makes itself are left out.
     """
     parts, const = [], first_const
     host_const = first_const + len(constants(text))
-    for step in parse(text):
+    for step in parse(text) if fp8 is None else _without_full_clamps(text, fp8):
         if step.op in ("to", "recip"):
             dtype = step.operand if step.op == "to" else dtype
             parts.append(f"{_NS}{step.op.capitalize()}<{CPP_TYPES[dtype]}>")
@@ -160,6 +167,22 @@ def to_cpp(text: str, dtype: torch.dtype, operands: Sequence[torch.dtype | None]
     return f"{_NS}Steps<{', '.join(parts)}>"
 
 
+def _without_full_clamps(text: str, fp8: torch.dtype) -> Sequence[Step]:
+    """The steps less the clamps at their end that are of just the finite range of ``fp8``, below and above.
+
+    The hardware's cast (`saturated` programs use it) gives the bounds for what is outside, infinities too, and keeps NaN:
+    what the clamps do, four instructions for two elements. Rounding to 16 bits in between is monotone and keeps the bounds.
+    """
+    steps, limit = list(parse(text)), FP8_MAX[fp8]
+    end = len(steps)
+    while end and (steps[end - 1].op == "to" or steps[end - 1] in (Step("max", -limit), Step("min", limit))):
+        end -= 1
+    clamps = {step.op for step in steps[end:]} - {"to"}
+    if clamps != {"max", "min"}:
+        return steps
+    return steps[:end] + [step for step in steps[end:] if step.op == "to"]
+
+
 def _is_name(text: str) -> bool:
     return text == "scale" or (text[0] in "sr" and text[1:].isdigit())
 
@@ -172,6 +195,17 @@ def _number(text: str, token: str) -> float:
 
 
 # ---- what the op.py of every kernel that runs programs needs ---------------------------------------------------------
+
+
+def row_quantisation_types(dtype: torch.dtype, scale_program: str, program: str, fp8: torch.dtype) -> tuple[str, ...]:
+    """The C++ template arguments of a dynamic scale: Fp8, Saturated, ScaleT, ScaleProgram, Program; values are in ``dtype``."""
+    return (
+        CPP_FP8[fp8],
+        str(saturated(program, fp8)).lower(),
+        CPP_TYPES[result_dtype(scale_program, dtype)],
+        to_cpp(scale_program, dtype),
+        to_cpp(program, dtype, first_const=len(constants(scale_program)), fp8=fp8),
+    )
 
 
 @functools.cache

@@ -69,11 +69,7 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
         (
             steps.CPP_TYPES[in_dtype],
             f"inductor_ext::{_CPP_ACTIVATIONS[act]}",
-            steps.CPP_FP8[dtype],
-            str(steps.saturated(program, dtype)).lower(),
-            steps.CPP_TYPES[steps.result_dtype(scale_program, in_dtype)],
-            steps.to_cpp(scale_program, in_dtype),
-            steps.to_cpp(program, in_dtype, first_const=len(steps.constants(scale_program))),
+            *steps.row_quantisation_types(in_dtype, scale_program, program, dtype),
         )
     )
     return (("run", f"inductor_ext::ActMulQuantize<{types}>::run"),)

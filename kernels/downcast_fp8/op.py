@@ -123,8 +123,8 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
             steps.CPP_TYPES[k_dtype],
             steps.CPP_FP8[dtype],
             str(saturated).lower(),
-            steps.to_cpp(k_program, k_dtype, (k_scale,)),
-            steps.to_cpp(v_or_k, k_dtype, (v_scale,), 0 if v_program is None else len(steps.constants(k_program))),
+            steps.to_cpp(k_program, k_dtype, (k_scale,), fp8=dtype),
+            steps.to_cpp(v_or_k, k_dtype, (v_scale,), 0 if v_program is None else len(steps.constants(k_program)), dtype),
             "int32_t" if loc == torch.int32 else "int64_t",
         )
     )

@@ -52,7 +52,8 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     x_dtype, program, dtype, operands = key
     operands = operands if isinstance(operands, tuple) else (operands,)
     saturated = str(steps.saturated(program, dtype)).lower()
-    types = f"{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {steps.to_cpp(program, x_dtype, operands)}"
+    chain = steps.to_cpp(program, x_dtype, operands, fp8=dtype)
+    types = f"{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {chain}"
     return (("run", f"inductor_ext::Fp8Downcast<{types}>::run"),)
 
 

@@ -61,16 +61,8 @@ def key(x: torch.Tensor, granularity: str, scale_program: str, program: str, dty
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     x_dtype, granularity, scale_program, program, dtype = key
-    scale_dtype = steps.result_dtype(scale_program, x_dtype)
     types = ", ".join(
-        (
-            steps.CPP_TYPES[x_dtype],
-            steps.CPP_FP8[dtype],
-            str(steps.saturated(program, dtype)).lower(),
-            steps.CPP_TYPES[scale_dtype],
-            steps.to_cpp(scale_program, x_dtype),
-            steps.to_cpp(program, x_dtype, first_const=len(steps.constants(scale_program))),
-        )
+        (steps.CPP_TYPES[x_dtype], *steps.row_quantisation_types(x_dtype, scale_program, program, dtype))
     )
     return (("run", f"inductor_ext::Fp8Quantize{granularity.capitalize()}<{types}>::run"),)
 

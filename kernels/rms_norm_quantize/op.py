@@ -28,7 +28,7 @@ from inductor_ext.op import Kernel, Op
 NORMS = ("cast mul", "mul cast", "mul+1 cast")
 TORCHAO_SCALE = "div:448.0 f32"
 TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
-_CPP_NORMS = {"cast mul": "CastThenWeight", "mul cast": "WeightThenCast", "mul+1 cast": "OnePlusWeightThenCast"}
+CPP_NORMS = {"cast mul": "CastThenWeight", "mul cast": "WeightThenCast", "mul+1 cast": "OnePlusWeightThenCast"}
 
 
 def fake(
@@ -115,12 +115,8 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
             steps.CPP_TYPES[x_dtype],
             steps.CPP_TYPES[weight_dtype],
             str(has_residual).lower(),
-            f"inductor_ext::{_CPP_NORMS[norm]}",
-            steps.CPP_FP8[dtype],
-            str(steps.saturated(program, dtype)).lower(),
-            steps.CPP_TYPES[steps.result_dtype(scale_program, x_dtype)],
-            steps.to_cpp(scale_program, x_dtype),
-            steps.to_cpp(program, x_dtype, first_const=len(steps.constants(scale_program))),
+            f"inductor_ext::{CPP_NORMS[norm]}",
+            *steps.row_quantisation_types(x_dtype, scale_program, program, dtype),
         )
     )
     return (("run", f"inductor_ext::RmsNormQuantize<{types}>::run"),)

@@ -8,30 +8,16 @@
 //   C up to 32 768; c0..c7 are the constants of both programs
 //
 // A row stays in registers from its first load to its cast: as `total` until the mean is known, as y until the maximum is.
-// 8 lanes take a row of at most 128 columns, a warp up to 1024, a block of 128 to 1024 threads up to 32 768.
 #pragma once
 
 #include <tvm/ffi/function.h>
 
 #include "inductor_ext/launch.cuh"
+#include "inductor_ext/norm.cuh"
 #include "inductor_ext/quantize_row.cuh"
 #include "inductor_ext/tensor.h"
 
 namespace inductor_ext {
-
-// What a model does with the normalised value and the weight; In is the dtype of both ends.
-struct CastThenWeight {
-  template <typename In>
-  __device__ static __forceinline__ float apply(float normalised, float weight) { return round_to<In>(normalised) * weight; }
-};
-struct WeightThenCast {
-  template <typename In>
-  __device__ static __forceinline__ float apply(float normalised, float weight) { return normalised * weight; }
-};
-struct OnePlusWeightThenCast {
-  template <typename In>
-  __device__ static __forceinline__ float apply(float normalised, float weight) { return normalised * (1.0f + weight); }
-};
 
 struct RmsNormQuantizeParams {
   const void* x;
@@ -48,12 +34,12 @@ struct RmsNormQuantizeParams {
 
 template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
           typename ScaleProgram, typename Chain, int Threads, int E, int U>
-__global__ void __launch_bounds__(kRowBlock<Threads>) rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
-  constexpr int kBlock = kRowBlock<Threads>;
-  __shared__ uint32_t shared_max[kBlock / 32];
-  __shared__ float shared_sum[kBlock / 32];
-  const int lane = threadIdx.x % Threads;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / Threads) + threadIdx.x / Threads;
+__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
+    rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
+  __shared__ uint32_t shared_max[32];
+  __shared__ float shared_sum[32];
+  const auto place = RowPlace<Threads>::here();
+  const int64_t row = place.row;
   const bool active = row < p.rows;
   const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
   const In* residual = static_cast<const In*>(p.residual) + row * p.residual_pitch;
@@ -61,24 +47,30 @@ __global__ void __launch_bounds__(kRowBlock<Threads>) rms_norm_quantize_kernel(c
 
   Raw<In, E> raw[U];
   Raw<W, E> weight[U];
+  const auto load_weight = [&](int u, int i) {
+    weight[u].zero();
+    if (active && i < p.cols) weight[u].load(static_cast<const W*>(p.weight) + i * E);
+  };
+  constexpr bool kWeightFirst = U * E <= 8;  // else its registers are the residual's until the sum is made
   wait_for_previous_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int i = u * Threads + lane;
-    raw[u].zero(), weight[u].zero();
-    if (active && i < p.cols) raw[u].load(x + i * E), weight[u].load(static_cast<const W*>(p.weight) + i * E);
+    const int i = u * place.threads + place.lane;
+    raw[u].zero();
+    if (active && i < p.cols) raw[u].load(x + i * E);
+    if (kWeightFirst) load_weight(u, i);
   }
   if constexpr (HasResidual) {
     Raw<In, E> other[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int i = u * Threads + lane;
+      const int i = u * place.threads + place.lane;
       other[u].zero();
       if (active && i < p.cols) other[u].load(residual + i * E);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int i = u * Threads + lane;
+      const int i = u * place.threads + place.lane;
       float a[E], b[E];
       raw[u].unpack(a), other[u].unpack(b);
 #pragma unroll
@@ -96,21 +88,26 @@ __global__ void __launch_bounds__(kRowBlock<Threads>) rms_norm_quantize_kernel(c
     raw[u].unpack(v);
 #pragma unroll
     for (int e = 0; e < E; ++e) sum = fmaf(v[e], v[e], sum);
+    if (!kWeightFirst) load_weight(u, u * place.threads + place.lane);
   }
-  if constexpr (Threads <= 32) {
-    sum = group_sum<Threads>(sum);
-  } else {
-    sum = block_sum<Threads>(sum, shared_sum);
-  }
+  sum = row_sum<Threads>(sum, shared_sum);
   const float factor = rsqrtf(sum * p.per_column + p.eps);
 
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    float v[E], w[E];
-    raw[u].unpack(v), weight[u].unpack(w);
+    float v[E];
+    raw[u].unpack(v);
 #pragma unroll
-    for (int e = 0; e < E; ++e) v[e] = Norm::template apply<In>(__fmul_rn(v[e], factor), w[e]);
-    raw[u].pack(v);
+    for (int e = 0; e < E; ++e) v[e] = __fmul_rn(v[e], factor);
+    if constexpr (std::is_same_v<Norm, CastThenWeight> && std::is_same_v<W, In>) {
+      raw[u].pack(v);
+      raw[u].multiply(weight[u]);
+    } else {
+      float w[E];
+      weight[u].unpack(w);
+      Norm::template apply<In>(v, w);
+      raw[u].pack(v);
+    }
   }
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(raw, p.consts, shared_max, active, p.cols,
                                                                      static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
@@ -158,7 +155,7 @@ struct RmsNormQuantize {
     DeviceGuard guard(device.id());
     cudaStream_t stream = env_stream(device.id());
     if (vectors) p.cols /= 8;
-    with_row_shape(rows.cols, vectors, Start{p, stream});
+    with_row_shape(rows.rows, rows.cols, vectors, sm_count(device.id()), Start{p, stream});
   }
 
  private:
@@ -169,12 +166,9 @@ struct RmsNormQuantize {
     const RmsNormQuantizeParams& p;
     cudaStream_t stream;
     template <int Threads, int E, int U>
-    void operator()() const {
-      constexpr int kBlock = kRowBlock<Threads>;
-      Launch(static_cast<unsigned>(ceil_div(p.rows, kBlock / Threads)), kBlock)
-          .stream(stream)
-          .programmatic()
-          .run(rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>, p);
+    void operator()(unsigned grid, unsigned block) const {
+      auto* kernel = rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
+      Launch(grid, block).stream(stream).programmatic().run(kernel, p);
     }
   };
 };

@@ -77,6 +77,7 @@ def built() -> None:
         pytest.skip("no GPU")
     registry.ops()
     keys = [(dtype, act, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16, FP32) for act in ACTIVATIONS]
+    keys += [(dtype, "silu", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16)]
     modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
     failed = [module for module in modules if isinstance(module, Exception)]
     assert not failed, failed[0]
@@ -97,10 +98,22 @@ def check(gate: Any, up: Any, act: str) -> None:
 def test_every_width_and_bit_pattern(dtype: Any, act: str) -> None:
     for columns in (8, 64, 100, 128, 520, 1024, 3072, 4096, 8192, 14336, 16384):
         check(*operands((37, columns), dtype, "cuda"), act)
+        check(*operands((700, columns), dtype, "cuda"), act)  # enough rows to be given fewer threads each
     if dtype is not FP32:
         gate = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(64, 1024)
         gate = gate.nan_to_num(0.0, posinf=3.0, neginf=-3.0)
         check(gate, torch.ones_like(gate), act)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_silu_of_every_16_bit_value(dtype: Any) -> None:
+    """A scale that is the row's maximum shows |y| as it is, where FP8 would hide the last bits."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(-1, 1).repeat(1, 8)
+    _, scale = torch.ops.inductor_ext.act_mul_quantize(gate, torch.ones_like(gate), "silu", "f32", TORCHAO_PROGRAM, E4)
+    wanted = torch.nn.functional.silu(gate)[:, :1].abs().float()
+    assert bool(((scale == wanted) | (scale.isnan() & wanted.isnan())).all())
 
 
 @pytest.mark.gpu

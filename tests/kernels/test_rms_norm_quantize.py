@@ -148,8 +148,9 @@ def check(x: Any, residual: Any, weight: Any, norm: str) -> None:
 def test_every_width(residual: bool, dtype: Any, norm: str) -> None:
     for columns in COLUMNS:
         for weight in dict.fromkeys((dtype, FP32)):
-            x, other, w = operands((37, columns), dtype, weight, "cuda")
-            check(x, other if residual else None, w, norm)
+            for rows in (37, 700):  # enough rows are given fewer threads each
+                x, other, w = operands((rows, columns), dtype, weight, "cuda")
+                check(x, other if residual else None, w, norm)
 
 
 @gpu

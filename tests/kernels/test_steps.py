@@ -188,6 +188,23 @@ def test_cpp_text(text: str, dtype: torch.dtype, operands: Any, first: int, want
     assert steps.to_cpp(text, dtype, operands, first).replace("inductor_ext::", "") == wanted
 
 
+@pytest.mark.parametrize(
+    ("text", "fp8", "left"),
+    [
+        ("f32 div:scale max:-448.0 min:448.0", E4, "To<float>, Div<float, Scale>"),
+        ("div:scale min:448.0 max:-448.0 f32", E4, "Div<__nv_bfloat16, Scale>, To<float>"),
+        ("max:-448.0 mul:2.0 max:-448.0 min:448.0", E4, "Max<__nv_bfloat16, Const<0>>, Mul<__nv_bfloat16, Const<1>>"),
+        ("f32 max:-57344.0 min:57344.0", E5, "To<float>"),
+        ("f32 max:-448.0 min:448.0", E5, "To<float>, Max<float, Const<0>>, Min<float, Const<1>>"),
+        ("f32 max:-447.0 min:448.0", E4, "To<float>, Max<float, Const<0>>, Min<float, Const<1>>"),
+        ("f32 max:-448.0 min:447.0", E4, "To<float>, Max<float, Const<0>>, Min<float, Const<1>>"),
+        ("f32 min:448.0", E4, "To<float>, Min<float, Const<0>>"),
+    ],
+)
+def test_clamps_that_the_cast_makes_itself_are_left_out(text: str, fp8: torch.dtype, left: str) -> None:
+    assert steps.to_cpp(text, torch.bfloat16, fp8=fp8).replace("inductor_ext::", "") == f"Steps<{left}>"
+
+
 def test_constants_in_the_order_of_the_cpp_text() -> None:
     assert steps.constants("f32 max:1e-12 recip mul:448.0", "div:scale min:2.0") == [1e-12, 448.0, 2.0]
     assert steps.padded_constants("mul:3.0") == (3.0, *[0.0] * 7)

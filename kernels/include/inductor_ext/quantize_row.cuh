@@ -2,20 +2,45 @@
 //
 //   scale = scale_program(max |y|);  out = cast(program(y, scale))        NaN propagates
 //
-// A row is held by `Threads` threads: lanes of a warp (8 or 32) or a whole block; thread t has vectors t, t + Threads, …
+// A row is held by `Threads` threads: 8 or 32 lanes of a warp, or (kWholeBlock) a block; thread t has vectors t, t + threads, …
 #pragma once
 
 #include "fp8.cuh"
+#include "launch.cuh"
 #include "reduce.cuh"
 #include "steps.cuh"
 
 namespace inductor_ext {
 
-// Threads of a block whose rows have `Threads` each.
-template <int Threads>
-constexpr int kRowBlock = Threads <= 32 ? 128 : Threads;
+constexpr int kWholeBlock = 0;
+constexpr int kRowsBlock = 128;  // threads of a block that has several rows
 
-// `shared` has one word a warp. Every thread of the block calls this; rows that are not `active` take part in the maximum only.
+// Where a thread is: its row, its place among the threads of that row, and how many those are.
+template <int Threads>
+struct RowPlace {
+  int64_t row;
+  int lane, threads;
+
+  __device__ static __forceinline__ RowPlace here() {
+    if constexpr (Threads == kWholeBlock) {
+      return {static_cast<int64_t>(blockIdx.x), static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+    } else {
+      const int64_t first = static_cast<int64_t>(blockIdx.x) * (kRowsBlock / Threads);
+      return {first + threadIdx.x / Threads, static_cast<int>(threadIdx.x % Threads), Threads};
+    }
+  }
+};
+
+template <int Threads>
+__device__ __forceinline__ float row_sum(float value, float* shared) {
+  if constexpr (Threads == kWholeBlock) {
+    return block_sum(value, shared);
+  } else {
+    return group_sum<Threads>(value);
+  }
+}
+
+// `shared` has 32 words. Every thread of the block calls this; rows that are not `active` take part in the maximum only.
 template <int Threads, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, typename In, int E, int U>
 __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Consts& consts, uint32_t* shared, bool active, int64_t cols,
                                              ScaleT* scale_of_row, uint8_t* out) {
@@ -23,43 +48,48 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Con
 #pragma unroll
   for (int u = 0; u < U; ++u) amax.merge(y[u]);
   uint32_t bits = amax.float_bits();
-  if constexpr (Threads <= 32) {
-    bits = group_max<Threads>(bits);
+  if constexpr (Threads == kWholeBlock) {
+    bits = block_max(bits, shared);
   } else {
-    bits = block_max<Threads>(bits, shared);
+    bits = group_max<Threads>(bits);
   }
   if (!active) return;
 
-  const int lane = threadIdx.x % Threads;
+  const auto at = RowPlace<Threads>::here();
   Env env{consts, nullptr};
   float scale[1] = {__uint_as_float(bits)};
   ScaleProgram::apply(ScaleProgram::prepare(env), scale);
-  if (lane == 0) *scale_of_row = from_float<ScaleT>(scale[0]);
+  if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale[0]);
   env.scale = scale[0];
   const auto prepared = Chain::prepare(env);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int i = u * Threads + lane;
+    const int i = u * at.threads + at.lane;
     if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
   }
 }
 
-// Calls launch<Threads, E, U>() for the fewest threads that hold a row of `cols` columns, at most 32 768.
+// Calls launch<Threads, E, U>(grid, block) with the row's shape for `cols` columns, at most 32 768, in vectors of eight or singly.
+//
+// Many rows: four vectors a thread, so that a block of few threads has enough bytes in flight and waits for few. So few rows
+// that they leave SMs idle: one vector a thread, the shortest way through a row.
 template <typename F>
-void with_row_shape(int64_t cols, bool vectors, F&& launch) {
+void with_row_shape(int64_t rows, int64_t cols, bool vectors, int sms, F&& launch) {
+  const auto several = [&](int lanes) { return static_cast<unsigned>(ceil_div(rows, kRowsBlock / lanes)); };
+  const auto warps_for = [](int64_t threads) { return static_cast<unsigned>(ceil_div(threads, 32) * 32); };
+  const unsigned whole = static_cast<unsigned>(rows);
   if (vectors) {
-    if (cols <= 128) return launch.template operator()<8, 8, 2>();
-    if (cols <= 512) return launch.template operator()<32, 8, 2>();
-    if (cols <= 1024) return launch.template operator()<32, 8, 4>();
-    if (cols <= 4096) return launch.template operator()<256, 8, 2>();
-    if (cols <= 8192) return launch.template operator()<512, 8, 2>();
-    if (cols <= 16384) return launch.template operator()<1024, 8, 2>();
-    return launch.template operator()<1024, 8, 4>();
+    const int64_t n = cols / 8;
+    const bool few = rows <= 2 * sms;
+    if (n <= 16) return launch.template operator()<8, 8, 2>(several(8), kRowsBlock);
+    if (n <= 32 || (n <= 64 && !few)) return launch.template operator()<32, 8, 2>(several(32), kRowsBlock);
+    if (n <= 128 && !few) return launch.template operator()<32, 8, 4>(several(32), kRowsBlock);
+    if (n <= 1024 && few) return launch.template operator()<kWholeBlock, 8, 1>(whole, warps_for(n));
+    return launch.template operator()<kWholeBlock, 8, 4>(whole, warps_for(ceil_div(n, 4)));
   }
-  if (cols <= 256) return launch.template operator()<32, 1, 8>();
-  if (cols <= 4096) return launch.template operator()<256, 1, 16>();
-  if (cols <= 16384) return launch.template operator()<1024, 1, 16>();
-  return launch.template operator()<1024, 1, 32>();
+  if (cols <= 256) return launch.template operator()<32, 1, 8>(several(32), kRowsBlock);
+  if (cols <= 16384) return launch.template operator()<kWholeBlock, 1, 16>(whole, warps_for(ceil_div(cols, 16)));
+  return launch.template operator()<kWholeBlock, 1, 32>(whole, warps_for(ceil_div(cols, 32)));
 }
 
 }  // namespace inductor_ext

@@ -89,14 +89,18 @@ __device__ __forceinline__ float group_sum(float value) {
   return value;
 }
 
-// `shared` has one word a warp. A second call needs a __syncthreads() between.
-template <int Threads>
+// Over a block of whole warps, however many. `shared` has 32 words. A second call needs a __syncthreads() between.
 __device__ __forceinline__ float block_sum(float value, float* shared) {
-  constexpr int kWarps = Threads / 32;
   value = group_sum<32>(value);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
-  return group_sum<32>(threadIdx.x % 32 < kWarps ? shared[threadIdx.x % 32] : 0.0f);
+  return group_sum<32>(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.0f);
+}
+__device__ __forceinline__ uint32_t block_max(uint32_t bits, uint32_t* shared) {
+  bits = group_max<32>(bits);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = bits;
+  __syncthreads();
+  return group_max<32>(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0);
 }
 
 }  // namespace inductor_ext

@@ -81,6 +81,20 @@ struct Raw {
       for (int i = 0; i < kWords; ++i) words[i] = pair(v[2 * i], 2 * i + 1 < N ? v[2 * i + 1 < N ? 2 * i + 1 : 0] : 0.0f);
     }
   }
+  // The element-wise product, rounded to T once: as fp32 multiplication and a cast give, whose product of two 16-bit floats is
+  // exact. A quarter of the instructions.
+  __device__ __forceinline__ void multiply(const Raw& other) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        words[i] = __float_as_uint(__fmul_rn(__uint_as_float(words[i]), __uint_as_float(other.words[i])));
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(other.words[i]));
+      } else {
+        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(other.words[i]));
+      }
+    }
+  }
   __device__ __forceinline__ void unpack(float (&v)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = get(i);
