@@ -16,7 +16,15 @@ from inductor_ext.op import Op
 from inductor_ext.rule import Rule
 from inductor_ext.settings import Settings
 
-OP_MODULES = ("fp8_downcast", "downcast_fp8", "fp8_quantize", "scaled_mm", "rms_norm_quantize", "act_mul_quantize")
+OP_MODULES = (
+    "fp8_downcast",
+    "downcast_fp8",
+    "fp8_quantize",
+    "scaled_mm",
+    "rms_norm_quantize",
+    "act_mul_quantize",
+    "qk_norm_rope",
+)
 RULE_MODULES = (
     "quantize_once",
     "scaled_mm_cat",

@@ -1,0 +1,165 @@
+"""qk_norm_rope: RMSNorm of each head of q and k, if the model has it, and rotate-half RoPE on both, in one launch.
+
+    y   = norm(x * rsqrt(mean(x²) + eps), weight)        over D, as ``kernels/rms_norm_quantize`` names norms; x for norm ""
+    out = y * cos + cat(-y[..., D/2:], y[..., :D/2]) * sin        each product and the sum rounded, then cast to ``dtype``
+
+q [B, S, H, D] and k [B, S, Hkv, D] (or None) with unit last stride, the others free: columns of one qkv buffer, or permuted.
+cos and sin [1 or B, S, D], in q's dtype or in fp32: those make products and sum fp32, as type promotion does. Weights [D].
+q and k are bf16, fp16 or fp32, D even, 2 to 256. Outputs, contiguous: [B, S, H, D] and [B, S, Hkv, D], or [0] without k.
+
+Only the mean's order of summation differs from eager: without a norm every byte is eager's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inductor_ext.kernels import steps
+from inductor_ext.kernels.rms_norm_quantize.op import CPP_NORMS, normalise
+from inductor_ext.kernels.rms_norm_quantize.op import NORMS as _NORMS
+from inductor_ext.op import Kernel, Op
+
+NORMS = ("", *_NORMS)
+MAX_HEAD_DIM = 256
+
+
+def fake(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    norm: str,
+    dtype: torch.dtype,
+) -> Any:
+    _check(q, k, q_weight, k_weight, cos, sin, norm, dtype)
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty((0,) if k is None else k.shape, dtype=dtype)
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    norm: str,
+    dtype: torch.dtype,
+) -> Any:
+    _check(q, k, q_weight, k_weight, cos, sin, norm, dtype)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def one(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        y = x if weight is None or not norm else normalise(x, weight, eps, norm)
+        rotated = y * cos + rotate_half(y) * sin
+        return rotated.to(dtype).contiguous()
+
+    return one(q, q_weight), q.new_empty((0,), dtype=dtype) if k is None else one(k, k_weight)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norm: str,
+    dtype: torch.dtype,
+) -> None:
+    if q.dtype not in steps.TOKEN_OF_DTYPE:
+        raise TypeError(f"qk_norm_rope: q: wanted bfloat16, float16 or float32, found {q.dtype}")
+    if q.dim() != 4 or q.shape[3] % 2 or q.shape[3] > MAX_HEAD_DIM or q.shape[3] == 0:
+        wanted = f"[B, S, H, D], D even, 2 to {MAX_HEAD_DIM}"
+        raise ValueError(f"qk_norm_rope: q: wanted {wanted}, found shape {tuple(q.shape)}")
+    if k is not None and (k.dim() != 4 or k.dtype != q.dtype or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]):
+        wanted = f"{q.dtype}, tokens and D of q, {tuple(q.shape)}"
+        raise ValueError(f"qk_norm_rope: k: wanted {wanted}, found {k.dtype} of shape {tuple(k.shape)}")
+    if norm not in NORMS:
+        raise ValueError(f"qk_norm_rope: norm: wanted one of {', '.join(map(repr, NORMS))}, found {norm!r}")
+    for name, weight, needed in (("q_weight", q_weight, True), ("k_weight", k_weight, k is not None)):
+        _check_weight(name, weight, q, bool(norm) and needed)
+    if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
+        raise TypeError(f"qk_norm_rope: k_weight: wanted {q_weight.dtype}, as q_weight, found {k_weight.dtype}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype not in (q.dtype, torch.float32) or table.dtype != cos.dtype:
+            raise TypeError(f"qk_norm_rope: {name}: wanted {q.dtype}, as q, or float32, cos and sin alike, found {table.dtype}")
+        tokens_and_d = (q.shape[1], q.shape[3])
+        if table.dim() != 3 or table.shape[1:] != tokens_and_d or table.shape[0] not in (1, q.shape[0]):
+            wanted = f"[1 or {q.shape[0]}, {q.shape[1]}, {q.shape[3]}]"
+            raise ValueError(f"qk_norm_rope: {name}: wanted shape {wanted}, found {tuple(table.shape)}")
+    if cos.shape[0] != sin.shape[0]:
+        raise ValueError(f"qk_norm_rope: sin: wanted the shape of cos, {tuple(cos.shape)}, found {tuple(sin.shape)}")
+    if dtype not in (q.dtype, cos.dtype):
+        raise TypeError(f"qk_norm_rope: dtype: wanted that of q or of cos, {q.dtype} or {cos.dtype}, found {dtype}")
+
+
+def _check_weight(name: str, weight: torch.Tensor | None, q: torch.Tensor, wanted: bool) -> None:
+    if (weight is not None) != wanted:
+        found = "None" if weight is None else f"shape {tuple(weight.shape)}"
+        raise ValueError(f"qk_norm_rope: {name}: wanted {'a tensor' if wanted else 'None'}, found {found}")
+    if weight is None:
+        return
+    if weight.dtype not in steps.TOKEN_OF_DTYPE:
+        raise TypeError(f"qk_norm_rope: {name}: wanted bfloat16, float16 or float32, found {weight.dtype}")
+    if weight.dim() != 1 or weight.shape[0] != q.shape[3]:
+        raise ValueError(f"qk_norm_rope: {name}: wanted shape ({q.shape[3]},), found {tuple(weight.shape)}")
+
+
+def key(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, norm: str, dtype: Any) -> Any:
+    return q.dtype, None if q_weight is None else q_weight.dtype, cos.dtype, norm, dtype
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    q_dtype, weight_dtype, table_dtype, norm, dtype = key
+    types = ", ".join(
+        (
+            *(steps.CPP_TYPES[each] for each in (q_dtype, weight_dtype or q_dtype, table_dtype, dtype)),
+            f"inductor_ext::{CPP_NORMS[norm] if norm else 'NoNorm'}",
+        )
+    )
+    return (("run", f"inductor_ext::QkNormRope<{types}>::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = module.run
+
+    def call(
+        q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, _n: str, _d: Any, q_out: Any, k_out: Any
+    ) -> None:
+        run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out)
+
+    return call
+
+
+OP = Op(
+    schema=(
+        "qk_norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, float eps, str norm, "
+        "ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    doc="RMSNorm of each head of q and k, if the model has it, and rotate-half RoPE on both",
+    fake=fake,
+    reference=reference,
+    kernel=Kernel(
+        source="qk_norm_rope/qk_norm_rope.cuh",
+        key=key,
+        exports=exports,
+        bind=bind,
+        examples=(
+            (torch.bfloat16, torch.bfloat16, torch.bfloat16, "cast mul", torch.bfloat16),
+            (torch.bfloat16, None, torch.bfloat16, "", torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16, torch.bfloat16, "mul+1 cast", torch.bfloat16),
+        ),
+    ),
+)

@@ -1,0 +1,280 @@
+// RMSNorm of each head of q and k, if the model has it, and rotate-half RoPE, both tensors in one launch.
+//
+//   y   = norm(x * rsqrt(mean(x²) + eps), weight), rounded to x's dtype; x itself without a norm
+//   out = y * cos + (-y[D/2:], y[:D/2]) * sin        each product and the sum rounded to T, the wider dtype of x and cos
+//
+//   q [B, S, H, D], k [B, S, Hkv, D] or none, unit last stride; cos, sin [1 or B, S, D], unit last stride; weights [D]
+//   q_out [B, S, H, D], k_out [B, S, Hkv, D] contiguous.   D even, 2 to 256
+//
+// A group of L lanes takes up to N heads of one token. A lane holds the same elements of both halves of a head, so that rotating
+// needs no other lane, and reads its cos, sin and weights once for all its heads.
+#pragma once
+
+#include <tvm/ffi/function.h>
+
+#include "inductor_ext/launch.cuh"
+#include "inductor_ext/norm.cuh"
+#include "inductor_ext/reduce.cuh"
+#include "inductor_ext/tensor.h"
+#include "inductor_ext/vec.cuh"
+
+namespace inductor_ext {
+
+struct QkSide {  // q or k
+  const void* x;
+  void* out;
+  const void* weight;
+  int64_t batch, token, head;  // strides of x
+  uint32_t heads, parts;       // parts: groups of lanes that a token's heads take
+};
+
+struct QkNormRopeParams {
+  QkSide side[2];
+  const void* cos;
+  const void* sin;
+  int64_t cos_batch, cos_token, sin_batch, sin_token;
+  uint32_t groups, sequence;  // groups: tokens * (parts of q + parts of k)
+  int half;                   // D / 2
+  float eps, per_column;      // 1 / D
+};
+
+// Vectors of 8 bytes too: `Raw` loads one element or whole 16-byte accesses.
+template <typename T, int N>
+__device__ __forceinline__ void load_half(Raw<T, N>& raw, const T* p) {
+  if constexpr (Raw<T, N>::kBytes == 8) {
+    const uint2 words = __ldg(reinterpret_cast<const uint2*>(p));
+    raw.words[0] = words.x, raw.words[1] = words.y;
+  } else {
+    raw.load(p);
+  }
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_half(const Raw<T, N>& raw, T* p) {
+  if constexpr (Raw<T, N>::kBytes == 8) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(raw.words[0], raw.words[1]);
+  } else {
+    raw.store(p);
+  }
+}
+
+template <typename T, typename Out, int N>
+__device__ __forceinline__ void rotate(const float (&y)[N], const float (&other)[N], const float (&cos)[N], const float (&sin)[N],
+                                       Out* out) {
+  float a[N], b[N];
+#pragma unroll
+  for (int e = 0; e < N; ++e) a[e] = __fmul_rn(y[e], cos[e]), b[e] = __fmul_rn(other[e], sin[e]);
+  round_to<T>(a), round_to<T>(b);
+#pragma unroll
+  for (int e = 0; e < N; ++e) a[e] = __fadd_rn(a[e], b[e]);
+  if constexpr (!std::is_same_v<T, Out>) round_to<T>(a);
+  Raw<Out, N> raw;
+  raw.pack(a);
+  store_half(raw, out);
+}
+
+constexpr int kQkBlock = 128;
+
+// L lanes hold a half of a head as U vectors of E elements each; N heads in flight.
+template <typename In, typename W, typename Table, typename Out, typename Norm, int L, int E, int U, int N>
+__global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p) {
+  using T = std::conditional_t<std::is_same_v<In, Table>, In, float>;
+  const int lane = threadIdx.x % L;
+  const uint32_t group = blockIdx.x * (kQkBlock / L) + threadIdx.x / L;
+  const bool active = group < p.groups;
+  const uint32_t parts = p.side[0].parts + p.side[1].parts;
+  const uint32_t token = active ? group / parts : 0;
+  const uint32_t part = active ? group - token * parts : 0;
+  const uint32_t batch = token / p.sequence, at = token - batch * p.sequence;
+  const bool of_k = part >= p.side[0].parts;
+  const QkSide& side = p.side[of_k];
+  const uint32_t first = (of_k ? part - p.side[0].parts : part) * N;
+  const In* x = static_cast<const In*>(side.x) + batch * side.batch + at * side.token + first * side.head;
+  Out* out = static_cast<Out*>(side.out) + (static_cast<int64_t>(token) * side.heads + first) * (2 * p.half);
+  const Table* cos = static_cast<const Table*>(p.cos) + batch * p.cos_batch + at * p.cos_token;
+  const Table* sin = static_cast<const Table*>(p.sin) + batch * p.sin_batch + at * p.sin_token;
+
+  Raw<In, E> low[N][U], high[N][U];
+  Raw<Table, E> cos_low[U], cos_high[U], sin_low[U], sin_high[U];
+  Raw<W, E> weight_low[Norm::kNorm ? U : 1], weight_high[Norm::kNorm ? U : 1];
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int i = (u * L + lane) * E;
+      low[n][u].zero(), high[n][u].zero();
+      if (active && i < p.half && first + n < side.heads) {
+        load_half(low[n][u], x + n * side.head + i), load_half(high[n][u], x + n * side.head + p.half + i);
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int i = (u * L + lane) * E;
+    cos_low[u].zero(), cos_high[u].zero(), sin_low[u].zero(), sin_high[u].zero();
+    if (active && i < p.half) {
+      load_half(cos_low[u], cos + i), load_half(cos_high[u], cos + p.half + i);
+      load_half(sin_low[u], sin + i), load_half(sin_high[u], sin + p.half + i);
+    }
+    if constexpr (Norm::kNorm) {
+      const W* weight = static_cast<const W*>(side.weight);
+      weight_low[u].zero(), weight_high[u].zero();
+      if (active && i < p.half) load_half(weight_low[u], weight + i), load_half(weight_high[u], weight + p.half + i);
+    }
+  }
+  allow_next_kernel();
+
+  float factor[N];
+  if constexpr (Norm::kNorm) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        float a[E], b[E];
+        low[n][u].unpack(a), high[n][u].unpack(b);
+#pragma unroll
+        for (int e = 0; e < E; ++e) sum = fmaf(b[e], b[e], fmaf(a[e], a[e], sum));
+      }
+      factor[n] = sum;
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) factor[n] = rsqrtf(group_sum<L>(factor[n]) * p.per_column + p.eps);
+  }
+
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int i = (u * L + lane) * E;
+    float c[2][E], s[2][E];
+    cos_low[u].unpack(c[0]), cos_high[u].unpack(c[1]), sin_low[u].unpack(s[0]), sin_high[u].unpack(s[1]);
+#pragma unroll
+    for (int e = 0; e < E; ++e) s[0][e] = -s[0][e];  // (-y) * sin = y * (-sin), whatever the rounding
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (!active || i >= p.half || first + n >= side.heads) continue;
+      float a[E], b[E];
+      low[n][u].unpack(a), high[n][u].unpack(b);
+      if constexpr (Norm::kNorm) {
+        float w[E];
+#pragma unroll
+        for (int e = 0; e < E; ++e) a[e] = __fmul_rn(a[e], factor[n]), b[e] = __fmul_rn(b[e], factor[n]);
+        weight_low[u].unpack(w);
+        Norm::template apply<In>(a, w);
+        weight_high[u].unpack(w);
+        Norm::template apply<In>(b, w);
+        round_to<In>(a), round_to<In>(b);
+      }
+      Out* to = out + n * (2 * p.half) + i;
+      rotate<T>(a, b, c[0], s[0], to);
+      rotate<T>(b, a, c[1], s[1], to + p.half);
+    }
+  }
+}
+
+template <typename In, typename W, typename Table, typename Out, typename Norm>
+struct QkNormRope {
+  static void run(TensorView q, Optional<TensorView> k, Optional<TensorView> q_weight, Optional<TensorView> k_weight, TensorView cos,
+                  TensorView sin, double eps, TensorView q_out, TensorView k_out) {
+    Device device;
+    Symbol batch("B"), sequence("S"), heads("H"), kv_heads("Hkv"), columns("D"), tables("1 or B");
+    QkNormRopeParams p{};
+    bool sixteen = true, eight = true;  // whether vectors of 16 and of 8 bytes, or what E elements are, can be loaded
+    const auto strided = [&](const TensorView& view, int dim) { return view.shape()[dim] == 1 ? int64_t{0} : view.strides()[dim]; };
+    const auto lies = [&](const void* pointer, int64_t size, std::initializer_list<int64_t> strides) {
+      for (const auto& [elements, ok] : {std::pair<int64_t, bool*>{8, &sixteen}, std::pair<int64_t, bool*>{4, &eight}}) {
+        const int64_t bytes = elements * size < 16 ? elements * size : 16;
+        *ok = *ok && aligned(pointer, bytes);
+        for (const int64_t stride : strides) *ok = *ok && stride * size % bytes == 0;
+      }
+    };
+    const auto take = [&](QkSide& side, const TensorView& x, Symbol& count, const char* name, const TensorView& out,
+                          const char* out_name, const Optional<TensorView>& weight, const char* weight_name) {
+      TensorMatcher({batch, sequence, count, columns}).dtype<In>().strides({kAny, kAny, kAny, 1}).device(device).verify(x, name);
+      TensorMatcher({batch, sequence, count, columns}).dtype<Out>().contiguous().device(device).verify(out, out_name);
+      side.x = data(x), side.out = data(out);
+      side.batch = strided(x, 0), side.token = strided(x, 1), side.head = strided(x, 2);
+      lies(side.x, sizeof(In), {side.batch, side.token, side.head}), lies(side.out, sizeof(Out), {});
+      if constexpr (Norm::kNorm) {
+        if (!weight.has_value()) TVM_FFI_THROW(ValueError) << weight_name << ": wanted a tensor, found None";
+        const TensorView numbers = weight.value();
+        TensorMatcher({columns}).dtype<W>().contiguous().device(device).verify(numbers, weight_name);
+        side.weight = data(numbers);
+        lies(side.weight, sizeof(W), {});
+      }
+      check_heads(x, name);
+      side.heads = static_cast<uint32_t>(x.shape()[2]);
+    };
+    take(p.side[0], q, heads, "q", q_out, "q_out", q_weight, "q_weight");
+    if (k.has_value()) take(p.side[1], k.value(), kv_heads, "k", k_out, "k_out", k_weight, "k_weight");
+    TensorMatcher({tables, sequence, columns}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
+    TensorMatcher({tables, sequence, columns}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
+    if (tables.value() != 1 && tables.value() != batch.value()) {
+      TVM_FFI_THROW(ValueError) << "cos: wanted a batch of 1 or of q's " << batch.value() << ", found shape " << shape_of(cos);
+    }
+    const int64_t width = columns.value();
+    if (width < 2 || width > 256 || width % 2 != 0) {
+      TVM_FFI_THROW(ValueError) << "q: wanted an even last dimension of 2 to 256, found shape " << shape_of(q);
+    }
+    const int64_t tokens = batch.value() * sequence.value();
+    if (tokens == 0 || p.side[0].heads + p.side[1].heads == 0) return;
+
+    p.cos = data(cos), p.cos_batch = strided(cos, 0), p.cos_token = strided(cos, 1);
+    p.sin = data(sin), p.sin_batch = strided(sin, 0), p.sin_token = strided(sin, 1);
+    lies(p.cos, sizeof(Table), {p.cos_batch, p.cos_token}), lies(p.sin, sizeof(Table), {p.sin_batch, p.sin_token});
+    p.sequence = static_cast<uint32_t>(sequence.value()), p.half = static_cast<int>(width / 2);
+    p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(width);
+
+    DeviceGuard guard(device.id());
+    const Start start{p, tokens, device.id()};
+    if (sixteen && width % 16 == 0) {
+      if (width <= 64) return start.template heads<4, 8>();
+      if (width <= 128) return start.template heads<8, 8>();
+      return start.template heads<16, 8>();
+    }
+    if (eight && width % 8 == 0) {
+      if (width <= 128) return start.template run<16, 4, 1, 1>();
+      return start.template run<32, 4, 1, 1>();
+    }
+    start.template run<32, 1, 4, 1>();
+  }
+
+ private:
+  static void check_heads(const TensorView& x, const char* name) {
+    if (x.shape()[2] > (int64_t{1} << 16)) {
+      TVM_FFI_THROW(ValueError) << name << ": wanted at most 65536 heads, found shape " << shape_of(x);
+    }
+  }
+
+  struct Start {
+    QkNormRopeParams& p;
+    int64_t tokens;
+    int device;
+
+    // Two heads in flight share what they read of cos, sin and the weights, and hide memory's latency; while a lane group for each
+    // head does not fill the GPU, one head is over sooner. fp32 has enough bytes in flight with one.
+    template <int L, int E>
+    void heads() const {
+      if constexpr (sizeof(In) == 2 && sizeof(Table) == 2) {
+        const int64_t threads = tokens * (p.side[0].heads + p.side[1].heads) * L;
+        if (threads > int64_t{1024} * sm_count(device)) return run<L, E, 1, 2>();
+      }
+      run<L, E, 1, 1>();
+    }
+
+    template <int L, int E, int U, int N>
+    void run() const {
+      for (QkSide& side : p.side) side.parts = static_cast<uint32_t>(ceil_div(side.heads, N));
+      const int64_t groups = tokens * (p.side[0].parts + p.side[1].parts);
+      if (groups >= int64_t{1} << 32) {
+        TVM_FFI_THROW(ValueError) << "q: wanted fewer than 2^32 heads of all tokens, found about " << groups * N;
+      }
+      p.groups = static_cast<uint32_t>(groups);
+      Launch(static_cast<unsigned>(ceil_div(groups, kQkBlock / L)), kQkBlock)
+          .stream(env_stream(device))
+          .programmatic()
+          .run(qk_norm_rope_kernel<In, W, Table, Out, Norm, L, E, U, N>, p);
+    }
+  };
+};
+
+}  // namespace inductor_ext
