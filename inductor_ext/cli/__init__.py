@@ -23,7 +23,7 @@ app.command("ops")(ops.ops)
 app.add_typer(rules.app, name="rules")
 app.command("build")(build.build)
 app.add_typer(cache.app, name="cache")
-app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.command("clangd")(doctor.clangd)
 
 

@@ -1,4 +1,4 @@
-"""``inductor-ext bench``: run a benchmark script of the checkout this package is installed from."""
+"""``inductor-ext bench``: a benchmark script of the checkout this package is installed from, or a whole model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from inductor_ext import jit
-from inductor_ext.cli.common import stdout, table
+from inductor_ext.cli import bench_model
+from inductor_ext.cli.common import Group, stdout, table
 from inductor_ext.errors import InductorExtError
 
 
@@ -20,20 +21,38 @@ class BenchError(InductorExtError):
     """No checkout, no such script, or no GPU."""
 
 
-def bench(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A script such as kernels/downcast, or a folder: its scripts in turn.")] = "",
-) -> None:
-    """Run a benchmark of the checkout's benchmarks/ folder; without a name, list them. Further arguments go to it."""
-    root = _root()
-    paths = [path for path in sorted(root.glob("*/*.py")) if _runs(path)]
-    scripts = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
-    if not name:
+class ScriptGroup(Group):
+    """Takes a first word that is no command for the name of a script."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            return "script", self.commands["script"], args
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=ScriptGroup)
+app.command("model")(bench_model.model)
+
+
+@app.callback(invoke_without_command=True, subcommand_metavar="[model | SCRIPT | FOLDER] [ARGS]...")
+def bench(context: typer.Context) -> None:
+    """Run a benchmark: `model`, or a script of the checkout's benchmarks/ folder. Without a name, list the scripts.
+
+    SCRIPT is a name such as kernels/downcast, FOLDER runs its scripts in turn; further arguments go to them.
+    """
+    if context.invoked_subcommand is None:
         shown = table("benchmark", "what it measures")
-        for key, path in scripts.items():
+        for key, path in _scripts(_root()).items():
             shown.add_row(key, _title(path))
+        shown.add_row("model", "A whole Hugging Face model, FP8, stock and through inductor_ext: see `bench model --help`.")
         stdout().print(shown)
-        return
+
+
+@app.command("script", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def script(context: typer.Context, name: str) -> None:
+    """Run a benchmark script of the checkout's benchmarks/ folder, or those of a folder in turn."""
+    root = _root()
+    scripts = _scripts(root)
     wanted = name.removeprefix("benchmarks/").removesuffix(".py").rstrip("/")
     chosen = [path for key, path in scripts.items() if wanted in (key, key.partition("/")[0], key.rpartition("/")[2])]
     if not chosen:
@@ -41,9 +60,9 @@ def bench(
     if not {"--help", "-h"} & set(context.args):
         _need_gpu()
     search = os.pathsep.join(filter(None, (str(root.parent), os.environ.get("PYTHONPATH"))))
-    for script in chosen:
-        typer.echo(f"{script.relative_to(root.parent)} {' '.join(context.args)}", err=True)
-        done = subprocess.run([sys.executable, str(script), *context.args], env={**os.environ, "PYTHONPATH": search})
+    for path in chosen:
+        typer.echo(f"{path.relative_to(root.parent)} {' '.join(context.args)}", err=True)
+        done = subprocess.run([sys.executable, str(path), *context.args], env={**os.environ, "PYTHONPATH": search})
         if done.returncode:
             raise typer.Exit(done.returncode)
 
@@ -53,6 +72,12 @@ def _root() -> Path:
     if not root.is_dir():
         raise BenchError("benchmarks are in the checkout, not in the installed package: `pip install -e .` in a clone")
     return root
+
+
+def _scripts(root: Path) -> dict[str, Path]:
+    """Scripts by name: their path in the folder, without the suffix."""
+    paths = [path for path in sorted(root.glob("*/*.py")) if _runs(path)]
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
 
 
 def _need_gpu() -> None:

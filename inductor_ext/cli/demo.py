@@ -73,11 +73,11 @@ def demo(
 
 
 @contextlib.contextmanager
-def stages(console: Console) -> Iterator[Any]:
+def stages(console: Console, total: int = STAGES) -> Iterator[Any]:
     """Gives ``stage(title)``: a bar over all stages while they run, a line for each that has ended."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=STAGES)
+        task = bar.add_task("", total=total)
 
         @contextlib.contextmanager
         def stage(title: str) -> Iterator[None]:

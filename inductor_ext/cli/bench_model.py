@@ -1,0 +1,126 @@
+"""``inductor-ext bench model``: a whole Hugging Face model, FP8, eager, stock and through this backend, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from inductor_ext.bench import chart, page, sides, tables
+from inductor_ext.bench import model as models
+from inductor_ext.bench.quantize import RECIPES
+from inductor_ext.bench.run import Plan, rules_that_fire, run
+from inductor_ext.bench.workload import Workload, parse_lengths
+from inductor_ext.cli.common import parse_rules, stdout, table
+from inductor_ext.cli.demo import stages
+from inductor_ext.errors import SettingError
+
+#: Texts and tokens a text of a step, by device: a GPU gets what the results in benchmarks/results were made with.
+BATCH, LENGTH = {"cuda": 14, "cpu": 4}, {"cuda": 512, "cpu": 64}
+MOST_COSINES = 256
+
+
+def model(
+    name: Annotated[str, typer.Option("--model", help=f"{', '.join(models.MODELS)}. Default: Qwen3-0.6B; tiny on a CPU.")] = "",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, instead of the model's own number.")] = None,
+    fp8: Annotated[str, typer.Option(help="Linear layers: row, tensor (dynamic scales), static or none (bf16).")] = "row",
+    batch: Annotated[int | None, typer.Option(min=1, help="Texts a step.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of each text.")] = None,
+    lengths: Annotated[
+        str, typer.Option(help='Instead of --length: "512,128,…", or "lognormal:mean=200,sigma=0.6,max=2048" (--batch texts).')
+    ] = "",
+    pack: Annotated[bool, typer.Option("--pack", help="Put the texts end to end in one row, without padding.")] = False,
+    side_names: Annotated[str, typer.Option("--sides", help=f"Some of {','.join(sides.SIDES)}.")] = "stock,ours",
+    rules: Annotated[str, typer.Option(help='Modes of rules on our sides: "name=auto|always|off,…".')] = "",
+    ablate: Annotated[bool, typer.Option("--ablate", help="Instead of --sides: our rules, one more a side.")] = False,
+    attention: Annotated[str, typer.Option(help="attn_implementation of our sides.")] = "sdpa",
+    replays: Annotated[int, typer.Option(min=1, help="Timed steps of a side in each round.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds over the sides in turn.")] = 3,
+    cosine_inputs: Annotated[
+        int, typer.Option(min=0, max=MOST_COSINES, help="Random texts whose embeddings are compared with bf16's.")
+    ] = 8,
+    together: Annotated[
+        bool, typer.Option("--together", help="Compile all sides at once; compile seconds then mean nothing.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the result; needs matplotlib.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the result as one HTML page, with the chart.")] = None,
+    from_path: Annotated[
+        Path | None, typer.Option("--from", exists=True, dir_okay=False, help="Measure nothing: show this --json result.")
+    ] = None,
+) -> None:
+    """Time a whole model: Hugging Face's, random weights, nothing downloaded.
+
+    Each side compiles in a process of its own with empty Inductor caches and is then measured under CUDA graphs, the
+    sides in turn. Without a GPU it runs a tiny model on the CPU, to show that the road runs.
+    """
+    if png:
+        chart.need_matplotlib()
+    console = stdout()
+    if from_path:
+        result = json.loads(from_path.read_text())
+    else:
+        where = _device(device)
+        if fp8 not in RECIPES:
+            raise SettingError(f"--fp8: wanted one of {', '.join(RECIPES)}, found {fp8!r}")
+        modes = parse_rules(rules)
+        known, shape = models.named(name or ("Qwen3-0.6B" if where == "cuda" else "tiny"), layers)
+        workload = _workload(batch, length, lengths, pack, where)
+        chosen = sides.parse_sides("ours" if ablate else side_names, modes)
+        plan = Plan(known, shape, workload, chosen, fp8, where, attention, replays, rounds, cosine_inputs, together)
+        console.print(Text(f"{known}, random weights, {shape.layers} layers, on {where}: {workload}"), soft_wrap=True)
+        with stages(console, 4 if together else 4 + len(chosen)) as stage:
+            if ablate:
+                with stage("Asking which rules fire"):
+                    fired = rules_that_fire(plan)
+                plan = dataclasses.replace(plan, sides=sides.ablation(fired, modes))
+            result = run(plan, stage)
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    if png:
+        chart.write_png(result, png)
+    if html:
+        page.write(result, html)
+    _show(console, result)
+    for path in filter(None, (json_path, png, html)):
+        console.print(Text(f"Written: {path}"), soft_wrap=True)
+    if any(side["error"] for side in result["sides"]):
+        raise typer.Exit(1)
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if found not in BATCH or (found == "cuda" and not torch.cuda.is_available()):
+        raise SettingError(f"--device: wanted cpu, or cuda with a GPU that torch sees; found {found!r}")
+    return found
+
+
+def _workload(batch: int | None, length: int | None, lengths: str, pack: bool, device: str) -> Workload:
+    if not lengths:
+        return Workload((length or LENGTH[device],) * (batch or BATCH[device]), pack)
+    if length is not None or (batch is not None and ":" not in lengths):
+        raise SettingError("--lengths takes the place of --length, and a list of lengths that of --batch too")
+    return Workload(parse_lengths(lengths, batch or BATCH[device]), pack)
+
+
+def _show(console: Any, result: tables.Result) -> None:
+    console.print(Text(f"{result['what']}; {result['quantisation']}"), soft_wrap=True)
+    for section in tables.tables(result):
+        shown = table(*section.columns)
+        for row in section.rows:
+            shown.add_row(*row)
+        console.print(Text(section.title, style="bold"), Text(section.text))
+        console.print(shown)
+    for note in tables.notes(result):
+        console.print(Text(note, style="yellow"), soft_wrap=True)
+    for side in result["sides"]:
+        if side["error"]:
+            console.print(Text.assemble((f"{side['name']} failed: ", "bold red"), side["error"]), soft_wrap=True)

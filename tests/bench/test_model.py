@@ -1,0 +1,190 @@
+"""`bench model` itself, on a CPU: models, FP8 recipes, the processes of the sides, the command."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from inductor_ext import registry
+from inductor_ext.bench import model as models
+from inductor_ext.bench import quantize, sides
+from inductor_ext.bench.channel import Channel
+from inductor_ext.bench.run import Plan, run
+from inductor_ext.bench.sides import Job, Side
+from inductor_ext.bench.workload import Workload
+from inductor_ext.cli import app
+from inductor_ext.errors import SettingError
+
+TINY = models.named("tiny", 1)[1]
+WORK = Workload((8, 8))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+# ---- models and recipes ----------------------------------------------------------------------------------------------
+
+
+def test_names() -> None:
+    assert models.named("qwen3-0.6b") == ("Qwen3-0.6B", models.MODELS["Qwen3-0.6B"])
+    assert models.named("Llama-3.1-8B", 3)[1].layers == 3
+    with pytest.raises(SettingError, match=r"--model: wanted one of Qwen3-0\.6B, .*, found 'gpt'"):
+        models.named("gpt")
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_configs_have_the_shapes(name: str) -> None:
+    pytest.importorskip("transformers")
+    transformers = models.import_transformers()
+    shape = models.named(name, 1)[1]
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(shape.config())
+    layer = model.layers[0]
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    assert layer.self_attn.q_proj.weight.shape == (q, shape.hidden)
+    assert layer.self_attn.v_proj.weight.shape == (kv, shape.hidden)
+    assert layer.mlp.down_proj.weight.shape == (shape.hidden, shape.intermediate)
+    assert hasattr(layer.self_attn, "q_norm") == shape.qk_norm
+
+
+@torch.no_grad()
+def test_building_twice_gives_the_same_weights() -> None:
+    pytest.importorskip("transformers")
+    inputs = WORK.inputs(TINY.vocab, "cpu", 1)
+    one, two = (models.build(TINY, "cpu")(**inputs).last_hidden_state for _ in range(2))
+    assert torch.equal(one, two) and one.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", quantize.RECIPES)
+def test_recipes_stay_near_bf16(recipe: str) -> None:
+    pytest.importorskip("transformers")
+    inputs = WORK.inputs(TINY.vocab, "cpu", 1)
+
+    def call(model: torch.nn.Module) -> torch.Tensor:
+        return model(**inputs).last_hidden_state
+
+    wanted = call(models.build(TINY, "cpu"))
+    model, how = quantize.quantize(lambda: models.build(TINY, "cpu"), recipe, call, "cpu")
+    got = call(model)
+    assert cosine(got, wanted) > 0.99
+    assert torch.equal(got, wanted) == (recipe == "none")
+    assert how.startswith("bf16" if recipe == "none" else f"FP8 {recipe}")
+
+
+@torch.no_grad()
+def test_tensor_linear_is_torchaos_arithmetic() -> None:
+    linear = torch.nn.Linear(64, 32).bfloat16()
+    x = torch.randn(2, 3, 64).bfloat16()
+    for amax in (None, torch.tensor(3.0)):
+        layer = quantize.Fp8TensorLinear(linear, amax)
+        layer.scaled_mm = False
+        scale = ((x.abs().amax() if amax is None else amax) / 448.0).float()
+        q = (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        wanted = (q.float() * scale) @ (layer.weight.float() * layer.scale).t()
+        torch.testing.assert_close(layer(x), wanted.bfloat16() + linear.bias, rtol=0, atol=0)
+        layer.scaled_mm = True
+        torch.testing.assert_close(layer(x), wanted.bfloat16() + linear.bias, rtol=2e-2, atol=2e-2)
+
+
+# ---- sides -----------------------------------------------------------------------------------------------------------
+
+
+def test_sides() -> None:
+    stock, ours = sides.parse_sides("stock, ours-max", {"fp8_quantize": "off"})
+    assert stock == sides.SIDES["stock"]
+    assert (ours.backend, ours.mode, dict(ours.rules)) == ("inductor_ext", sides.MAX_AUTOTUNE, {"fp8_quantize": "off"})
+    for text, found in (("theirs", "'theirs'"), ("", "''"), ("ours,ours", "'ours,ours'")):
+        with pytest.raises(SettingError, match=f"found {found}"):
+            sides.parse_sides(text, {})
+
+
+def test_ablation_adds_one_rule_a_side() -> None:
+    everything = {rule.name for rule in registry.rules()}
+    found = sides.ablation(["fp8_quantize", "quantize_once"], {"fp8_quantize": "always", "fp8_downcast": "always"})
+    assert [side.name for side in found] == ["stock", "no rules", "+ quantize_once", "+ fp8_quantize"]
+    off = [{name for name, mode in side.rules.items() if mode == "off"} for side in found[1:]]
+    assert off == [everything, everything - {"quantize_once"}, everything - {"quantize_once", "fp8_quantize"}]
+    assert found[-1].rules["fp8_quantize"] == "always"
+
+
+def test_a_job_survives_the_way_to_its_process() -> None:
+    side = Side("ours", "inductor_ext", rules={"scaled_mm": "off"})
+    job = Job(side, TINY, Workload((3, 4), True), "row", "cpu", "x", reference=True)
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_channel() -> None:
+    here, there = (Channel(end) for end in socket.socketpair())
+    here.send(ask="time", replays=3)
+    assert there.receive() == {"ask": "time", "replays": 3}
+    here.close()
+    assert there.receive() is None
+
+
+def plan(**changes: Any) -> Plan:
+    given: dict[str, Any] = {"sides": [sides.SIDES["eager"]], "replays": 2, "rounds": 2, "cosine_inputs": 3, **changes}
+    return Plan("tiny", TINY, WORK, **given)
+
+
+def test_eager_bf16_is_its_own_reference() -> None:
+    pytest.importorskip("transformers")
+    found = run(plan(fp8="none"))
+    (side,) = found["sides"]
+    assert not side["error"], side["error"]
+    assert side["cosine_to_bf16"]["inputs"] == 3 and side["cosine_to_bf16"]["min"] == pytest.approx(1.0, abs=1e-9)
+    assert len(side["rounds_ms"]) == 2 and side["compile_s"] is None and side["breakdown"] == {}
+    assert side["tokens_per_s"] == pytest.approx(16 / side["step_ms"] * 1e3, rel=1e-2)
+    assert found["floor"]["ms"] > 0
+
+
+def test_a_side_that_fails_does_not_take_the_others_along() -> None:
+    pytest.importorskip("transformers")
+    broken = Side("broken", "inductor_ext", rules={"nope": "off"})
+    found = run(plan(sides=[sides.SIDES["eager"], broken]))
+    assert found["sides"][0]["step_ms"] and not found["sides"][0]["error"]
+    assert "no rule is called 'nope'" in found["sides"][1]["error"] and found["sides"][1]["step_ms"] is None
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def invoke(*words: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["bench", "model", "--device", "cpu", *words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.slow
+def test_stock_against_ours(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    data, html = tmp_path / "result.json", tmp_path / "page.html"
+    words = ["--layers", "1", "--batch", "2", "--length", "16", "--replays", "2", "--together", "--cosine-inputs", "4"]
+    shown = invoke(*words, "--json", str(data), "--html", str(html))
+    found = json.loads(data.read_text())
+    stock, ours = found["sides"]
+    assert (stock["name"], stock["of_stock"], stock["rewrites"]) == ("stock", 1.0, {})
+    assert ours["rewrites"]["quantize_once"] == 3  # q, k and v share one quantisation; gate and up another
+    assert ours["compile_s"] > 0 and ours["graph_breaks"] == 0
+    assert min(stock["cosine_to_bf16"]["min"], ours["cosine_to_bf16"]["min"]) > 0.99
+    assert found["compiled_together"] and "This ran on a CPU" in shown.stdout and "<svg" in html.read_text()
+
+
+def test_settings_that_are_refused() -> None:
+    assert "--fp8: wanted one of row" in invoke("--fp8", "int4", code=1).stderr
+    assert "--device: wanted cpu" in invoke("--device", "tpu", code=1).stderr
+    assert "--sides: wanted some of" in invoke("--sides", "theirs", code=1).stderr
+    assert "no rule is called 'nope'" in invoke("--rules", "nope=off", code=1).stderr
+    assert "takes the place of --length" in invoke("--lengths", "3,4", "--length", "5", code=1).stderr
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    assert "inductor-ext[bench]" in invoke(code=1).stderr
