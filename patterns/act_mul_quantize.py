@@ -2,8 +2,8 @@
 
     y = act(gate) * up;  s = program(amax(|y|));  q = cast(clamp(y / s))   →   q, s = inductor_ext.act_mul_quantize(gate, up, …)
 
-act is SiLU or GELU, gate and up two buffers or the halves of one. One pass over memory. Until it has been measured on a GPU it
-fires only where it is asked for.
+act is SiLU or GELU, gate and up two buffers or the halves of one. One pass over memory: on an H200 1.7 to 2.7 times as fast
+as Inductor's two for [T, 3072], T from 1 to 7168 (benchmarks/results/h200/producers.json).
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if gated is None:
         return None
     act, gate, up, inner = gated
-    if not context.forced:
-        return context.refuse(node, "not measured on a GPU yet", wanted='rules={"act_mul_quantize": "always"}', found="auto")
     for step in inner:
         other = next((user for user in step.users if user is not chain.x and user not in inner), None)
         if other is not None:
@@ -52,7 +50,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             strides = f"{describe(each)} strides {list(value_of(each).stride())}"
             return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
     made = Call(OP, (value_of(gate), value_of(up), act, *found.arguments))
-    return Match(node, (made,), f"{act}, {found.detail}", "forced", (found, (gate, up, act, *found.arguments)))
+    return Match(node, (made,), f"{act}, {found.detail}", "one pass over memory", (found, (gate, up, act, *found.arguments)))
 
 
 def _gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
@@ -113,19 +111,17 @@ RULE = Rule(
     exact=False,
     cost="SiLU keeps every byte; GELU's erf and tanh are PyTorch's kernel's, and a value may differ by one FP8 step",
     matches=(
-        Example("silu", _silu, _gate_and_up, mode="always"),
-        Example("silu_dynamic_shape", _silu, _gate_and_up, mode="always", dynamic=True),
-        Example("gelu", lambda g, u: _quantise(u * torch.nn.functional.gelu(g)), _gate_and_up, mode="always"),
-        Example("gelu_tanh", _gelu_tanh, _gate_and_up, mode="always"),
-        Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both, mode="always"),
+        Example("silu", _silu, _gate_and_up),
+        Example("silu_dynamic_shape", _silu, _gate_and_up, dynamic=True),
+        Example("gelu", lambda g, u: _quantise(u * torch.nn.functional.gelu(g)), _gate_and_up),
+        Example("gelu_tanh", _gelu_tanh, _gate_and_up),
+        Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both),
     ),
     near_misses=(
-        Example("not_asked_for", _silu, _gate_and_up, reason="not measured on a GPU yet"),
         Example(
             "read_elsewhere",
             lambda g, u: (lambda y: (*_quantise(y), y * 3))(torch.nn.functional.silu(g) * u),
             _gate_and_up,
-            mode="always",
             reason="what is quantised has a second user",
         ),
         Example(
@@ -134,7 +130,6 @@ RULE = Rule(
                 torch.nn.functional.silu(g) * u
             ),
             _gate_and_up,
-            mode="always",
             reason="the scale is not of the rows",
         ),
     ),

@@ -34,7 +34,7 @@ struct Silu {
         float inverse;
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor[i]));
         const float quotient = __fmul_rn(x[i], inverse);
-        x[i] = __fmaf_rn(__fmaf_rn(-divisor[i], quotient, x[i]), inverse, quotient);
+        x[i] = __fmaf_rn(-__fmaf_rn(divisor[i], quotient, -x[i]), inverse, quotient);  // -0 stays -0
       }
     }
   }
