@@ -60,7 +60,8 @@ class Kernel:
 class Op:
     """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that mutates its arguments).
 
-    ``autotune`` lets its kernels compete under Inductor's ``max_autotune``.
+    ``autotune`` lets its kernels compete under Inductor's ``max_autotune``. An op that another library's kernels serve has a
+    ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only.
     """
 
     schema: str
@@ -69,6 +70,7 @@ class Op:
     reference: Callable[..., Any]
     kernel: Kernel | None = None
     autotune: Autotune | None = None
+    library: Callable[..., None] | None = None
     _loaded: dict[Hashable, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -95,7 +97,8 @@ class Op:
         _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run_reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self.fake, lib=_library)
-        if self.kernel is not None:
+        runs_on_cuda = self.kernel is not None or self.library is not None
+        if runs_on_cuda:
             _library.impl(self.name, self._run_cuda, "CUDA")
         if returns == "()":
             return
@@ -105,7 +108,7 @@ class Op:
         _library.define(signature)
         _library.impl(f"{self.name}.out", self._run_reference_out, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}.out", lambda *args, **kwargs: None, lib=_library)
-        if self.kernel is not None:
+        if runs_on_cuda:
             _library.impl(f"{self.name}.out", self._call, "CUDA")
 
     @staticmethod
@@ -183,6 +186,8 @@ class Op:
         module = self._module(key, device) if wanted else None
         if device.type == "cuda" and key is None and self.kernel is not None and self.kernel.stock is not None:
             run: Callable[..., None] = self.kernel.stock
+        elif device.type == "cuda" and self.library is not None:
+            run = self.library
         elif module is None or self.kernel is None:
             run = self._run_reference_into
         else:

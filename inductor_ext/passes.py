@@ -68,6 +68,7 @@ class RewritePass(_Base):
             rules,
             self.settings.build,
             self.settings.arch,
+            tuple(rule.environment() for rule in self._rules()),
             previous,
         )
 

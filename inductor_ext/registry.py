@@ -24,14 +24,17 @@ OP_MODULES = (
     "rms_norm_quantize",
     "act_mul_quantize",
     "qk_norm_rope",
+    "varlen_attention",
 )
 RULE_MODULES = (
+    "causal_attention",
     "quantize_once",
     "scaled_mm_cat",
     "scaled_mm_siblings",
     "scaled_mm",
     "rms_norm_quantize",
     "act_mul_quantize",
+    "qk_norm_rope",
     "downcast_fp8",
     "fp8_quantize",
     "fp8_downcast",

@@ -80,7 +80,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rewrite. ``exact``: the result equals the eager nodes', byte for byte; ``cost`` says what it costs if not."""
+    """One rewrite. ``exact``: the result equals the eager nodes', byte for byte; ``cost`` says what it costs if not.
+
+    ``environment`` says what else than the graph and the settings its guard asks, such as libraries that are installed: a graph
+    that was compiled in another environment is not taken from Inductor's caches.
+    """
 
     name: str
     doc: str
@@ -89,6 +93,7 @@ class Rule:
     replace: Callable[[Match], None]
     exact: bool = True
     cost: str = ""
+    environment: Callable[[], tuple[str, ...]] = tuple
     matches: tuple[Example, ...] = ()
     near_misses: tuple[Example, ...] = ()
 
