@@ -3,8 +3,8 @@
     python benchmarks/kernels/attention.py --out benchmarks/results/h200/attention.json
 
 ``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already, and K and V repeated for GQA in
-the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with ``cu_seqlens``, ``padded`` with the
-memset of the output besides. All are CUDA-graph replays over enough buffers to find L2 cold, timed in turn, three rounds.
+the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with ``cu_seqlens``, ``padded`` with
+the memset of the output besides. All are CUDA-graph replays over enough buffers to find L2 cold, timed in turn, three rounds.
 ``distance`` is ‖a - b‖ / ‖b‖ to the fp32 reference; ``TFLOP/s`` counts half of the square.
 """
 
@@ -142,7 +142,7 @@ def measure(batch: int, length: int) -> list[dict[str, Any]]:
                 "of_stock": round(ratio, 2),
                 "TFLOP/s": round(operations / us * 1e-6),
                 "distance": f"{apart[side]:.1e}",
-            }  # fmt: skip
+            }
         )
     return rows
 
