@@ -49,7 +49,7 @@ def _sides(result: Result) -> Section:
         ms, cosine = side["step_ms"], side["cosine_to_bf16"] or {}
         row = [
             side["name"],
-            "failed" if side["error"] else _number(ms, ".3f"),
+            "failed" if ms is None else _number(ms, ".3f"),
             "–" if side["of_stock"] is None else f"{side['of_stock']:.2f}×",
             _number(side["items_per_s"], ",.0f"),
             _number(side["tokens_per_s"], ",.0f"),
@@ -78,7 +78,7 @@ def _breakdown(result: Result) -> Section:
     lower = result["floor"]["us"]
     rows.append(["floor", *[f"{lower[name]:,.0f}" if name in lower else "0" for name in names], "–"])
     columns = ("side", *(f"{name}, µs (launches)" for name in names[:-1]), f"{GAPS}, µs", "launches")
-    text = "By the names of the kernels, from the profile of one CUDA-graph replay."
+    text = "By the names of the kernels, from the profile of one call; gaps are those of the CUDA graph."
     return Section("Kernels of one step", text, columns, rows)
 
 

@@ -3,7 +3,7 @@
 It builds and quantises the model, compiles it by calling it once, answers "ready", and then does what it is asked:
 
     time       milliseconds of ``replays`` CUDA-graph replays of one step (on a CPU: of calls)
-    breakdown  the kernels of one replay: name, launches, µs
+    breakdown  the kernels of one call: name, launches, µs
     embed      the embeddings of ``cosine_inputs`` random texts, in a file
 
 The step is the compiled model, ids to hidden states; taking each text's last token is no part of it.
@@ -45,6 +45,8 @@ class Worker:
             self.save("reference", self._build("sdpa"))
         model, self.how = quantize.quantize(lambda: self._build(job.attention), job.fp8, self._run, job.device)
         gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()  # the bf16 weights: other sides share this GPU
         self.model = self._compile(model)
 
     def _build(self, attention: str) -> torch.nn.Module:
@@ -133,13 +135,15 @@ class Worker:
         return {"ms": [self.once() for _ in range(replays)]}
 
     def breakdown(self) -> dict[str, Any]:
-        """Kernels of one replay as [name, launches, µs]; nothing on a CPU, which launches none."""
+        """Kernels of one step as [name, launches, µs]; nothing on a CPU, which launches none.
+
+        Of a call and not of a replay: CUPTI, once started in a process that holds CUDA graphs, is known to trip over them.
+        """
         if not self.cuda:
             return {"kernels": []}
-        for _ in range(2):  # the first profile pays for starting CUPTI
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                self.graph.replay()
-                torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.step()
+            torch.cuda.synchronize()
         events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
         return {"kernels": [[event.key, event.count, event.self_device_time_total] for event in events]}
 
