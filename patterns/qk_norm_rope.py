@@ -1,0 +1,359 @@
+"""qk_norm_rope: RMSNorm of each head, if there is one, and rotate-half RoPE of q and k become one launch.
+
+    q = norm(q) * cos + cat(-norm(q)[..., D/2:], norm(q)[..., :D/2]) * sin;  k alike
+        →   q, k = inductor_ext.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, …)
+
+q and k are read where the projections left them, columns of one buffer too, and written as [B, S, H, D], of which attention
+reads a permuted view. Two rotations become one call if they share their tables, norm and tokens, and nothing stands between
+them that needs the first; else each is a call of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_opaque, is_reshape, known_equal, value_of
+from inductor_ext.kernels.qk_norm_rope.op import MAX_HEAD_DIM, OP
+from inductor_ext.patterns.support import rope
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.patterns.support.rope import Rope, Table
+from inductor_ext.patterns.support.same import in_order, same_elements
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if is_call(node, aten.add.Tensor)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    found = _usable(node, context.forced)
+    if found is None:
+        return None
+    if isinstance(found, Failure):
+        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
+    partner = _partner(found, context.forced)
+    ropes = [found] if partner is None else sorted((found, partner), key=lambda each: each.end)
+    heads = " and ".join(str(each.x.value.shape[2]) for each in ropes)
+    norm = f"norm {found.norm.norm!r}" if found.norm else "no norm"
+    detail = f"{heads} heads of {found.x.value.shape[3]}, {norm}"
+    why = "forced" if context.forced else f"its input is in memory: {describe(found.x.node)}"
+    tables = (found.cos.value, found.sin.value)
+    made = Call(OP, _arguments(ropes, [each.x.value for each in ropes], tables, value_of))
+    return Match(node, (made,), detail, why, ropes)
+
+
+def _usable(add: Node, forced: bool) -> Rope | Failure | None:
+    """A rotation that the kernel can take and, unless forced, should."""
+    found = rope.trace(add)
+    if not isinstance(found, Rope):
+        return found
+    x = found.x.value
+    columns = x.shape[3]
+    if not isinstance(columns, int) or columns % 8 or columns > MAX_HEAD_DIM:
+        return Failure(found.end, "head dimension", f"a multiple of 8, at most {MAX_HEAD_DIM}", str(columns))
+    for value, node in ((x, found.x.node), (found.cos.value, found.cos.node), (found.sin.value, found.sin.node)):
+        if not known_equal(value.stride(-1), 1):
+            strides = f"{describe(node)} strides {list(value.stride())}"
+            return Failure(found.end, "input layout", "columns of unit stride", strides)
+    if not _same_strides(found.result, value_of(found.end)):
+        strides = f"strides {list(value_of(found.end).stride())}"
+        return Failure(found.end, "memory layout", f"[B, S, H, D] in memory: strides {list(found.result.stride())}", strides)
+    if not forced and not is_opaque(found.x.node):
+        wanted = "a graph input, a GEMM or another opaque kernel as producer"
+        return Failure(found.end, "Inductor fuses this rotation into its producer for free", wanted, describe(found.x.node))
+    return found
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    pairs = zip(a.shape, a.stride(), b.stride())
+    return all(known_equal(size, 1) or known_equal(one, two) for size, one, two in pairs)
+
+
+def _partner(found: Rope, forced: bool) -> Rope | None:
+    """The nearest other rotation that can be in one call with ``found``: a later one if there is one."""
+    later = earlier = None
+    for add in dict.fromkeys(_rotations_by(in_order(found.cos.node))):
+        other = _usable(add, forced)
+        if not isinstance(other, Rope) or other.end is found.end or not _alike(found, other):
+            continue
+        one, two = sorted((found, other), key=lambda each: each.end)
+        place = _place((one, two))
+        if not all(needed < place for needed in (*one.inputs, *two.inputs)):
+            continue
+        if two is other and (later is None or two.end < later.end):
+            later = two
+        if one is other and (earlier is None or earlier.end < one.end):
+            earlier = one
+    return later or earlier
+
+
+def _rotations_by(table: Node) -> Iterator[Node]:
+    """Additions of something that is multiplied by ``table`` or a view of it."""
+    for user in table.users:
+        if is_reshape(user):
+            yield from _rotations_by(user)
+        elif is_call(user, aten.mul.Tensor):
+            yield from (add for add in user.users if is_call(add, aten.add.Tensor))
+
+
+def _place(ropes: Iterable[Rope]) -> Node:
+    """The node before which a call for ``ropes``, in the graph's order, has to stand: the last of them, or their first user."""
+    ends = [each.end for each in ropes]
+    return min([ends[-1], *(user for end in ends for user in end.users)])
+
+
+def _alike(a: Rope, b: Rope) -> bool:
+    """Whether one call can do both."""
+    x, y = a.x.value, b.x.value
+    if (x.dtype, a.dtype) != (y.dtype, b.dtype) or not all(known_equal(x.shape[dim], y.shape[dim]) for dim in (0, 1, 3)):
+        return False
+    if (a.norm is None) != (b.norm is None):
+        return False
+    if a.norm is not None and b.norm is not None:
+        weights = value_of(a.norm.weight).dtype, value_of(b.norm.weight).dtype
+        if (a.norm.norm, a.norm.eps) != (b.norm.norm, b.norm.eps) or weights[0] is not weights[1]:
+            return False
+    return _same_table(a.cos, b.cos) and _same_table(a.sin, b.sin)
+
+
+def _same_table(a: Table, b: Table) -> bool:
+    return known_equal(a.value.shape[0], b.value.shape[0]) and same_elements(a.node, b.node)
+
+
+def _arguments(ropes: list[Rope], x: list[Any], tables: tuple[Any, Any], weight_of: Any) -> tuple[Any, ...]:
+    """The op's arguments, of nodes or of fake values."""
+    norm = ropes[0].norm
+    weights = [None if each.norm is None else weight_of(each.norm.weight) for each in ropes]
+    q, k = (*x, None)[:2]
+    q_weight, k_weight = (*weights, None)[:2]
+    rest = (0.0, "") if norm is None else (norm.eps, norm.norm)
+    return q, k, q_weight, k_weight, *tables, *rest, ropes[0].dtype
+
+
+def replace(match: Match) -> None:
+    ropes: list[Rope] = match.data
+    graph, first = match.node.graph, ropes[0]
+    with graph.inserting_before(_place(ropes)):
+        x = [each.x.put(graph, each.end) for each in ropes]
+        tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
+        made = call(graph, OP.overload, *_arguments(ropes, x, tables, lambda weight: weight), like=first.end)
+        results = []
+        for index, each in enumerate(ropes):
+            out = call(graph, operator.getitem, made, index, like=each.end)
+            results.append(each.put_result(graph, out))
+    for each, result in zip(ropes, results):
+        each.end.replace_all_uses_with(result)
+        erase_dead(each.end)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+HEADS, KV_HEADS, D = 4, 2, 16
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, ...]:
+    """Hugging Face's ``apply_rotary_pos_emb``."""
+    cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
+    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def _llama_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _gemma_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(x)
+
+
+def _heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, _ = qkv.split([HEADS * D, KV_HEADS * D, KV_HEADS * D], -1)
+    return q.unflatten(-1, (HEADS, D)), k.unflatten(-1, (KV_HEADS, D))
+
+
+def _qwen3(qkv: Any, cos: Any, sin: Any, q_weight: Any, k_weight: Any, norm: Any = _llama_norm) -> tuple[torch.Tensor, ...]:
+    q, k = _heads(qkv)
+    return _rope(norm(q, q_weight).transpose(1, 2), norm(k, k_weight).transpose(1, 2), cos, sin)
+
+
+def _qwen2(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    q, k = _heads(qkv)
+    return _rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+
+
+def _heads_last(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    return _rope(*_heads(qkv), cos, sin, dim=2)
+
+
+def _packed(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """Tokens of all sequences in one row, as hand-written models have them."""
+    q, k = _heads(qkv.flatten(0, 1))
+    cos, sin = (each.expand(qkv.shape[0], -1, -1).reshape(-1, 1, D) for each in (cos, sin))
+    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def _through_fp32(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    q, k = (each.transpose(1, 2) for each in _heads(qkv))
+    return tuple(each.to(qkv.dtype) for each in _rope(q.float(), k.float(), cos.float(), sin.float()))
+
+
+def _chunks(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
+    q = _heads(qkv)[0].transpose(1, 2)
+    low, high = q.chunk(2, -1)
+    return q * cos.unsqueeze(1) + torch.cat((-high, low), -1) * sin.unsqueeze(1)
+
+
+def _apart(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """k's tables are others than q's, and so it is two calls."""
+    (q, _), (_, k) = _rope(*_heads(qkv), cos, sin, dim=2), _rope(*_heads(qkv), sin, cos, dim=2)
+    return q, k
+
+
+def _turned_by(turned: Callable[[torch.Tensor], torch.Tensor], flipped: bool = False) -> Callable[..., torch.Tensor]:
+    def fn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q = _heads(qkv)[0].transpose(1, 2)
+        return (q.flip(-1) if flipped else q) * cos.unsqueeze(1) + turned(q) * sin.unsqueeze(1)
+
+    return fn
+
+
+def _interleaved(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def _uneven(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((-x[..., 6:], x[..., :6]), dim=-1)
+
+
+def _wrong_half(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((-x[..., : D // 2], x[..., D // 2 :]), dim=-1)
+
+
+def _partial(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
+    """Phi: half of a head is rotated, the rest passes."""
+    q = _heads(qkv)[0].transpose(1, 2)
+    turning, passing = q[..., : D // 2], q[..., D // 2 :]
+    cos, sin = cos[..., : D // 2].unsqueeze(1), sin[..., : D // 2].unsqueeze(1)
+    return torch.cat((turning * cos + _rotate_half(turning) * sin, passing), dim=-1)
+
+
+def _turned_is_read(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    q = _heads(qkv)[0].transpose(1, 2)
+    turned = _rotate_half(q)
+    return q * cos.unsqueeze(1) + turned * sin.unsqueeze(1), turned * 2
+
+
+def _normalised_is_read(qkv: Any, cos: Any, sin: Any, q_weight: Any, _: Any) -> tuple[torch.Tensor, ...]:
+    y = _llama_norm(_heads(qkv)[0], q_weight)
+    q = y.transpose(1, 2)
+    return q * cos.unsqueeze(1) + _rotate_half(q) * sin.unsqueeze(1), y * 2
+
+
+def _inputs(device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    angles = torch.randn(1, 6, D, device=device) * 9
+    qkv = torch.randn(3, 6, (HEADS + 2 * KV_HEADS) * D, device=device) * 3
+    return qkv.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _inputs_fp16(device: str) -> tuple[torch.Tensor, ...]:
+    return _inputs(device, torch.float16)
+
+
+def _batched(device: str) -> tuple[torch.Tensor, ...]:
+    qkv, *_ = _inputs(device)
+    angles = torch.randn(3, 6, D, device=device) * 9
+    return qkv, angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def _weighted(device: str) -> tuple[torch.Tensor, ...]:
+    return *_inputs(device), *(torch.rand(D, device=device).bfloat16() + 0.5 for _ in range(2))
+
+
+def _one_token(device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(each[:1, :1] if each.dim() > 1 else each for each in _weighted(device))
+
+
+def _a_table_a_head(device: str) -> tuple[torch.Tensor, ...]:
+    qkv, *_ = _inputs(device)
+    return qkv, *(torch.randn(1, HEADS, 6, D, device=device).bfloat16() for _ in range(2))
+
+
+def _heads_first_in_memory(device: str) -> tuple[torch.Tensor, ...]:
+    _, cos, sin = _inputs(device)
+    return *(torch.randn(3, heads, 6, D, device=device).bfloat16() for heads in (HEADS, KV_HEADS)), cos, sin
+
+
+RULE = Rule(
+    name="qk_norm_rope",
+    doc="RMSNorm of each head and rotate-half RoPE of q and k → one launch",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    exact=False,
+    cost="the norm's mean is summed in another order; without a norm every byte is the same",
+    matches=(
+        Example("qwen3", _qwen3, _weighted),
+        Example("qwen3_dynamic_shape", _qwen3, _weighted, dynamic=True),
+        Example("qwen3_one_token", _qwen3, _one_token),
+        Example("gemma3", lambda qkv, c, s, q, k: _qwen3(qkv, c, s, q, k, _gemma_norm), _weighted),
+        Example("llama", _qwen2, _inputs),
+        Example("llama_fp16", _qwen2, _inputs_fp16),
+        Example("tables_of_each_sequence", _qwen2, _batched),
+        Example("heads_after_tokens", _heads_last, _inputs),
+        Example("packed_tokens", _packed, _inputs),
+        Example("through_fp32", _through_fp32, _inputs),
+        Example("chunks_of_q_alone", _chunks, _inputs),
+        Example("other_tables_for_k", _apart, _inputs, count=2),
+    ),
+    near_misses=(
+        Example("interleaved", _turned_by(_interleaved), _inputs, reason="the rotation is not by halves"),
+        Example("not_the_middle", _turned_by(_uneven), _inputs, reason="the rotation is not by halves"),
+        Example("the_other_half_is_negated", _turned_by(_wrong_half), _inputs, reason="the rotation is not by halves"),
+        Example(
+            "another_tensor_times_cos",
+            _turned_by(_rotate_half, flipped=True),
+            _inputs,
+            reason="what is rotated is not what is multiplied by cos",
+        ),
+        Example("half_of_a_head", _partial, _inputs, reason="only part of a head is rotated"),
+        Example("turned_is_read", _turned_is_read, _inputs, reason="a step of the rotation has a second user"),
+        Example("normalised_is_read", _normalised_is_read, _weighted, reason="a step of the rotation has a second user"),
+        Example(
+            "a_table_a_head",
+            lambda qkv, cos, sin: (lambda q: q * cos + _rotate_half(q) * sin)(_heads(qkv)[0].transpose(1, 2)),
+            _a_table_a_head,
+            reason="cos and sin are not tables of positions",
+        ),
+        Example("other_dtypes", lambda qkv, cos, sin: _qwen2(qkv, cos.float(), sin), _inputs, reason="dtypes"),
+        Example(
+            "every_other_column",
+            lambda x, cos, sin: (lambda q: q * cos + _rotate_half(q) * sin)(x[..., ::2].unflatten(-1, (4, 16))),
+            lambda device: (_inputs(device)[0], *(torch.randn(6, 1, 16, device=device).bfloat16() for _ in range(2))),
+            reason="input layout",
+        ),
+        Example("heads_first_in_memory", _rope, _heads_first_in_memory, reason="memory layout"),
+        Example(
+            "head_of_twelve",
+            lambda qkv, cos, sin: (lambda q: q * cos + _rotate_half(q) * sin)(qkv[..., :48].unflatten(-1, (4, 12))),
+            lambda device: (_inputs(device)[0], *(torch.randn(6, 1, 12, device=device).bfloat16() for _ in range(2))),
+            reason="head dimension",
+        ),
+        Example(
+            "after_pointwise",
+            lambda qkv, cos, sin: _qwen2(qkv * 2, cos, sin),
+            _inputs,
+            reason="Inductor fuses this rotation into its producer for free",
+        ),
+    ),
+)
