@@ -49,6 +49,9 @@ class Settings:
     arch: str = _option("", "INDUCTOR_EXT_ARCH", "target such as sm_90a (default: the current GPU's)")
     build_jobs: int = _option(0, "INDUCTOR_EXT_BUILD_JOBS", "parallel nvcc processes (0: by cores and free memory)")
     build_timeout_s: int = _option(1800, "INDUCTOR_EXT_BUILD_TIMEOUT", "seconds before one nvcc process is stopped")
+    pdl: bool = _option(
+        True, "INDUCTOR_EXT_PDL", "programmatic dependent launch of our kernels; the variable only, read at the first launch"
+    )
     progress: bool = _option(True, "INDUCTOR_EXT_PROGRESS", "show a progress line on a terminal while kernels build")
 
     def replace(self, **changes: Any) -> Settings:

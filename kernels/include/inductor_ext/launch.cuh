@@ -12,6 +12,8 @@
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <string_view>
 #include <utility>
 
 namespace inductor_ext {
@@ -71,6 +73,15 @@ class OncePerDevice {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// INDUCTOR_EXT_PDL=0 turns programmatic dependent launch off, to measure what it gives; read once a process.
+inline bool programmatic_launch_enabled() {
+  static const bool enabled = [] {
+    const char* text = std::getenv("INDUCTOR_EXT_PDL");
+    return text == nullptr || std::string_view(text) != "0";
+  }();
+  return enabled;
+}
+
 class Launch {
  public:
   Launch(dim3 grid, dim3 block) {
@@ -87,6 +98,7 @@ class Launch {
     return *this;
   }
   Launch& programmatic() {
+    if (!programmatic_launch_enabled()) return *this;
     cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
