@@ -50,6 +50,7 @@ class Plan:
     rounds: int = 3
     cosine_inputs: int = 8
     together: bool = False
+    warm: bool = True  # build our kernels beforehand, so that compile seconds are those of a warm kernel cache
 
     def job(self, side: Side, folder: Path, reference: bool = False) -> Job:
         attention = self.attention if side.backend == "inductor_ext" else "sdpa"
@@ -154,10 +155,11 @@ def _started(plan: Plan, scratch: Path, stage: Stage) -> Iterator[list[Process]]
         return found[-1]
 
     try:
-        if plan.device == "cuda" and not plan.together and any(side.backend == "inductor_ext" for side in plan.sides):
-            with stage("Building kernels (two layers)"):
-                _warm(plan, scratch, start)
-                found.pop().stop()
+        if plan.warm and plan.device == "cuda" and not plan.together:
+            for index, side in enumerate(side for side in plan.sides if side.backend == "inductor_ext"):
+                with stage(f"Building the kernels of {side.name} (two layers)"):
+                    start(_small(plan, side, scratch / f"warm{index}")).receive()
+                    found.pop().stop()
         jobs = [plan.job(side, scratch / str(index), index == 0) for index, side in enumerate(plan.sides)]
         if plan.together:
             with stage(f"Compiling {len(jobs)} sides together"):
@@ -174,11 +176,10 @@ def _started(plan: Plan, scratch: Path, stage: Stage) -> Iterator[list[Process]]
             process.stop()
 
 
-def _warm(plan: Plan, scratch: Path, start: Callable[[Job], Process]) -> None:
-    """Compile two layers with this backend, so that compile seconds are those of a warm kernel cache."""
-    side = next(side for side in plan.sides if side.backend == "inductor_ext")
-    small = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, layers=min(2, plan.shape.layers)), cosine_inputs=0)
-    start(small.job(side, scratch / "warm")).receive()
+def _small(plan: Plan, side: Side, folder: Path) -> Job:
+    """A side with two layers of the model, which hold every kernel that more layers do."""
+    shape = dataclasses.replace(plan.shape, layers=min(2, plan.shape.layers))
+    return dataclasses.replace(plan, shape=shape, cosine_inputs=0).job(side, folder)
 
 
 def _cosine(scratch: Path, embeddings: str) -> dict[str, float] | None:
@@ -269,9 +270,8 @@ def _driver() -> str:
 def rules_that_fire(plan: Plan) -> list[str]:
     """Names of the rules that rewrite something in two layers of the model: what an ablation has to take apart."""
     side = next(side for side in plan.sides if side.backend == "inductor_ext")
-    small = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, layers=min(2, plan.shape.layers)), cosine_inputs=0)
     with tempfile.TemporaryDirectory(prefix="inductor_ext-bench-") as scratch:
-        process = Process(small.job(side, Path(scratch, "scout")), None)
+        process = Process(_small(plan, side, Path(scratch, "scout")), None)
         try:
             process.ready = process.receive()
         finally:

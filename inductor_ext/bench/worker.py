@@ -145,7 +145,8 @@ class Worker:
             self.step()
             torch.cuda.synchronize()
         events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return {"kernels": [[event.key, event.count, event.self_device_time_total] for event in events]}
+        kernels = [event for event in events if not event.is_user_annotation]
+        return {"kernels": [[event.key, event.count, event.self_device_time_total] for event in kernels]}
 
     def embed(self) -> dict[str, Any]:
         return {"path": self.save("embeddings", self.model)}

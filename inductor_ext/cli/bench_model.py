@@ -78,7 +78,7 @@ def model(
             if ablate:
                 with stage("Asking which rules fire"):
                     fired = rules_that_fire(plan)
-                plan = dataclasses.replace(plan, sides=sides.ablation(fired, modes))
+                plan = dataclasses.replace(plan, sides=sides.ablation(fired, modes), warm=False)  # asking built the kernels
             result = run(plan, stage)
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
