@@ -8,8 +8,8 @@ causal. Every query sees at least itself. ``softcap`` c > 0 puts ``c · tanh(sco
 * q [B, S, H, D], k and v [B, S, Hkv, D]: B sequences of S; ``cu_seqlens`` None.
 * q [T, H, D], k and v [T, Hkv, D]: sequences packed one after another, ``cu_seqlens`` int32 [N + 1] their ends, from 0 on;
   ``max_seqlen`` at least the longest. Rows past ``cu_seqlens[-1]``, the padding of a CUDA graph, are zero if ``padded``;
-  otherwise the caller says that there are none. ``padded`` costs a memset of the output, 7 µs of 29 MB on an H200. Those
-  rows of k and v have to be finite: tiles of the last sequence reach into them, and 0 · NaN is NaN in some libraries.
+  otherwise the caller says that there are none. ``padded`` costs a memset of the output. Those rows of k and v have to be
+  finite: tiles of the last sequence reach into them, and 0 · NaN is NaN in some libraries.
 
 bf16 or fp16 on a GPU, strides free but for the last, head_dim as the library allows. out has q's shape, contiguous, in a buffer
 that Inductor plans. ``implementation`` names the library ("" for the first that can, `implementations.py`). Without a library,

@@ -1,0 +1,1 @@
+"""Ties to other libraries; none is imported unless it is asked for."""
