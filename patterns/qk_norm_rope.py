@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import MAX_HEAD_DIM, OP
 from inductor_ext.patterns.support import rope
+from inductor_ext.patterns.support.columns import hoist
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.rope import Rope, Table
 from inductor_ext.patterns.support.same import in_order, same_elements
@@ -83,7 +84,7 @@ def _partner(found: Rope, forced: bool) -> Rope | None:
             continue
         one, two = sorted((found, other), key=lambda each: each.end)
         place = _place((one, two))
-        if not all(needed < place for needed in (*one.inputs, *two.inputs)):
+        if any(hoist(needed, place, move=False) is not None for needed in (*one.inputs, *two.inputs)):
             continue
         if two is other and (later is None or two.end < later.end):
             later = two
@@ -137,8 +138,10 @@ def _arguments(ropes: list[Rope], x: list[Any], tables: tuple[Any, Any], weight_
 
 def replace(match: Match) -> None:
     ropes: list[Rope] = match.data
-    graph, first = match.node.graph, ropes[0]
-    with graph.inserting_before(_place(ropes)):
+    graph, first, place = match.node.graph, ropes[0], _place(ropes)
+    for needed in (needed for each in ropes for needed in each.inputs):
+        hoist(needed, place, move=True)
+    with graph.inserting_before(place):
         x = [each.x.put(graph, each.end) for each in ropes]
         tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
         made = call(graph, OP.overload, *_arguments(ropes, x, tables, lambda weight: weight), like=first.end)
