@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import random
 import time
@@ -48,6 +49,8 @@ def make_model(vocab: int, device: str, dtype: torch.dtype, attention: str, tiny
     """Qwen3 without a head, random weights: the 0.6B shape, or a tiny one."""
     from transformers import AutoModel, Qwen3Config
 
+    register(attention)
+
     sizes = (2, 128, 4, 2, 32, 256) if tiny else (28, 1024, 16, 8, 128, 3072)
     layers, hidden, heads, kv_heads, head_dim, intermediate = sizes
     config = Qwen3Config(
@@ -65,9 +68,16 @@ def make_model(vocab: int, device: str, dtype: torch.dtype, attention: str, tiny
         return AutoModel.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
+def register(attention: str) -> None:
+    """Make this package's attention known to transformers."""
+    if attention == "inductor_ext":
+        importlib.import_module("inductor_ext.integrations.transformers")
+
+
 def load_model(folder: str, device: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     from transformers import AutoModel
 
+    register(attention)
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
     return model.to(device)
@@ -138,16 +148,18 @@ class Embedder:
         ids = torch.tensor([token for text in texts for token in text])
         positions = torch.cat([torch.arange(len(text)) for text in texts])
         inputs = {"input_ids": ids[None].to(self.device), "position_ids": positions[None].to(self.device)}
-        hidden = self.model(**inputs, **self.lengths(ends.to(self.device))).last_hidden_state[0]
-        last = hidden[ends[1:].to(self.device) - 1][: len(pack.texts)]
+        cu_seqlens = ends.to(self.device)
+        hidden = self.model(**inputs, **self.bounds(cu_seqlens, max(map(len, texts)))).last_hidden_state[0]
+        last = hidden[cu_seqlens[1:] - 1][: len(pack.texts)]
         return torch.nn.functional.normalize(last.float(), dim=-1)
 
-    def lengths(self, cu_seqlens: torch.Tensor) -> dict[str, Any]:
-        """What a variable-length attention is told besides; sdpa reads the texts' bounds off the positions."""
+    def bounds(self, cu_seqlens: torch.Tensor, longest: int) -> dict[str, Any]:
+        """What a variable-length attention is told besides; sdpa gets a mask that the model makes of the positions."""
         if self.attention == "sdpa":
             return {}
-        bounds = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        return {**bounds, "max_length_q": self.budget, "max_length_k": self.budget}  # a bound: the same at each step
+        longest = 1 << max(1, longest - 1).bit_length()  # an upper bound, which takes few values
+        found = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
+        return {**found, "padded": False} if self.attention == "inductor_ext" else found
 
 
 def compiled_graphs() -> int:
@@ -175,7 +187,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=8192 if gpu else 512, help="tokens a step")
     parser.add_argument("--model-dir", help="a Hugging Face model and tokenizer on disk, instead of random weights")
     parser.add_argument("--backend", default="inductor_ext", help="inductor_ext, inductor or eager")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation of the model")
+    parser.add_argument("--attention", default="inductor_ext", help="attn_implementation: inductor_ext, sdpa, …")
     parser.add_argument("--bf16", action="store_true", help="leave the linear layers in bf16 on a GPU; a CPU always has fp32")
     options = parser.parse_args()
 

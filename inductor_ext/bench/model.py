@@ -7,6 +7,7 @@ library's default: the base and the scaling of the rotary embedding.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from inductor_ext.demo import quiet
 from inductor_ext.errors import InductorExtError, SettingError
 
+OURS = "inductor_ext"  # the attn_implementation of `inductor_ext.integrations.transformers`
 EXTRA = "pip install 'inductor-ext[bench]'"
 
 
@@ -82,6 +84,8 @@ def import_transformers() -> Any:
 def build(shape: ModelShape, device: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """The model without a head; the same weights for every process that builds it on the same device."""
     transformers = import_transformers()
+    if attention == OURS:
+        importlib.import_module("inductor_ext.integrations.transformers")
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModel.from_config(shape.config(), attn_implementation=attention, dtype=dtype)

@@ -37,7 +37,7 @@ LOG_LINES = 15
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure. ``attention`` is the implementation of this backend's sides; the others have ``sdpa``."""
+    """What to measure. ``attention`` is the implementation of this backend's sides, ``others`` that of the others."""
 
     name: str
     shape: ModelShape
@@ -46,6 +46,7 @@ class Plan:
     fp8: str = "row"
     device: str = "cpu"
     attention: str = "sdpa"
+    others: str = "sdpa"
     replays: int = 30
     rounds: int = 3
     cosine_inputs: int = 8
@@ -53,7 +54,7 @@ class Plan:
     warm: bool = True  # build our kernels beforehand, so that compile seconds are those of a warm kernel cache
 
     def job(self, side: Side, folder: Path, reference: bool = False) -> Job:
-        attention = self.attention if side.backend == "inductor_ext" else "sdpa"
+        attention = self.attention if side.backend == "inductor_ext" else self.others
         common = (self.shape, self.workload, self.fp8, self.device)
         return Job(side, *common, str(folder), attention, self.cosine_inputs, reference)
 
@@ -206,7 +207,7 @@ def _result(plan: Plan, processes: Sequence[Process], cosines: dict[str, Any]) -
         "workload": plan.workload.to_dict(),
         "fp8": plan.fp8,
         "device": plan.device,
-        "attention": {"ours": plan.attention, "others": "sdpa"},
+        "attention": {"ours": plan.attention, "others": plan.others},
         "how_timed": plan.how_timed,
         "compiled_together": plan.together,
         "floor": {

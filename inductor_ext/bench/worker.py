@@ -39,10 +39,10 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.cuda = job.device == "cuda"
-        self.inputs = self.texts(0)
         self.rewrites: dict[str, int] = {}
         if job.reference:
-            self.save("reference", self._build("sdpa"))
+            self.save("reference", self._build("sdpa"), "sdpa")
+        self.inputs = self.texts(0, job.attention)
         model, self.how = quantize.quantize(lambda: self._build(job.attention), job.fp8, self._run, job.device)
         gc.collect()
         if self.cuda:
@@ -75,8 +75,13 @@ class Worker:
         for rule, count in report.counts().items():
             self.rewrites[rule] = self.rewrites.get(rule, 0) + count
 
-    def texts(self, index: int) -> Inputs:
-        return self.job.workload.inputs(self.job.shape.vocab, self.job.device, FIRST_SEED + index)
+    def texts(self, index: int, attention: str) -> Inputs:
+        """Random texts as the model's arguments; sdpa gets a mask that the model makes, other attentions get bounds."""
+        work, device = self.job.workload, self.job.device
+        found = work.inputs(self.job.shape.vocab, device, FIRST_SEED + index)
+        if attention != "sdpa" and work.packed:
+            found.update(work.bounds(device), **({"padded": False} if attention == models.OURS else {}))
+        return found
 
     def step(self) -> Any:
         return self.model(**self.inputs)
@@ -149,14 +154,14 @@ class Worker:
         return {"kernels": [[event.key, event.count, event.self_device_time_total] for event in kernels]}
 
     def embed(self) -> dict[str, Any]:
-        return {"path": self.save("embeddings", self.model)}
+        return {"path": self.save("embeddings", self.model, self.job.attention)}
 
-    def save(self, name: str, model: Callable[..., Any]) -> str:
+    def save(self, name: str, model: Callable[..., Any], attention: str) -> str:
         """Embeddings of ``cosine_inputs`` texts as ``name.pt``: fp32, [N, H]."""
         wanted, items = self.job.cosine_inputs, self.job.workload.items
         found = []
         for index in range(math.ceil(wanted / items)):
-            hidden = model(**self.texts(index)).last_hidden_state
+            hidden = model(**self.texts(index, attention)).last_hidden_state
             found.append(self.job.workload.last_tokens(hidden).float().cpu())
         path = Path(self.job.folder, f"{name}.pt")
         torch.save(torch.cat(found)[:wanted], path)

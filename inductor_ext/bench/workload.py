@@ -12,6 +12,7 @@ Token ids are random, and the same for the same seed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 from inductor_ext.errors import SettingError
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,14 @@ class Workload:
         elif self.padded:
             found["attention_mask"] = (torch.arange(shape[1])[None] < torch.tensor(self.lengths)[:, None]).long()
         return {name: value.to(device) for name, value in found.items()}
+
+    def bounds(self, device: str) -> Inputs:
+        """What a variable-length attention is told besides: where each packed text begins and ends; padding there is none."""
+        if not self.packed:
+            return {}
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+        longest = max(self.lengths)
+        return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
 
     def last_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """[items, H]: the hidden state of each text's last token, which is its embedding."""

@@ -37,7 +37,8 @@ def model(
     side_names: Annotated[str, typer.Option("--sides", help=f"Some of {','.join(sides.SIDES)}.")] = "stock,ours",
     rules: Annotated[str, typer.Option(help='Modes of rules on our sides: "name=auto|always|off,…".')] = "",
     ablate: Annotated[bool, typer.Option("--ablate", help="Instead of --sides: our rules, one more a side.")] = False,
-    attention: Annotated[str, typer.Option(help="attn_implementation of our sides.")] = "sdpa",
+    attention: Annotated[str, typer.Option(help="attn_implementation of our sides. Default: sdpa; packed inductor_ext.")] = "",
+    stock_attention: Annotated[str, typer.Option(help="attn_implementation of the other sides.")] = "sdpa",
     replays: Annotated[int, typer.Option(min=1, help="Timed steps of a side in each round.")] = 30,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds over the sides in turn.")] = 3,
     cosine_inputs: Annotated[
@@ -72,7 +73,8 @@ def model(
         known, shape = models.named(name or ("Qwen3-0.6B" if where == "cuda" else "tiny"), layers)
         workload = _workload(batch, length, lengths, pack, where)
         chosen = sides.parse_sides("ours" if ablate else side_names, modes)
-        plan = Plan(known, shape, workload, chosen, fp8, where, attention, replays, rounds, cosine_inputs, together)
+        attentions = (attention or (models.OURS if pack else "sdpa"), stock_attention)
+        plan = Plan(known, shape, workload, chosen, fp8, where, *attentions, replays, rounds, cosine_inputs, together)
         console.print(Text(f"{known}, random weights, {shape.layers} layers, on {where}: {workload}"), soft_wrap=True)
         with stages(console, 4 if together else 4 + len(chosen)) as stage:
             if ablate:

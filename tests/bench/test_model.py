@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_eager_bf16_is_its_own_reference() -> None:
     assert len(side["rounds_ms"]) == 2 and side["compile_s"] is None and side["breakdown"] == {}
     assert side["tokens_per_s"] == pytest.approx(16 / side["step_ms"] * 1e3, rel=1e-2)
     assert found["floor"]["ms"] > 0
+
+
+def test_packed_attention_of_ours_is_sdpas() -> None:
+    pytest.importorskip("transformers")
+    eager = Side("packed", "eager")
+    found = run(dataclasses.replace(plan(sides=[eager], fp8="none"), workload=Workload((5, 9, 2), True), others="inductor_ext"))
+    (side,) = found["sides"]
+    assert not side["error"], side["error"]
+    assert side["cosine_to_bf16"]["inputs"] == 3 and side["cosine_to_bf16"]["min"] > 0.999
 
 
 def test_a_side_that_fails_does_not_take_the_others_along() -> None:

@@ -35,6 +35,9 @@ def test_packed() -> None:
     assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3]] and inputs["input_ids"].shape == (1, 6)
     assert work.last_tokens(torch.arange(6.0).view(1, 6, 1)).flatten().tolist() == [1.0, 5.0]
     assert (work.rows, work.padded) == (6, False)
+    bounds = work.bounds("cpu")
+    assert bounds["cu_seq_lens_q"].tolist() == [0, 2, 6] and bounds["max_length_q"] == 4
+    assert Workload((2, 4)).bounds("cpu") == {}
 
 
 def test_lengths_as_a_list_or_a_distribution() -> None:

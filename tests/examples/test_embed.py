@@ -19,8 +19,8 @@ def tokenizer() -> Any:
     return embed.make_tokenizer()
 
 
-def make_model(tokenizer: Any) -> torch.nn.Module:
-    return embed.make_model(len(tokenizer), "cpu", torch.float32, "sdpa", tiny=True)
+def make_model(tokenizer: Any, attention: str = "sdpa") -> torch.nn.Module:
+    return embed.make_model(len(tokenizer), "cpu", torch.float32, attention, tiny=True)
 
 
 def test_tokenizer_is_bytes_and_an_end(tokenizer: Any) -> None:
@@ -40,8 +40,9 @@ def test_packs_keep_the_order_and_the_budget() -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_packed_is_one_at_a_time_and_nothing_is_recompiled(tokenizer: Any) -> None:
-    model = make_model(tokenizer)
+@pytest.mark.parametrize("attention", ["sdpa", "inductor_ext"])
+def test_packed_is_one_at_a_time_and_nothing_is_recompiled(tokenizer: Any, attention: str) -> None:
+    model = make_model(tokenizer, attention)
     texts = ["", *embed.made_up_texts(20, 30)]
     wanted = []
     for text in texts:
