@@ -57,19 +57,51 @@ __device__ __forceinline__ void store_half(const Raw<T, N>& raw, T* p) {
   }
 }
 
-template <typename T, typename Out, int N>
-__device__ __forceinline__ void rotate(const float (&y)[N], const float (&other)[N], const float (&cos)[N], const float (&sin)[N],
+template <typename T, int N>
+__device__ __forceinline__ void negate(Raw<T, N>& raw) {
+#pragma unroll
+  for (int i = 0; i < Raw<T, N>::kWords; ++i) raw.words[i] ^= sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
+}
+
+// y * cos + other * sin to memory.
+template <typename In, typename Table, typename Out, int N>
+__device__ __forceinline__ void rotate(const Raw<In, N>& y, const Raw<In, N>& other, const Raw<Table, N>& cos, const Raw<Table, N>& sin,
                                        Out* out) {
   float a[N], b[N];
+  if constexpr (std::is_same_v<In, Table>) {
+    Raw<In, N> one = y, two = other;
+    one.multiply(cos), two.multiply(sin);
+    one.unpack(a), two.unpack(b);
+  } else {
+    static_assert(std::is_same_v<Table, float>, "tables are of x's dtype, or make everything fp32");
+    float c[N], s[N];
+    y.unpack(a), other.unpack(b), cos.unpack(c), sin.unpack(s);
 #pragma unroll
-  for (int e = 0; e < N; ++e) a[e] = __fmul_rn(y[e], cos[e]), b[e] = __fmul_rn(other[e], sin[e]);
-  round_to<T>(a), round_to<T>(b);
+    for (int e = 0; e < N; ++e) a[e] = __fmul_rn(a[e], c[e]), b[e] = __fmul_rn(b[e], s[e]);
+  }
 #pragma unroll
   for (int e = 0; e < N; ++e) a[e] = __fadd_rn(a[e], b[e]);
-  if constexpr (!std::is_same_v<T, Out>) round_to<T>(a);
-  Raw<Out, N> raw;
-  raw.pack(a);
-  store_half(raw, out);
+  Raw<Out, N> sum;
+  sum.pack(a);
+  store_half(sum, out);
+}
+
+// One half of a head, normalised: y = norm(x * factor, weight), rounded to In.
+template <typename Norm, typename In, typename W, int N>
+__device__ __forceinline__ void normalise(Raw<In, N>& x, float factor, const Raw<W, N>& weight) {
+  float v[N];
+  x.unpack(v);
+#pragma unroll
+  for (int e = 0; e < N; ++e) v[e] = __fmul_rn(v[e], factor);
+  if constexpr (std::is_same_v<Norm, CastThenWeight> && std::is_same_v<W, In>) {
+    x.pack(v);
+    x.multiply(weight);
+  } else {
+    float w[N];
+    weight.unpack(w);
+    Norm::template apply<In>(v, w);
+    x.pack(v);
+  }
 }
 
 constexpr int kQkBlock = 128;
@@ -77,7 +109,6 @@ constexpr int kQkBlock = 128;
 // L lanes hold a half of a head as U vectors of E elements each; N heads in flight.
 template <typename In, typename W, typename Table, typename Out, typename Norm, int L, int E, int U, int N>
 __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p) {
-  using T = std::conditional_t<std::is_same_v<In, Table>, In, float>;
   const int lane = threadIdx.x % L;
   const uint32_t group = blockIdx.x * (kQkBlock / L) + threadIdx.x / L;
   const bool active = group < p.groups;
@@ -145,28 +176,16 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = (u * L + lane) * E;
-    float c[2][E], s[2][E];
-    cos_low[u].unpack(c[0]), cos_high[u].unpack(c[1]), sin_low[u].unpack(s[0]), sin_high[u].unpack(s[1]);
-#pragma unroll
-    for (int e = 0; e < E; ++e) s[0][e] = -s[0][e];  // (-y) * sin = y * (-sin), whatever the rounding
+    negate(sin_low[u]);  // (-y) * sin = y * (-sin), whatever the rounding
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (!active || i >= p.half || first + n >= side.heads) continue;
-      float a[E], b[E];
-      low[n][u].unpack(a), high[n][u].unpack(b);
       if constexpr (Norm::kNorm) {
-        float w[E];
-#pragma unroll
-        for (int e = 0; e < E; ++e) a[e] = __fmul_rn(a[e], factor[n]), b[e] = __fmul_rn(b[e], factor[n]);
-        weight_low[u].unpack(w);
-        Norm::template apply<In>(a, w);
-        weight_high[u].unpack(w);
-        Norm::template apply<In>(b, w);
-        round_to<In>(a), round_to<In>(b);
+        normalise<Norm>(low[n][u], factor[n], weight_low[u]), normalise<Norm>(high[n][u], factor[n], weight_high[u]);
       }
       Out* to = out + n * (2 * p.half) + i;
-      rotate<T>(a, b, c[0], s[0], to);
-      rotate<T>(b, a, c[1], s[1], to + p.half);
+      rotate(low[n][u], high[n][u], cos_low[u], sin_low[u], to);
+      rotate(high[n][u], low[n][u], cos_high[u], sin_high[u], to + p.half);
     }
   }
 }

@@ -89,7 +89,11 @@ struct Raw {
       if constexpr (std::is_same_v<T, float>) {
         words[i] = __float_as_uint(__fmul_rn(__uint_as_float(words[i]), __uint_as_float(other.words[i])));
       } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(other.words[i]));
+#else  // plus -0.0, which changes nothing
+        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(words[i]) : "r"(other.words[i]), "r"(0x80008000u));
+#endif
       } else {
         asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(other.words[i]));
       }
