@@ -1,6 +1,6 @@
-"""Producers fused with a row's FP8 quantisation, against stock Inductor and a device copy.
+"""Producers fused with a row's FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
 
-    python benchmarks/kernels/producers.py --out benchmarks/results/h200/producers.json
+    python benchmarks/kernels/producers.py --out benchmarks/results/h200/producers.json        (--only rope: those alone)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -9,7 +9,7 @@ to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many b
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +21,16 @@ from rich.table import Table
 from benchmarks import timing
 from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
+from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
+from inductor_ext.kernels.qk_norm_rope.op import rotate_half
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024), (65536, 1024), (1, 4096), (128, 4096), (65536, 8192))
 ACT_MUL_SHAPES = ((1, 3072), (16, 3072), (128, 3072), (1024, 3072), (7168, 3072), (1, 14336), (128, 14336), (7168, 14336))
+ROPE_TOKENS, ROPE_HEADS = (1, 16, 128, 1024, 7168), ((16, 8, 128), (32, 8, 128))  # heads of q, of k, their columns
+LONGEST = 512  # tokens of a sequence
 ROUNDS = 3
 Calls = tuple[int, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]]
 
@@ -89,6 +93,34 @@ def act_mul(rows: int, columns: int, halves: bool) -> Calls:
     return rows * (columns * 5 + 4), make
 
 
+def qk_rope(tokens: int, heads: tuple[int, int, int], normed: bool) -> Calls:
+    """RoPE of q and k, columns of one qkv buffer, with the norm of each head or without; stock is Hugging Face's lines."""
+    count, kv_count, columns = heads
+    length = min(tokens, LONGEST)
+    sizes = [count * columns, kv_count * columns, kv_count * columns]
+
+    def stock(qkv: torch.Tensor, q_weight: Any, k_weight: Any, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        q, k, _ = (each.unflatten(-1, (-1, columns)) for each in qkv.split(sizes, -1))
+        if normed:
+            q, k = normalise(q, q_weight, 1e-6, "cast mul"), normalise(k, k_weight, 1e-6, "cast mul")
+        q, k, cos, sin = q.transpose(1, 2), k.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+    compiled = torch.compile(stock, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        qkv = torch.randn(tokens // length, length, sum(sizes), device="cuda").to(BF16)
+        weights = [torch.rand(columns, device="cuda").to(BF16) if normed else None for _ in range(2)]
+        angles = torch.randn(1, length, columns, device="cuda")
+        tables = angles.cos().to(BF16), angles.sin().to(BF16)
+        q, k, _ = (each.unflatten(-1, (-1, columns)) for each in qkv.split(sizes, -1))
+        outs = [torch.empty(each.shape, device="cuda", dtype=BF16) for each in (q, k)]
+        call = (q, k, *weights, *tables, 1e-6, "cast mul" if normed else "", BF16)
+        return lambda: compiled(qkv, *weights, *tables), lambda: QK_NORM_ROPE._call(*call, out0=outs[0], out1=outs[1])
+
+    return 4 * tokens * (count + kv_count) * columns + 4 * length * columns, make
+
+
 def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     torch._dynamo.reset()
     moved, make = calls
@@ -107,15 +139,26 @@ def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("producers.json")) -> None:
-    registry.ops()
-    rows = []
+def works() -> Iterator[tuple[str, int, int, Calls]]:
     for shape in SHAPES:
-        rows.append(measure("rms_norm + quantise", *shape, rms_norm(*shape, residual=False)))
-        rows.append(measure("rms_norm + residual + quantise", *shape, rms_norm(*shape, residual=True)))
+        yield "rms_norm + quantise", *shape, rms_norm(*shape, residual=False)
+        yield "rms_norm + residual + quantise", *shape, rms_norm(*shape, residual=True)
     for shape in ACT_MUL_SHAPES:
-        rows.append(measure("silu·mul + quantise, halves", *shape, act_mul(*shape, halves=True)))
-        rows.append(measure("silu·mul + quantise, two buffers", *shape, act_mul(*shape, halves=False)))
+        yield "silu·mul + quantise, halves", *shape, act_mul(*shape, halves=True)
+        yield "silu·mul + quantise, two buffers", *shape, act_mul(*shape, halves=False)
+    for heads in ROPE_HEADS:
+        for tokens in ROPE_TOKENS:
+            columns = (heads[0] + heads[1]) * heads[2]
+            yield "rope of q and k", tokens, columns, qk_rope(tokens, heads, normed=False)
+            yield "rope of q and k, normalised", tokens, columns, qk_rope(tokens, heads, normed=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("producers.json"),
+    only: Annotated[str, typer.Option(help="Only works whose name holds this.")] = "",
+) -> None:
+    registry.ops()
+    rows = [measure(*work) for work in works() if only in work[0]]
     timing.write_json(out, {"rows": rows})
     table = Table(*rows[0])
     for row in rows:

@@ -1,4 +1,4 @@
-"""The kernels of scaled_mm, rms_norm_quantize and act_mul_quantize once each, small, for compute-sanitizer.
+"""The kernels of scaled_mm, rms_norm_quantize, act_mul_quantize and qk_norm_rope once each, small, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python benchmarks/kernels/scaled_mm_sanitize.py     (racecheck, initcheck, synccheck)
 """
@@ -26,6 +26,14 @@ def product(config: str, m: int, n: int, k: int, fast: bool) -> None:
     torch.ops.inductor_ext.scaled_mm.out(*lists, BF16, fast, True, config, out=out)
 
 
+def rotations(tokens: int, columns: int, normed: bool) -> None:
+    """q and k are columns of one buffer, and end where it ends."""
+    k, q = torch.randn(2, tokens, 9 * columns).to(BF16).cuda().unflatten(-1, (9, columns)).split([2, 7], 2)
+    weights = [torch.rand(columns).to(BF16).cuda() if normed else None for _ in range(2)]
+    cos, sin = (torch.randn(1, tokens, columns).to(BF16).cuda() for _ in range(2))
+    torch.ops.inductor_ext.qk_norm_rope(q, k, *weights, cos, sin, 1e-6, "cast mul" if normed else "", BF16)
+
+
 def main() -> None:
     registry.ops()
     for config in CONFIGS:
@@ -42,6 +50,10 @@ def main() -> None:
     for columns in (64, 100, 3072, 16384):
         gate, up = torch.randn(9, 2 * columns).to(BF16).cuda().chunk(2, dim=-1)
         torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    for columns in (30, 64, 72, 80, 128, 136, 192, 256):
+        for tokens in (3, 1200):
+            rotations(tokens, columns, normed=True)
+            rotations(tokens, columns, normed=False)
     torch.cuda.synchronize()
     print("sanitize: ran")
 
