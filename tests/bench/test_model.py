@@ -163,6 +163,23 @@ def test_a_side_that_fails_does_not_take_the_others_along() -> None:
     assert "no rule is called 'nope'" in found["sides"][1]["error"] and found["sides"][1]["step_ms"] is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", ["row", "tensor", "static"])
+def test_on_a_gpu(recipe: str) -> None:
+    """torchao quantises, steps are graph replays, and every kernel of the step has a class that is known."""
+    pytest.importorskip("torchao")
+    chosen = [sides.SIDES["eager"], sides.SIDES["ours"]]
+    found = run(plan(sides=chosen, device="cuda", fp8=recipe, workload=Workload((64, 64)), together=True))
+    assert "by torchao" in found["quantisation"] and "CUDA-graph replays" in found["how_timed"]
+    for side in found["sides"]:
+        assert not side["error"], side["error"]
+        assert side["breakdown"]["GEMM"]["launches"] >= 1 and side["breakdown"]["attention"]["launches"] >= 1
+        assert "other" not in side["breakdown"], side["kernels"]
+        assert side["cosine_to_bf16"]["min"] > 0.98
+    assert found["sides"][1]["rewrites"]
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

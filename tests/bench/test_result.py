@@ -34,6 +34,7 @@ KERNELS = {
     "void inductor_ext::rms_norm_quantize_kernel<128>(inductor_ext::RmsNormQuantizeParams)": MEMORY,
     "void at::native::vectorized_elementwise_kernel<8, at::native::FillFunctor<int>, std::array<char*, 1ul> >(int)": MEMORY,
     "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, unsigned int, 4, 64, 64>(float*)": MEMORY,
+    "void at::native::(anonymous namespace)::indexSelectLargeIndex<c10::BFloat16, long, unsigned int>(int)": MEMORY,
     "Memset (Device)": MEMSET,
     "Memcpy DtoD (Device -> Device)": MEMSET,
     "somebody_elses_kernel": OTHER,
