@@ -29,7 +29,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"inductor_ext::.*(scaled|grouped)_mm", GEMM),
     (r"(?i)nvjet|gemm|cutlass::device_kernel|cutlass_\d|splitk|gemv", GEMM),
     (r"inductor_ext::", MEMORY),
-    (r"at::native::|elementwise|vectorized|reduce_kernel|CatArray|index|[Nn]orm|softmax|copy|scatter|gather|fill|arange", MEMORY),
+    (r"at::native::|elementwise|vectorized|reduce_kernel|index|[Nn]orm|softmax|copy|scatter|gather|fill|arange", MEMORY),
 )
 
 
