@@ -194,7 +194,7 @@ def ordered(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(given: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> None:
-    """Byte for byte without a norm. With one, y may be one unit off in few places: 2 units of the largest term of its sum."""
+    """Byte for byte without a norm. With one, y may be a unit off in few places, and so a result by units of its largest term."""
     q, k, weights, cos, sin = given
     found = call(*given, norm, dtype, eps)
     wanted = OP.reference(q, k, *weights, cos, sin, eps, norm, dtype or q.dtype)
@@ -212,8 +212,9 @@ def check(given: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> None:
         apart = (a.double() - b.double()).abs()
         assert (apart <= 4 * unit * max(1.0, float(b.abs().max()))).all()
         if a.dtype is not FP32:
-            assert float((ordered(a) != ordered(b)).float().mean()) < 0.02, "more than a rare rounding differs"
-            assert float(((ordered(a) - ordered(b)).abs() > 1).float().mean()) < 0.005
+            units = (ordered(a) - ordered(b)).abs()
+            assert int((units != 0).sum()) <= 3 + a.numel() // 50, "more than a rare rounding differs"
+            assert int((units > 1).sum()) <= 1 + a.numel() // 200
 
 
 @gpu
