@@ -27,6 +27,10 @@ from inductor_ext.settings import RuleMode
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
+#: Of ‖a - b‖ / ‖b‖ for a rule that is not exact. bf16 rounds to 2⁻⁹ = 2e-3; sums taken in another order, and what another
+#: rounding does to a few elements that are quantised to FP8 again, stay under this. A wrong operand or scale does not.
+TOLERANCE = 1e-2
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -80,7 +84,8 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rewrite. ``exact``: the result equals the eager nodes', byte for byte; ``cost`` says what it costs if not.
+    """One rewrite. ``exact``: the result equals the eager nodes', byte for byte; ``cost`` says what it costs if not, and
+    ``tolerance`` how far a graph's outputs may then move: ‖a - b‖ / ‖b‖.
 
     ``environment`` says what else than the graph and the settings its guard asks, such as libraries that are installed: a graph
     that was compiled in another environment is not taken from Inductor's caches.
@@ -93,6 +98,7 @@ class Rule:
     replace: Callable[[Match], None]
     exact: bool = True
     cost: str = ""
+    tolerance: float = TOLERANCE
     environment: Callable[[], tuple[str, ...]] = tuple
     matches: tuple[Example, ...] = ()
     near_misses: tuple[Example, ...] = ()

@@ -289,6 +289,9 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost="another kernel: softmax and its sums are taken in another order",
+    # Any element may move by one place of bf16. Where a row is quantised to FP8 next, as before o_proj, its scale moves
+    # with it and some elements land on the next FP8 step: 0.025 was seen of one layer's outputs, stock being 0.046 from eager.
+    tolerance=5e-2,
     environment=implementations.versions,
     matches=(
         Example("causal", _causal, _projected),

@@ -105,9 +105,9 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    import inductor_ext
+    from inductor_ext import registry
 
-    assert inductor_ext.backend  # the operators are defined when the package is imported
+    registry.ops()  # defines the operators
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
