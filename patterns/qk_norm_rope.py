@@ -11,7 +11,7 @@ them that needs the first; else each is a call of its own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return None
     if isinstance(found, Failure):
         return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
-    partner = _partner(found, context.forced)
+    partner = _partner(found, node, context.forced)
     ropes = [found] if partner is None else sorted((found, partner), key=lambda each: each.end)
     heads = " and ".join(str(each.x.value.shape[2]) for each in ropes)
     norm = f"norm {found.norm.norm!r}" if found.norm else "no norm"
@@ -75,22 +75,22 @@ def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(known_equal(size, 1) or known_equal(one, two) for size, one, two in pairs)
 
 
-def _partner(found: Rope, forced: bool) -> Rope | None:
-    """The nearest other rotation that can be in one call with ``found``: a later one if there is one."""
-    later = earlier = None
-    for add in dict.fromkeys(_rotations_by(in_order(found.cos.node))):
-        other = _usable(add, forced)
-        if not isinstance(other, Rope) or other.end is found.end or not _alike(found, other):
+#: How many rotations before and after one are looked at for its partner. All layers share their tables, so there are many.
+NEAREST = 2
+
+
+def _partner(found: Rope, add: Node, forced: bool) -> Rope | None:
+    """The nearest other rotation that can be in one call with ``found``, which ends in ``add``: a later one if there is one."""
+    others = sorted(other for other in set(_rotations_by(in_order(found.cos.node))) if other is not add)
+    earlier = [other for other in others if other < add]
+    for other in (*others[len(earlier) :][:NEAREST], *earlier[: -NEAREST - 1 : -1]):
+        rotation = _usable(other, forced)
+        if not isinstance(rotation, Rope) or not _alike(found, rotation):
             continue
-        one, two = sorted((found, other), key=lambda each: each.end)
-        place = _place((one, two))
-        if any(hoist(needed, place, move=False) is not None for needed in (*one.inputs, *two.inputs)):
-            continue
-        if two is other and (later is None or two.end < later.end):
-            later = two
-        if one is other and (earlier is None or earlier.end < one.end):
-            earlier = one
-    return later or earlier
+        place = _place(sorted((found, rotation), key=lambda each: each.end))
+        if all(hoist(needed, place, move=False) is None for needed in (*found.inputs, *rotation.inputs)):
+            return rotation
+    return None
 
 
 def _rotations_by(table: Node) -> Iterator[Node]:
@@ -102,7 +102,7 @@ def _rotations_by(table: Node) -> Iterator[Node]:
             yield from (add for add in user.users if is_call(add, aten.add.Tensor))
 
 
-def _place(ropes: Iterable[Rope]) -> Node:
+def _place(ropes: Sequence[Rope]) -> Node:
     """The node before which a call for ``ropes``, in the graph's order, has to stand: the last of them, or their first user."""
     ends = [each.end for each in ropes]
     return min([ends[-1], *(user for end in ends for user in end.users)])

@@ -194,7 +194,7 @@ def ordered(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(given: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> None:
-    """Byte for byte without a norm. With one, y may be a unit off in few places, and so a result by units of its largest term."""
+    """Byte for byte without a norm. With one, y may be a unit off in few places, and a result by units of its largest term."""
     q, k, weights, cos, sin = given
     found = call(*given, norm, dtype, eps)
     wanted = OP.reference(q, k, *weights, cos, sin, eps, norm, dtype or q.dtype)
