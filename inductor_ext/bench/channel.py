@@ -6,6 +6,7 @@ Not stdout: what libraries print there goes to the side's log.
 from __future__ import annotations
 
 import json
+import select
 import socket
 from typing import Any
 
@@ -19,8 +20,10 @@ class Channel:
         self.file.write(json.dumps(message) + "\n")
         self.file.flush()
 
-    def receive(self) -> dict[str, Any] | None:
-        """The next message; None when the other process is gone."""
+    def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The next message; None when the other process is gone. ``TimeoutError`` when it says nothing for so long."""
+        if timeout_s is not None and not select.select([self.end], [], [], max(0.0, timeout_s))[0]:
+            raise TimeoutError
         try:
             line = self.file.readline()
         except ConnectionError:

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Plan:
     rounds: int = 3
     cosine_inputs: int = 8
     together: bool = False
+    limit_s: float | None = None  # for a side to become ready
     warm: bool = True  # build our kernels beforehand, so that compile seconds are those of a warm kernel cache
 
     def job(self, side: Side, folder: Path, reference: bool = False) -> Job:
@@ -77,6 +79,7 @@ class Process:
         self.kernels: list[Any] = []
         self.embeddings = ""
         self.error = ""
+        self.started = time.monotonic()
         here, there = socket.socketpair()
         os.set_inheritable(there.fileno(), True)
         command = [sys.executable, "-m", "inductor_ext.bench.worker", str(there.fileno()), job.to_json()]
@@ -87,9 +90,14 @@ class Process:
         there.close()
         self.channel = Channel(here)
 
-    def receive(self) -> dict[str, Any]:
-        """The next answer; empty, with ``error`` set, when the process has ended instead."""
-        answer = self.channel.receive()
+    def receive(self, limit_s: float | None = None) -> dict[str, Any]:
+        """The next answer; empty, with ``error`` set, when the process has ended instead or took longer than its limit."""
+        try:
+            answer = self.channel.receive(limit_s and self.started + limit_s - time.monotonic())
+        except TimeoutError:
+            self.error = f"the process of {self.side.name!r} was not ready after {limit_s:g} s"
+            self.process.kill()
+            return {}
         if answer is None:
             code = self.process.wait()
             tail = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
@@ -165,12 +173,12 @@ def _started(plan: Plan, scratch: Path, stage: Stage) -> Iterator[list[Process]]
         if plan.together:
             with stage(f"Compiling {len(jobs)} sides together"):
                 for process in [start(job) for job in jobs]:
-                    process.ready = process.receive()
+                    process.ready = process.receive(plan.limit_s)
         else:
             for job in jobs:
                 with stage(f"{'Compiling' if job.side.backend != 'eager' else 'Building'} {job.side.name}"):
                     process = start(job)
-                    process.ready = process.receive()
+                    process.ready = process.receive(plan.limit_s)
         yield found
     finally:
         for process in found:

@@ -47,6 +47,7 @@ def model(
     together: Annotated[
         bool, typer.Option("--together", help="Compile all sides at once; compile seconds then mean nothing.")
     ] = False,
+    limit: Annotated[float | None, typer.Option(min=1, help="Seconds after which a side not compiled is given up.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the result; needs matplotlib.")] = None,
@@ -74,7 +75,7 @@ def model(
         workload = _workload(batch, length, lengths, pack, where)
         chosen = sides.parse_sides("ours" if ablate else side_names, modes)
         attentions = (attention or (models.OURS if pack else "sdpa"), stock_attention)
-        plan = Plan(known, shape, workload, chosen, fp8, where, *attentions, replays, rounds, cosine_inputs, together)
+        plan = Plan(known, shape, workload, chosen, fp8, where, *attentions, replays, rounds, cosine_inputs, together, limit)
         console.print(Text(f"{known}, random weights, {shape.layers} layers, on {where}: {workload}"), soft_wrap=True)
         with stages(console, 4 if together else 4 + len(chosen)) as stage:
             if ablate:

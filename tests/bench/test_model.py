@@ -126,6 +126,8 @@ def test_channel() -> None:
     here, there = (Channel(end) for end in socket.socketpair())
     here.send(ask="time", replays=3)
     assert there.receive() == {"ask": "time", "replays": 3}
+    with pytest.raises(TimeoutError):
+        there.receive(0.01)
     here.close()
     assert there.receive() is None
 
@@ -144,6 +146,12 @@ def test_eager_bf16_is_its_own_reference() -> None:
     assert len(side["rounds_ms"]) == 2 and side["compile_s"] is None and side["breakdown"] == {}
     assert side["tokens_per_s"] == pytest.approx(16 / side["step_ms"] * 1e3, rel=1e-2)
     assert found["floor"]["ms"] > 0
+
+
+def test_a_side_that_takes_too_long_is_given_up() -> None:
+    pytest.importorskip("transformers")
+    (side,) = run(plan(limit_s=0.01))["sides"]
+    assert side["error"] == "the process of 'eager' was not ready after 0.01 s" and side["step_ms"] is None
 
 
 def test_packed_attention_of_ours_is_sdpas() -> None:
