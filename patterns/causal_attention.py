@@ -65,8 +65,12 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             return context.refuse(node, allowed.reason, wanted=allowed.wanted, found=allowed.found)
         band = band.and_(allowed)
     k, v = attention.before_repeat(found.k), attention.before_repeat(found.v)
-    if not known_equal(value_of(k).shape[1], value_of(v).shape[1]):
-        k, v = found.k, found.v
+    if (
+        not known_equal(value_of(k).shape[1], value_of(v).shape[1])
+        or value_of(k).stride(-1) != 1
+        or value_of(v).stride(-1) != 1
+    ):
+        k, v = found.k, found.v  # as they are repeated
     gains = [gain for gain, there in (("no mask", found.bias is not None), ("K and V as they are", k is not found.k)) if there]
     if not gains and not context.forced:
         return context.refuse(node, "nothing to gain", wanted="a mask, or repeated heads of K and V", found=describe(node))

@@ -111,6 +111,10 @@ def library(
     left: int, right: int, softcap: float, padded: bool, implementation: str, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """A call on a GPU: the library of an earlier call like it, or the first that does it without raising."""
+    if q.device.index is not None and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):  # libraries launch on the current device's stream
+            library(q, k, v, cu_seqlens, max_seqlen, scale, left, right, softcap, padded, implementation, out)
+        return
     if padded and cu_seqlens is not None:
         out.zero_()
     if out.numel() == 0:
@@ -131,6 +135,8 @@ def library(
         try:
             run = found.load(importlib.import_module(found.module) if found.module else torch)
             run(*rest)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a kernel that is compiled at its first call fails in ways of its own
             implementations.broken(found.name, error)
             continue

@@ -259,6 +259,17 @@ def test_a_library_that_fails_is_replaced_by_the_next(
 
 
 @pytest.mark.usefixtures("on_a_gpu")
+def test_running_out_of_memory_is_no_librarys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    module(monkeypatch, "flash_attn", flash_attn_func=hungry)
+    with pytest.raises(torch.OutOfMemoryError):
+        library(*operands(1, 9, dtype=BF16), None, 0, -1, 0, "flash_attn_2")
+    assert implementations._broken == {}
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 def test_without_any_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementations, "_absent", lambda each: "not installed")
     q, k, v = operands(9, dtype=BF16)

@@ -196,6 +196,17 @@ def test_refusals_on_a_gpu() -> None:
     assert refusals(explained(strided, *shapes, rules={"causal_attention": "always"})) == ["input layout"]
 
 
+def test_heads_that_only_their_repetition_makes_readable_stay_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "flash_attn_4")
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        k, v = (x.transpose(2, 3)[:, :, None].expand(2, 2, 2, 24, 64).reshape(2, 4, 24, 64) for x in (k, v))
+        return CUDNN(q, k, v, bias_of(q, lambda i, j: j <= i), False)[0] * 2
+
+    found = explained(attend, (2, 4, 24, 64), (2, 2, 64, 24), (2, 2, 64, 24))
+    assert detail(found).startswith("causal, 4/4 heads of 64")
+
+
 # ---- a transformers model --------------------------------------------------------------------------------------------
 
 
