@@ -78,10 +78,10 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     chosen = _choose(plan, context)
     if isinstance(chosen, Refusal):
         return chosen
-    title, why = chosen
-    plan = dataclasses.replace(plan, implementation=title.name if title else "cpu")
+    library, why = chosen
+    plan = dataclasses.replace(plan, implementation=library.name if library else "cpu")
     heads = f"{value_of(found.q).shape[1]}/{value_of(k).shape[1]} heads of {value_of(found.q).shape[3]}"
-    detail = f"{_named(band)}, {heads}, {title.title if title else 'reference'}" + (f" ({why})" if why else "")
+    detail = f"{_named(band)}, {heads}, {library.title if library else 'reference'}" + (f" ({why})" if why else "")
     made = () if _as_aten(plan) else (Call(OP, _arguments(plan, value_of)),)
     return Match(node, made, detail, ", ".join(gains) or "forced", plan)
 
