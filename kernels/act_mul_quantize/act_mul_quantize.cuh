@@ -73,8 +73,9 @@ template <typename In, typename Act, typename Fp8, bool Saturated, typename Scal
 __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
     act_mul_quantize_kernel(const __grid_constant__ ActMulQuantizeParams p) {
   __shared__ uint32_t shared[32];
-  const auto [row, lane, threads] = RowPlace<Threads>::here();
-  const bool active = row < p.rows;
+  const auto place = RowPlace<Threads>::of(p.rows);
+  const int64_t row = place.row;
+  const bool active = row >= 0;
   const In* gate = static_cast<const In*>(p.gate) + row * p.gate_pitch;
   const In* up = static_cast<const In*>(p.up) + row * p.up_pitch;
 
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   wait_for_previous_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int i = u * threads + lane;
+    const int i = u * place.threads + place.lane;
     y[u].zero(), factor[u].zero();
     if (active && i < p.cols) y[u].load(gate + i * E), factor[u].load(up + i * E);
   }
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
     y[u].pack(v);
     y[u].multiply(factor[u]);
   }
-  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(y, p.consts, shared, active, p.cols,
+  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(y, place, p.consts, shared, p.cols,
                                                                      static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
 }
 

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
   const uint32_t group = blockIdx.x * (kQkBlock / L) + threadIdx.x / L;
   const bool active = group < p.groups;
   const uint32_t parts = p.side[0].parts + p.side[1].parts;
-  const uint32_t token = active ? group / parts : 0;
-  const uint32_t part = active ? group - token * parts : 0;
+  const uint32_t from_end = active ? p.groups - 1 - group : 0;  // what the product ahead wrote last is still in L2
+  const uint32_t token = from_end / parts, part = from_end - token * parts;
   const uint32_t batch = token / p.sequence, at = token - batch * p.sequence;
   const bool of_k = part >= p.side[0].parts;
   const QkSide& side = p.side[of_k];

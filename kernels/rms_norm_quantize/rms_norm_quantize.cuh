@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
     rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
   __shared__ uint32_t shared_max[32];
   __shared__ float shared_sum[32];
-  const auto place = RowPlace<Threads>::here();
+  const auto place = RowPlace<Threads>::of(p.rows);
   const int64_t row = place.row;
-  const bool active = row < p.rows;
+  const bool active = row >= 0;
   const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
   const In* residual = static_cast<const In*>(p.residual) + row * p.residual_pitch;
   In* total = static_cast<In*>(p.total) + row * p.cols * E;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
       raw[u].pack(v);
     }
   }
-  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(raw, p.consts, shared_max, active, p.cols,
+  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(raw, place, p.consts, shared_max, p.cols,
                                                                      static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
 }
 

@@ -15,18 +15,21 @@ namespace inductor_ext {
 constexpr int kWholeBlock = 0;
 constexpr int kRowsBlock = 128;  // threads of a block that has several rows
 
-// Where a thread is: its row, its place among the threads of that row, and how many those are.
+// Where a thread is: its row, negative for none, its place among the threads of that row, and how many those are.
+//
+// Rows are taken from the last to the first: what the kernel ahead wrote last is still in L2, and what this one writes last is
+// what the next one, a product that begins with the first rows, reads first.
 template <int Threads>
 struct RowPlace {
   int64_t row;
   int lane, threads;
 
-  __device__ static __forceinline__ RowPlace here() {
+  __device__ static __forceinline__ RowPlace of(int64_t rows) {
     if constexpr (Threads == kWholeBlock) {
-      return {static_cast<int64_t>(blockIdx.x), static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+      return {rows - 1 - blockIdx.x, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
     } else {
-      const int64_t first = static_cast<int64_t>(blockIdx.x) * (kRowsBlock / Threads);
-      return {first + threadIdx.x / Threads, static_cast<int>(threadIdx.x % Threads), Threads};
+      const int64_t before = static_cast<int64_t>(blockIdx.x) * (kRowsBlock / Threads);
+      return {rows - 1 - before - threadIdx.x / Threads, static_cast<int>(threadIdx.x % Threads), Threads};
     }
   }
 };
@@ -40,10 +43,10 @@ __device__ __forceinline__ float row_sum(float value, float* shared) {
   }
 }
 
-// `shared` has 32 words. Every thread of the block calls this; rows that are not `active` take part in the maximum only.
+// `shared` has 32 words. Every thread of the block calls this; those without a row take part in the maximum only.
 template <int Threads, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, typename In, int E, int U>
-__device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Consts& consts, uint32_t* shared, bool active, int64_t cols,
-                                             ScaleT* scale_of_row, uint8_t* out) {
+__device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const RowPlace<Threads>& at, const Consts& consts,
+                                             uint32_t* shared, int64_t cols, ScaleT* scale_of_row, uint8_t* out) {
   Amax<In> amax;
 #pragma unroll
   for (int u = 0; u < U; ++u) amax.merge(y[u]);
@@ -53,9 +56,8 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Con
   } else {
     bits = group_max<Threads>(bits);
   }
-  if (!active) return;
+  if (at.row < 0) return;
 
-  const auto at = RowPlace<Threads>::here();
   Env env{consts, nullptr};
   float scale[1] = {__uint_as_float(bits)};
   ScaleProgram::apply(ScaleProgram::prepare(env), scale);
