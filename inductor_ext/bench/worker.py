@@ -40,7 +40,7 @@ class Worker:
         self.job = job
         self.cuda = job.device == "cuda"
         self.rewrites: dict[str, int] = {}
-        if job.reference:
+        if job.reference and job.cosine_inputs:
             self.save("reference", self._build("sdpa"), "sdpa")
         self.inputs = self.texts(0, job.attention)
         model, self.how = quantize.quantize(lambda: self._build(job.attention), job.fp8, self._run, job.device)

@@ -31,7 +31,8 @@ Run = Callable[..., None]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What decides between libraries. ``left`` and ``right`` are the op's; ``packed``: there are ``cu_seqlens``."""
+    """What decides between libraries. ``left`` and ``right`` are the op's; ``packed``: there are ``cu_seqlens``; ``length``:
+    the tokens of a sequence, 0 if not known."""
 
     dtype: torch.dtype
     head_dim: int
@@ -40,6 +41,7 @@ class Problem:
     softcap: bool
     packed: bool
     capability: tuple[int, int]
+    length: int = 0
 
     @property
     def windowed(self) -> bool:
@@ -66,7 +68,7 @@ def choose(problem: Problem, *, known: tuple[str, ...] = (), only_runs: bool = F
     call.
     """
     reasons: list[str] = []
-    for each in IMPLEMENTATIONS:
+    for each in sorted(IMPLEMENTATIONS, key=lambda each: not _is_short_for(each, problem)):
         if only_runs and each.load is None:
             continue
         lacks = missing(each, problem, known)
@@ -74,6 +76,15 @@ def choose(problem: Problem, *, known: tuple[str, ...] = (), only_runs: bool = F
             return each, "; ".join(reasons)
         reasons.append(f"{each.title}: {lacks}")
     return None, "; ".join(reasons)
+
+
+#: Up to here cuDNN is ahead of flash-attn 4 on batches. On an H200, causal, 16 and 8 heads of 128, 7168 tokens in all: 29 and
+#: 52 µs in sequences of 128, 48 and 60 of 512, 75 and 81 of 1024, 427 and 349 in one.
+CUDNN_LENGTH = 2048
+
+
+def _is_short_for(each: Implementation, problem: Problem) -> bool:
+    return each.name == "cudnn" and 0 < problem.length <= CUDNN_LENGTH
 
 
 def missing(each: Implementation, problem: Problem, known: tuple[str, ...] = ()) -> str:
@@ -170,6 +181,15 @@ def _window(left: int, right: int) -> tuple[bool, tuple[int, int]]:
     return causal and left < 0, (-1, -1) if causal and left < 0 else (left, right)
 
 
+def _copy(found: torch.Tensor, cu_seqlens: torch.Tensor | None, out: torch.Tensor) -> None:
+    """What a library has allocated, into ``out``; rows past the last sequence, which it never wrote, stay ``out``'s."""
+    if cu_seqlens is None:
+        out.copy_(found)
+        return
+    inside = torch.arange(out.shape[0], device=out.device) < cu_seqlens[-1]
+    torch.where(inside.view(-1, 1, 1), found, out, out=out)
+
+
 def _load_flash_4(module: Any) -> Run:
     forward = importlib.import_module(f"{module.__name__}.interface")._flash_attn_fwd  # the public one takes no ``out``
 
@@ -203,7 +223,7 @@ def _load_flash(module: Any) -> Run:
             lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
             longest = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
             found = module.flash_attn_varlen_func(q, k, v, **lengths, **longest, **rest)
-        out.copy_(found[0] if isinstance(found, tuple) else found)
+        _copy(found[0] if isinstance(found, tuple) else found, cu_seqlens, out)
 
     return run
 
@@ -221,7 +241,7 @@ def _load_torch(_: Any) -> Run:
         if into is not None:
             into(out, *args, scale=scale, **bounds)
         else:
-            out.copy_(torch.ops.aten._flash_attention_forward(*args, scale=scale, **bounds)[0])
+            _copy(torch.ops.aten._flash_attention_forward(*args, scale=scale, **bounds)[0], cu_seqlens, out)
 
     return run
 

@@ -144,9 +144,11 @@ def library(
         return
 
 
-def problem_of(q: torch.Tensor, left: int, right: int, softcap: float, packed: bool) -> Problem:
+def problem_of(q: torch.Tensor, left: int, right: int, softcap: float, packed: bool, length: Any = 0) -> Problem:
+    """``length``: tokens of a sequence; a symbolic one counts as not known."""
     capability = torch.cuda.get_device_capability(q.device)
-    return Problem(q.dtype, int(q.shape[-1]), left, right, softcap > 0, packed, capability)
+    known = length if isinstance(length, int) else 0
+    return Problem(q.dtype, int(q.shape[-1]), left, right, softcap > 0, packed, capability, known)
 
 
 OP = Op(

@@ -166,6 +166,18 @@ def test_what_each_library_can_do(changes: dict[str, Any], able: list[str]) -> N
     assert [each.name for each in implementations.IMPLEMENTATIONS if not each.lacks(problem(**changes))] == able
 
 
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, "flash_attn_4"), ({"length": 7168}, "flash_attn_4"), ({"length": 512}, "cudnn"),
+        ({"length": 512, "packed": True}, "flash_attn_4"), ({"length": 512, "left": 31}, "flash_attn_4"),
+    ],
+)  # fmt: skip
+def test_cudnn_is_first_for_short_sequences(changes: dict[str, Any], first: str) -> None:
+    found, _ = implementations.choose(problem(**changes), known=tuple(ALL))
+    assert found is not None and found.name == first
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`library` takes CPU tensors for a GPU's, and starts with nothing known."""

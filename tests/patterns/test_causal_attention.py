@@ -24,6 +24,12 @@ FLASH = aten._scaled_dot_product_flash_attention
 EFFICIENT = aten._scaled_dot_product_efficient_attention
 
 
+@pytest.fixture(autouse=True)
+def _sequences_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few tokens here stand for many: libraries in the order of long sequences."""
+    monkeypatch.setattr(implementations, "CUDNN_LENGTH", 0)
+
+
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let these libraries, and no others, be there."""
     monkeypatch.setattr(implementations, "_absent", lambda each: "" if each.name in names else "not installed")
