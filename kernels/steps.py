@@ -197,7 +197,7 @@ def _number(text: str, token: str) -> float:
 # ---- what the op.py of every kernel that runs programs needs ---------------------------------------------------------
 
 
-def row_quantisation_types(dtype: torch.dtype, scale_program: str, program: str, fp8: torch.dtype) -> tuple[str, ...]:
+def quantisation_types(dtype: torch.dtype, scale_program: str, program: str, fp8: torch.dtype) -> tuple[str, ...]:
     """The C++ template arguments of a dynamic scale: Fp8, Saturated, ScaleT, ScaleProgram, Program; values are in ``dtype``."""
     return (
         CPP_FP8[fp8],

@@ -1,4 +1,4 @@
-"""act_mul_quantize: a gated activation and a row's FP8 quantisation become one kernel.
+"""act_mul_quantize: a gated activation and its dynamic FP8 quantisation become one kernel, or two for a whole tensor.
 
     y = act(gate) * up;  s = program(amax(|y|));  q = cast(clamp(y / s))   →   q, s = inductor_ext.act_mul_quantize(gate, up, …)
 
@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.graph import aten, call, describe, index_of, is_call, same_sizes, value_of
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
-from inductor_ext.patterns.support import fp8_chain, row_quantisation
+from inductor_ext.patterns.support import fp8_chain, quantisation
 from inductor_ext.patterns.support.expression import Expression
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
@@ -42,7 +42,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         if other is not None:
             wanted = "the product with up only"
             return context.refuse(step, "a step of the activation has a second user", wanted=wanted, found=describe(other))
-    found = row_quantisation.parse(chain, context)
+    found = quantisation.parse(chain, context)
     if isinstance(found, Refusal):
         return found
     for each in (gate, up):
@@ -50,7 +50,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             strides = f"{describe(each)} strides {list(value_of(each).stride())}"
             return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
     made = Call(OP, (value_of(gate), value_of(up), act, *found.arguments))
-    return Match(node, (made,), f"{act}, {found.detail}", "one pass over memory", (found, (gate, up, act, *found.arguments)))
+    return Match(node, (made,), f"{act}, {found.detail}", found.why, (found, (gate, up, act, *found.arguments)))
 
 
 def _gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
@@ -75,7 +75,7 @@ def replace(match: Match) -> None:
     with graph.inserting_before(min(found.nodes, key=order.__getitem__)):
         made = call(graph, OP.overload, *arguments, like=match.node)
         out, scale = (call(graph, operator.getitem, made, i, like=match.node) for i in range(2))
-        row_quantisation.put(graph, found, out, scale)
+        quantisation.put(graph, found, out, scale)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _gelu_tanh(gate: torch.Tensor, up: torch.Tensor) -> Any:
 
 RULE = Rule(
     name="act_mul_quantize",
-    doc="SiLU or GELU times up and a row's FP8 quantisation → one kernel",
+    doc="SiLU or GELU times up and its dynamic FP8 quantisation → one kernel",
     anchors=anchors,
     guard=guard,
     replace=replace,
@@ -115,6 +115,13 @@ RULE = Rule(
         Example("silu_dynamic_shape", _silu, _gate_and_up, dynamic=True),
         Example("gelu", lambda g, u: _quantise(u * torch.nn.functional.gelu(g)), _gate_and_up),
         Example("gelu_tanh", _gelu_tanh, _gate_and_up),
+        Example(
+            "one_scale_for_all",
+            lambda g, u: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(
+                torch.nn.functional.silu(g) * u
+            ),
+            _gate_and_up,
+        ),
         Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both),
     ),
     near_misses=(
@@ -125,12 +132,10 @@ RULE = Rule(
             reason="what is quantised has a second user",
         ),
         Example(
-            "one_scale_for_all",
-            lambda g, u: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(
-                torch.nn.functional.silu(g) * u
-            ),
-            _gate_and_up,
-            reason="the scale is not of the rows",
+            "static_scale",
+            lambda g, u, s: ((torch.nn.functional.silu(g) * u).float() / s).clamp(-448.0, 448.0).to(E4),
+            lambda device: (*_gate_and_up(device), torch.tensor(0.5, device=device)),
+            reason="the scale is static",
         ),
     ),
 )

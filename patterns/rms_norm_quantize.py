@@ -1,4 +1,4 @@
-"""rms_norm_quantize: RMSNorm, the residual added before it and a row's FP8 quantisation become one kernel.
+"""rms_norm_quantize: RMSNorm, the residual added before it and its dynamic FP8 quantisation become one kernel.
 
     t = x + residual;  y = rms_norm(t) * weight;  s = program(amax(|y|));  q = cast(clamp(y / s))
         →   q, s, t = inductor_ext.rms_norm_quantize(x, residual, weight, …)
@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.graph import call, describe, erase_dead, index_of, value_of
 from inductor_ext.kernels.rms_norm_quantize.op import OP
-from inductor_ext.patterns.support import fp8_chain, rms_norm, row_quantisation
+from inductor_ext.patterns.support import fp8_chain, quantisation, rms_norm
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
 
 E4 = torch.float8_e4m3fn
@@ -38,7 +38,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return None
     if isinstance(norm, fp8_chain.Failure):
         return context.refuse(norm.node, norm.reason, wanted=norm.wanted, found=norm.found)
-    found = row_quantisation.parse(chain, context)
+    found = quantisation.parse(chain, context)
     if isinstance(found, Refusal):
         return found
     inputs = norm.addends or (norm.total, None)
@@ -50,7 +50,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     rest = (norm.eps, norm.norm, *found.arguments)
     detail = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}, {found.detail}"
     made = Call(OP, (x, residual, value_of(norm.weight), *rest))
-    return Match(node, (made,), detail, "one pass over memory", (found, norm, (*inputs, norm.weight, *rest)))
+    return Match(node, (made,), detail, found.why, (found, norm, (*inputs, norm.weight, *rest)))
 
 
 def replace(match: Match) -> None:
@@ -61,7 +61,7 @@ def replace(match: Match) -> None:
     with graph.inserting_before(norm.total if fused else min(found.nodes, key=order.__getitem__)):
         made = call(graph, OP.overload, *arguments, like=match.node)
         out, scale, total = (call(graph, operator.getitem, made, i, like=match.node) for i in range(3))
-        row_quantisation.put(graph, found, out, scale)
+        quantisation.put(graph, found, out, scale)
     if fused and not norm.total._erased:
         total.meta["val"] = total_value
         norm.total.replace_all_uses_with(total)
@@ -113,6 +113,11 @@ RULE = Rule(
         Example("llama_dynamic_shape", lambda x, w: _quantise(_llama(x, w)), _inputs, dynamic=True),
         Example("gemma", lambda x, w: _quantise(_gemma(x, w)), _inputs),
         Example("torch", lambda x, w: _quantise(torch.nn.functional.rms_norm(x, (64,), w, 1e-6)), _inputs),
+        Example(
+            "one_scale_for_all",
+            lambda x, w: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(_llama(x, w)),
+            _inputs,
+        ),
         Example("residual_is_read_later", _residual, _with_residual),
     ),
     near_misses=(
@@ -123,10 +128,10 @@ RULE = Rule(
             reason="what is quantised has a second user",
         ),
         Example(
-            "one_scale_for_all",
-            lambda x, w: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(_llama(x, w)),
-            _inputs,
-            reason="the scale is not of the rows",
+            "static_scale",
+            lambda x, w, s: (_llama(x, w).float() / s).clamp(-448.0, 448.0).to(E4),
+            lambda device: (*_inputs(device), torch.tensor(0.5, device=device)),
+            reason="the scale is static",
         ),
     ),
 )

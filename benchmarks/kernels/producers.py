@@ -28,6 +28,7 @@ from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_S
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024), (65536, 1024), (1, 4096), (128, 4096), (65536, 8192))
+TENSOR_SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024), (65536, 1024), (1, 4096), (7168, 4096))
 ACT_MUL_SHAPES = ((1, 3072), (16, 3072), (128, 3072), (1024, 3072), (7168, 3072), (1, 14336), (128, 14336), (7168, 14336))
 ROPE_TOKENS, ROPE_HEADS = (1, 16, 128, 1024, 7168), ((16, 8, 128), (32, 8, 128))  # heads of q, of k, their columns
 LONGEST = 512  # tokens of a sequence
@@ -35,58 +36,59 @@ ROUNDS = 3
 Calls = tuple[int, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]]
 
 
-def quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """torchao's row-wise recipe."""
-    scale = (y.abs().amax(-1, keepdim=True) / 448.0).float()
+def quantise(y: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """torchao's recipe, row-wise or tensor-wise."""
+    amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
+    scale = (amax / 448.0).float()
     return (y.float() / scale).clamp(-448.0, 448.0).to(E4), scale
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor) -> Any:
-    return quantise(normalise(x, weight, 1e-6, "cast mul"))
+def scale_like(rows: int, granularity: str) -> torch.Tensor:
+    return torch.empty((rows, 1) if granularity == "row" else (), device="cuda")
 
 
-def norm_with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
-    total = x + residual
-    return *quantise(normalise(total, weight, 1e-6, "cast mul")), total
-
-
-def silu_mul_halves(gate_up: torch.Tensor) -> Any:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return quantise(torch.nn.functional.silu(gate) * up)
-
-
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> Any:
-    return quantise(torch.nn.functional.silu(gate) * up)
-
-
-def rms_norm(rows: int, columns: int, residual: bool) -> Calls:
+def rms_norm(rows: int, columns: int, residual: bool, granularity: str = "row") -> Calls:
     """Bytes that must move, and what makes one (stock, ours) pair of calls over buffers of its own."""
-    fn = norm_with_residual if residual else norm
-    compiled = torch.compile(fn, dynamic=False)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> Any:
+        return quantise(normalise(x, weight, 1e-6, "cast mul"), granularity)
+
+    def norm_with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+        total = x + residual
+        return *norm(total, weight), total
+
+    compiled = torch.compile(norm_with_residual if residual else norm, dynamic=False)
 
     def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
         x, other = (torch.randn(rows, columns, device="cuda").to(BF16) for _ in range(2))
         weight = torch.rand(columns, device="cuda").to(BF16)
         out = torch.empty(rows, columns, device="cuda", dtype=E4)
-        scale = torch.empty(rows, 1, device="cuda")
+        scale = scale_like(rows, granularity)
         total = torch.empty_like(x) if residual else x.new_empty(0)
         tensors = (x, other, weight) if residual else (x, weight)
-        call = (x, other if residual else None, weight, 1e-6, "cast mul", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        call = (x, other if residual else None, weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
         return lambda: compiled(*tensors), lambda: RMS_NORM._call(*call, out0=out, out1=scale, out2=total)
 
     return rows * (columns * (7 if residual else 3) + 4), make
 
 
-def act_mul(rows: int, columns: int, halves: bool) -> Calls:
+def act_mul(rows: int, columns: int, halves: bool, granularity: str = "row") -> Calls:
     """The same of a gated activation; gate and up are the halves of one buffer, or two."""
+
+    def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> Any:
+        return quantise(torch.nn.functional.silu(gate) * up, granularity)
+
+    def silu_mul_halves(gate_up: torch.Tensor) -> Any:
+        return silu_mul(*gate_up.chunk(2, dim=-1))
+
     compiled = torch.compile(silu_mul_halves if halves else silu_mul, dynamic=False)
 
     def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
         both = torch.randn(rows, 2 * columns, device="cuda").to(BF16)
         gate, up = both.chunk(2, dim=-1) if halves else both.view(2, rows, columns)
         out = torch.empty(rows, columns, device="cuda", dtype=E4)
-        scale = torch.empty(rows, 1, device="cuda")
-        call = (gate, up, "silu", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        scale = scale_like(rows, granularity)
+        call = (gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
         tensors = (both,) if halves else (gate, up)
         return lambda: compiled(*tensors), lambda: ACT_MUL._call(*call, out0=out, out1=scale)
 
@@ -146,6 +148,11 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
     for shape in ACT_MUL_SHAPES:
         yield "silu·mul + quantise, halves", *shape, act_mul(*shape, halves=True)
         yield "silu·mul + quantise, two buffers", *shape, act_mul(*shape, halves=False)
+    for shape in TENSOR_SHAPES:
+        yield "rms_norm + residual + quantise, one scale", *shape, rms_norm(*shape, residual=True, granularity="tensor")
+        yield "rms_norm + quantise, one scale", *shape, rms_norm(*shape, residual=False, granularity="tensor")
+    for shape in ACT_MUL_SHAPES:
+        yield "silu·mul + quantise, one scale", *shape, act_mul(*shape, halves=True, granularity="tensor")
     for heads in ROPE_HEADS:
         for tokens in ROPE_TOKENS:
             columns = (heads[0] + heads[1]) * heads[2]

@@ -66,26 +66,23 @@ struct ActMulQuantizeParams {
   int64_t rows, cols;  // cols in vectors
   int64_t gate_pitch, up_pitch;
   Consts consts;
+  // of a tensor with one scale: y [R, C], a maximum a block, and how many blocks of rows there are
+  void* y;
+  float* partial;
+  int64_t blocks;
 };
 
-template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads,
-          int E, int U>
-__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
-    act_mul_quantize_kernel(const __grid_constant__ ActMulQuantizeParams p) {
-  __shared__ uint32_t shared[32];
-  const auto place = RowPlace<Threads>::of(p.rows);
-  const int64_t row = place.row;
-  const bool active = row >= 0;
-  const In* gate = static_cast<const In*>(p.gate) + row * p.gate_pitch;
-  const In* up = static_cast<const In*>(p.up) + row * p.up_pitch;
-
-  Raw<In, E> y[U], factor[U];
-  wait_for_previous_kernel();
+// y of one row.
+template <typename In, typename Act, int Threads, int E, int U>
+__device__ __forceinline__ void act_mul_row(const ActMulQuantizeParams& p, const RowPlace<Threads>& place, Raw<In, E> (&y)[U]) {
+  const In* gate = static_cast<const In*>(p.gate) + place.row * p.gate_pitch;
+  const In* up = static_cast<const In*>(p.up) + place.row * p.up_pitch;
+  Raw<In, E> factor[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * place.threads + place.lane;
     y[u].zero(), factor[u].zero();
-    if (active && i < p.cols) y[u].load(gate + i * E), factor[u].load(up + i * E);
+    if (place.row >= 0 && i < p.cols) y[u].load(gate + i * E), factor[u].load(up + i * E);
   }
   allow_next_kernel();
 #pragma unroll
@@ -96,17 +93,37 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
     y[u].pack(v);
     y[u].multiply(factor[u]);
   }
-  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(y, place, p.consts, shared, p.cols,
-                                                                     static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
 }
 
-template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
+template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads,
+          int E, int U>
+__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
+    act_mul_quantize_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+  __shared__ uint32_t shared[32];
+  const auto place = RowPlace<Threads>::of(p.rows, blockIdx.x);
+  Raw<In, E> y[U];
+  wait_for_previous_kernel();
+  act_mul_row<In, Act>(p, place, y);
+  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
+      y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row, p.out + place.row * p.cols * E);
+}
+
+template <typename In, typename Act, int Threads, int E, int U>
+__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
+    act_mul_amax_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+  wait_for_previous_kernel();
+  rows_of_tensor<Threads, In, E, U>(p.rows, p.cols, p.blocks, static_cast<In*>(p.y), p.partial,
+                                    [&](const RowPlace<Threads>& place, Raw<In, E>(&y)[U]) { act_mul_row<In, Act>(p, place, y); });
+}
+
+template <typename In, typename Act, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct ActMulQuantize {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "act_mul_quantize has no tensor operands");
   using Chain = ToFp8<Program>;
 
-  static void run(TensorView gate, TensorView up, TensorView out, TensorView scale, double c0, double c1, double c2, double c3,
-                  double c4, double c5, double c6, double c7) {
+  // `y` and `partial` are given for a tensor with one scale.
+  static void run(TensorView gate, TensorView up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
+                  double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
     TensorMatcher().dtype<In>().device(device).verify(gate, "gate");
     TensorMatcher().dtype<In>().device(device).verify(up, "up");
@@ -119,30 +136,40 @@ struct ActMulQuantize {
     if (rows.cols == 0 || rows.cols > 32768) {
       TVM_FFI_THROW(ValueError) << "gate: wanted 1 to 32768 columns, found shape " << shape_of(gate);
     }
-    if (out.numel() != rows.rows * rows.cols || scale.numel() != rows.rows) {
+    if (out.numel() != rows.rows * rows.cols || scale.numel() != (Rowwise ? rows.rows : 1)) {
       TVM_FFI_THROW(ValueError) << "out, scale: wanted " << rows.rows << " rows of " << rows.cols << ", found shapes " << shape_of(out)
                                 << ", " << shape_of(scale);
     }
+    if (rows.rows == 0 && !Rowwise) TVM_FFI_THROW(ValueError) << "gate: wanted at least one row, since an empty tensor has no maximum";
     if (rows.rows == 0) return;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
     ActMulQuantizeParams p{data(gate), data(up),    data<uint8_t>(out), data(scale),
                            rows.rows,  rows.cols,   rows.pitch,         other.pitch, Consts::of(constants)};
+    if constexpr (!Rowwise) p.y = data(*y), p.partial = tensor_workspace<In>(*y, *partial, rows.rows * rows.cols, device);
     const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
     const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.gate, p.gate_pitch) && rows_aligned(p.up, p.up_pitch) && aligned(p.out, 8);
     DeviceGuard guard(device.id());
     if (vectors) p.cols /= 8;
-    with_row_shape(rows.rows, rows.cols, vectors, sm_count(device.id()), Start{p, env_stream(device.id())});
+    with_row_shape(rows.rows, rows.cols, vectors, sm_count(device.id()), Start{p, env_stream(device.id()), device.id()});
   }
 
  private:
   struct Start {
-    const ActMulQuantizeParams& p;
+    ActMulQuantizeParams& p;
     cudaStream_t stream;
+    int device;
     template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
-      auto* kernel = act_mul_quantize_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
-      Launch(grid, block).stream(stream).programmatic().run(kernel, p);
+      if constexpr (Rowwise) {
+        auto* kernel = act_mul_quantize_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
+        Launch(grid, block).stream(stream).programmatic().run(kernel, p);
+      } else {
+        p.blocks = grid;
+        const unsigned partials = tensor_blocks(grid, block, device);
+        Launch(partials, block).stream(stream).programmatic().run(act_mul_amax_kernel<In, Act, Threads, E, U>, p);
+        cast_rows<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(p, partials, device, E == 8);
+      }
     }
   };
 };

@@ -1,11 +1,11 @@
-"""act_mul_quantize: a gated activation and FP8 with a dynamic scale a row.
+"""act_mul_quantize: a gated activation and FP8 with a dynamic scale.
 
     y     = round(act(gate.float())) * up           each step rounded to gate's dtype, as eager does
-    scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)
+    scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)     max over a row or, "tensor", over all
 
 ``act``: "silu" (Llama, Mistral, Qwen, Phi), "gelu" (erf) or "gelu_tanh" (Gemma). gate and up [..., C] of one dtype, bf16, fp16
 or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
-[..., 1]. Programs are those of ``kernels/steps.py``. C up to 32 768; no columns: ValueError.
+[..., 1] or []. Programs are those of ``kernels/steps.py``. C up to 32 768; no columns: ValueError.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels import steps
+from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, tensor_workspace
 from inductor_ext.op import Kernel, Op
 
 TORCHAO_SCALE = "div:448.0 f32"
@@ -28,22 +29,31 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _CPP_ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh"}
 
 
-def fake(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, program: str, dtype: torch.dtype) -> Any:
-    _check(gate, up, act, scale_program, program, dtype)
-    scale = gate.new_empty((*gate.shape[:-1], 1), dtype=steps.result_dtype(scale_program, gate.dtype))
+def fake(
+    gate: torch.Tensor, up: torch.Tensor, act: str, granularity: str, scale_program: str, program: str, dtype: torch.dtype
+) -> Any:
+    _check(gate, up, act, granularity, scale_program, program, dtype)
+    shape = (*gate.shape[:-1], 1) if granularity == "row" else ()
+    scale = gate.new_empty(shape, dtype=steps.result_dtype(scale_program, gate.dtype))
     return gate.new_empty(gate.shape, dtype=dtype), scale
 
 
-def reference(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, program: str, dtype: torch.dtype) -> Any:
-    _check(gate, up, act, scale_program, program, dtype)
-    if gate.shape[-1] == 0:
-        raise ValueError(f"act_mul_quantize: gate: wanted at least one column, found shape {tuple(gate.shape)}")
+def reference(
+    gate: torch.Tensor, up: torch.Tensor, act: str, granularity: str, scale_program: str, program: str, dtype: torch.dtype
+) -> Any:
+    _check(gate, up, act, granularity, scale_program, program, dtype)
+    if gate.shape[-1] == 0 or (granularity == "tensor" and gate.numel() == 0):
+        wanted = "at least one column" if granularity == "row" else "at least one element"
+        raise ValueError(f"act_mul_quantize: gate: wanted {wanted}, found shape {tuple(gate.shape)}")
     y = ACTIVATIONS[act](gate) * up
-    scale = steps.evaluate(scale_program, y.abs().amax(-1, keepdim=True))
+    amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
+    scale = steps.evaluate(scale_program, amax)
     return steps.evaluate(program, y, scale=scale).to(dtype).contiguous(), scale.contiguous()
 
 
-def _check(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, program: str, dtype: torch.dtype) -> None:
+def _check(
+    gate: torch.Tensor, up: torch.Tensor, act: str, granularity: str, scale_program: str, program: str, dtype: torch.dtype
+) -> None:
     if gate.dtype not in steps.TOKEN_OF_DTYPE:
         raise TypeError(f"act_mul_quantize: gate: wanted bfloat16, float16 or float32, found {gate.dtype}")
     if up.shape != gate.shape or up.dtype != gate.dtype or gate.dim() == 0:
@@ -51,6 +61,8 @@ def _check(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, p
         raise ValueError(f"act_mul_quantize: up: wanted {wanted}, found {up.dtype} of shape {tuple(up.shape)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act_mul_quantize: act: wanted one of {', '.join(ACTIVATIONS)}, found {act!r}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"act_mul_quantize: granularity: wanted row or tensor, found {granularity!r}")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"act_mul_quantize: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
     steps.check_program("act_mul_quantize", scale_program, 0)
@@ -59,17 +71,18 @@ def _check(gate: torch.Tensor, up: torch.Tensor, act: str, scale_program: str, p
         raise ValueError(f"act_mul_quantize: wanted at most {steps.MAX_CONSTS} numbers in both programs together")
 
 
-def key(gate: Any, up: Any, act: str, scale_program: str, program: str, dtype: Any) -> Any:
-    return gate.dtype, act, scale_program, program, dtype
+def key(gate: Any, up: Any, act: str, granularity: str, scale_program: str, program: str, dtype: Any) -> Any:
+    return gate.dtype, act, granularity, scale_program, program, dtype
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
-    in_dtype, act, scale_program, program, dtype = key
+    in_dtype, act, granularity, scale_program, program, dtype = key
     types = ", ".join(
         (
             steps.CPP_TYPES[in_dtype],
             f"inductor_ext::{_CPP_ACTIVATIONS[act]}",
-            *steps.row_quantisation_types(in_dtype, scale_program, program, dtype),
+            str(granularity == "row").lower(),
+            *steps.quantisation_types(in_dtype, scale_program, program, dtype),
         )
     )
     return (("run", f"inductor_ext::ActMulQuantize<{types}>::run"),)
@@ -77,20 +90,22 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     run = module.run
-    constants = steps.padded_constants(key[2], key[3])
+    constants = steps.padded_constants(key[3], key[4])
+    rowwise = key[2] == "row"
 
-    def call(gate: Any, up: Any, _a: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
-        run(gate, up, out, scale, *constants)
+    def call(gate: Any, up: Any, _a: str, _g: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
+        workspace = (None, None) if rowwise else tensor_workspace(gate)
+        run(gate, up, out, scale, *workspace, *constants)
 
     return call
 
 
 OP = Op(
     schema=(
-        "act_mul_quantize(Tensor gate, Tensor up, str act, str scale_program, str program, ScalarType dtype) "
-        "-> (Tensor, Tensor)"
+        "act_mul_quantize(Tensor gate, Tensor up, str act, str granularity, str scale_program, str program, "
+        "ScalarType dtype) -> (Tensor, Tensor)"
     ),
-    doc="a gated activation (SiLU, GELU) and FP8 with a dynamic scale a row",
+    doc="a gated activation (SiLU, GELU) and FP8 with a dynamic scale, a row or a tensor",
     fake=fake,
     reference=reference,
     kernel=Kernel(
@@ -99,7 +114,8 @@ OP = Op(
         exports=exports,
         bind=bind,
         examples=tuple(
-            (torch.bfloat16, act, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn) for act in ("silu", "gelu_tanh")
+            (torch.bfloat16, act, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn)
+            for act, granularity in (("silu", "row"), ("gelu_tanh", "row"), ("silu", "tensor"))
         ),
     ),
 )

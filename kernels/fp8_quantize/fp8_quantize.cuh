@@ -17,26 +17,12 @@
 
 #include "inductor_ext/fp8.cuh"
 #include "inductor_ext/launch.cuh"
+#include "inductor_ext/quantize_tensor.cuh"
 #include "inductor_ext/reduce.cuh"
 #include "inductor_ext/steps.cuh"
 #include "inductor_ext/tensor.h"
 
 namespace inductor_ext {
-
-template <typename ScaleProgram>
-__device__ __forceinline__ float scale_of(const Consts& consts, uint32_t amax_bits) {
-  Env env{consts, nullptr};
-  float value[1] = {__uint_as_float(amax_bits)};
-  ScaleProgram::apply(ScaleProgram::prepare(env), value);
-  return value[0];
-}
-
-template <typename Chain>
-__device__ __forceinline__ typename Chain::Prepared prepare_scaled(const Consts& consts, float scale) {
-  Env env{consts, nullptr};
-  env.scale = scale;
-  return Chain::prepare(env);
-}
 
 // ---- rows -------------------------------------------------------------------------------------------------------------------
 
@@ -191,21 +177,6 @@ struct Fp8QuantizeRow {
 
 // ---- whole tensor -----------------------------------------------------------------------------------------------------------
 
-struct Fp8QuantizeTensorParams {
-  const void* x;
-  uint8_t* out;
-  void* scale;
-  float* partial;  // one maximum a block of the first launch
-  int64_t count;   // vectors
-  int64_t tail;    // elements behind the last vector
-  int partials;
-  Consts consts;
-};
-
-constexpr int kTensorThreads = 512;
-constexpr int kTensorMaxPartials = 1024;  // the workspace's least size
-constexpr int kTensorUnroll = 4;
-
 template <typename In, int E>
 __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_amax_kernel(const __grid_constant__ Fp8QuantizeTensorParams p) {
   constexpr int kTile = kTensorThreads * kTensorUnroll;
@@ -232,54 +203,6 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_amax_kernel(const
   }
   const uint32_t bits = block_max<kTensorThreads>(amax.float_bits(), shared);
   if (threadIdx.x == 0) p.partial[blockIdx.x] = __uint_as_float(bits);
-}
-
-// Tiles are taken from the end backwards: what the first launch read last is still in L2. The loads of the first tile do not
-// depend on the first launch and start before it has ended.
-template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E>
-__global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(const __grid_constant__ Fp8QuantizeTensorParams p) {
-  constexpr int kTile = kTensorThreads * kTensorUnroll;
-  __shared__ uint32_t shared[kTensorThreads / 32];
-  const In* x = static_cast<const In*>(p.x);
-  const int64_t tiles = (p.count + kTile - 1) / kTile;
-  int64_t tile = tiles - 1 - blockIdx.x;
-
-  Raw<In, E> raw[kTensorUnroll];
-  auto load = [&] {
-#pragma unroll
-    for (int u = 0; u < kTensorUnroll; ++u) {
-      const int64_t i = tile * kTile + u * kTensorThreads + threadIdx.x;
-      if (i < p.count) raw[u].load(x + i * E);
-    }
-  };
-  if (tile >= 0) load();
-  wait_for_previous_kernel();
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < kTensorMaxPartials; i += kTensorThreads) {
-    const int j = i + threadIdx.x;
-    if (j < p.partials) bits = max(bits, __float_as_uint(__ldcg(p.partial + j)));
-  }
-  const float scale = scale_of<ScaleProgram>(p.consts, block_max<kTensorThreads>(bits, shared));
-  if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<ScaleT*>(p.scale) = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
-  allow_next_kernel();
-
-  while (tile >= 0) {
-#pragma unroll
-    for (int u = 0; u < kTensorUnroll; ++u) {
-      const int64_t i = tile * kTile + u * kTensorThreads + threadIdx.x;
-      if (i < p.count) downcast_vector<In, Fp8, Saturated, Chain>(raw[u], prepared, p.out + i * E);
-    }
-    tile -= gridDim.x;
-    if (tile >= 0) load();
-  }
-  if (blockIdx.x == 0 && threadIdx.x < p.tail) {
-    const int64_t i = p.count * E + threadIdx.x;
-    Raw<In, 1> one;
-    one.load(x + i);
-    downcast_vector<In, Fp8, Saturated, Chain>(one, prepared, p.out + i);
-  }
 }
 
 template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
@@ -322,10 +245,7 @@ struct Fp8QuantizeTensor {
     const int sms = sm_count(device);
     p.partials = static_cast<int>(std::min<int64_t>({tiles, 4 * sms, kTensorMaxPartials}));
     Launch(p.partials, kTensorThreads).stream(env_stream(device)).programmatic().run(fp8_quantize_amax_kernel<In, E>, p);
-    Launch(static_cast<unsigned>(std::min<int64_t>(tiles, 4 * sms)), kTensorThreads)
-        .stream(env_stream(device))
-        .programmatic()
-        .run(fp8_quantize_tensor_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E>, p);
+    cast_tensor<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E, true>(p, device);
   }
 };
 

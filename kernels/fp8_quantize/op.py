@@ -26,6 +26,11 @@ TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
 WORKSPACE_FLOATS = 1024  # partial maxima of the first launch, one a CTA
 
 
+def tensor_workspace(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel that computes y like ``x`` and quantises it with one scale keeps between its launches: y, and maxima."""
+    return x.new_empty(x.shape), x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32)
+
+
 def fake(x: torch.Tensor, granularity: str, scale_program: str, program: str, dtype: torch.dtype) -> Any:
     _check(x, granularity, scale_program, program, dtype)
     shape = (*x.shape[:-1], 1) if granularity == "row" else ()
@@ -62,7 +67,7 @@ def key(x: torch.Tensor, granularity: str, scale_program: str, program: str, dty
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     x_dtype, granularity, scale_program, program, dtype = key
     types = ", ".join(
-        (steps.CPP_TYPES[x_dtype], *steps.row_quantisation_types(x_dtype, scale_program, program, dtype))
+        (steps.CPP_TYPES[x_dtype], *steps.quantisation_types(x_dtype, scale_program, program, dtype))
     )
     return (("run", f"inductor_ext::Fp8Quantize{granularity.capitalize()}<{types}>::run"),)
 

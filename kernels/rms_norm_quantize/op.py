@@ -1,15 +1,15 @@
-"""rms_norm_quantize: RMSNorm, with or without the residual added before it, and FP8 with a dynamic scale a row.
+"""rms_norm_quantize: RMSNorm, with or without the residual added before it, and FP8 with a dynamic scale.
 
     total = x + residual                      in x's dtype, the third output; x itself without a residual
     h     = total.float();  r = rsqrt(mean(h²) + eps)        over the last dimension
     y     = norm(h * r, weight)               rounded to x's dtype, as `NORMS` says
-    scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)
+    scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)     max over a row or, "tensor", over all
 
 ``norm`` names what models do with the weight: ``"cast mul"`` rounds before it multiplies (Llama, Mistral, Qwen, Phi),
 ``"mul cast"`` multiplies in fp32 (``torch.nn.functional.rms_norm``, OLMo 2), ``"mul+1 cast"`` by 1 + weight in fp32 (Gemma).
 
 x [..., C] with one pitch between rows, residual alike, weight [C]; bf16, fp16 or fp32 each. Outputs: out [..., C] contiguous,
-scale [..., 1], total [..., C] contiguous, or [0] without a residual. Programs are those of ``kernels/steps.py``.
+scale [..., 1] or [], total [..., C] contiguous, or [0] without a residual. Programs are those of ``kernels/steps.py``.
 
 Only the mean's order of summation differs from eager: given the same r, every byte is eager's. A row with a NaN or an infinity
 becomes NaN as in eager. No columns: ValueError.
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels import steps
+from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, tensor_workspace
 from inductor_ext.op import Kernel, Op
 
 NORMS = ("cast mul", "mul cast", "mul+1 cast")
@@ -37,13 +38,15 @@ def fake(
     weight: torch.Tensor,
     eps: float,
     norm: str,
+    granularity: str,
     scale_program: str,
     program: str,
     dtype: torch.dtype,
 ) -> Any:
-    _check(x, residual, weight, norm, scale_program, program, dtype)
+    _check(x, residual, weight, norm, granularity, scale_program, program, dtype)
     out = x.new_empty(x.shape, dtype=dtype)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=steps.result_dtype(scale_program, x.dtype))
+    shape = (*x.shape[:-1], 1) if granularity == "row" else ()
+    scale = x.new_empty(shape, dtype=steps.result_dtype(scale_program, x.dtype))
     return out, scale, x.new_empty((0,)) if residual is None else x.new_empty(x.shape)
 
 
@@ -53,16 +56,19 @@ def reference(
     weight: torch.Tensor,
     eps: float,
     norm: str,
+    granularity: str,
     scale_program: str,
     program: str,
     dtype: torch.dtype,
 ) -> Any:
-    _check(x, residual, weight, norm, scale_program, program, dtype)
-    if x.shape[-1] == 0:
-        raise ValueError(f"rms_norm_quantize: x: wanted at least one column, found shape {tuple(x.shape)}")
+    _check(x, residual, weight, norm, granularity, scale_program, program, dtype)
+    if x.shape[-1] == 0 or (granularity == "tensor" and x.numel() == 0):
+        wanted = "at least one column" if granularity == "row" else "at least one element"
+        raise ValueError(f"rms_norm_quantize: x: wanted {wanted}, found shape {tuple(x.shape)}")
     total = x if residual is None else x + residual
     y = normalise(total, weight, eps, norm)
-    scale = steps.evaluate(scale_program, y.abs().amax(-1, keepdim=True))
+    amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
+    scale = steps.evaluate(scale_program, amax)
     out = steps.evaluate(program, y, scale=scale).to(dtype).contiguous()
     return out, scale.contiguous(), x.new_empty((0,)) if residual is None else total.contiguous()
 
@@ -81,6 +87,7 @@ def _check(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     norm: str,
+    granularity: str,
     scale_program: str,
     program: str,
     dtype: torch.dtype,
@@ -90,6 +97,8 @@ def _check(
             raise TypeError(f"rms_norm_quantize: {name}: wanted bfloat16, float16 or float32, found {tensor.dtype}")
     if norm not in NORMS:
         raise ValueError(f"rms_norm_quantize: norm: wanted one of {', '.join(NORMS)}, found {norm!r}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"rms_norm_quantize: granularity: wanted row or tensor, found {granularity!r}")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"rms_norm_quantize: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
     if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
@@ -104,19 +113,22 @@ def _check(
         raise ValueError(f"rms_norm_quantize: wanted at most {steps.MAX_CONSTS} numbers in both programs together")
 
 
-def key(x: Any, residual: Any, weight: Any, eps: float, norm: str, scale_program: str, program: str, dtype: Any) -> Any:
-    return x.dtype, residual is not None, weight.dtype, norm, scale_program, program, dtype
+def key(
+    x: Any, residual: Any, weight: Any, eps: float, norm: str, granularity: str, scale_program: str, program: str, dtype: Any
+) -> Any:
+    return x.dtype, residual is not None, weight.dtype, norm, granularity, scale_program, program, dtype
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
-    x_dtype, has_residual, weight_dtype, norm, scale_program, program, dtype = key
+    x_dtype, has_residual, weight_dtype, norm, granularity, scale_program, program, dtype = key
     types = ", ".join(
         (
             steps.CPP_TYPES[x_dtype],
             steps.CPP_TYPES[weight_dtype],
             str(has_residual).lower(),
             f"inductor_ext::{CPP_NORMS[norm]}",
-            *steps.row_quantisation_types(x_dtype, scale_program, program, dtype),
+            str(granularity == "row").lower(),
+            *steps.quantisation_types(x_dtype, scale_program, program, dtype),
         )
     )
     return (("run", f"inductor_ext::RmsNormQuantize<{types}>::run"),)
@@ -124,26 +136,29 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     run = module.run
-    constants = steps.padded_constants(key[4], key[5])
+    constants = steps.padded_constants(key[5], key[6])
+    rowwise = key[4] == "row"
 
     def call(
-        x: Any, residual: Any, weight: Any, eps: float, _n: str, _s: str, _p: str, _d: Any, out: Any, scale: Any, total: Any
-    ) -> None:
-        run(x, residual, weight, eps, out, scale, total, *constants)
+        x: Any, residual: Any, weight: Any, eps: float, _n: str, _g: str, _s: str, _p: str, _d: Any,
+        out: Any, scale: Any, total: Any,
+    ) -> None:  # fmt: skip
+        workspace = (None, None) if rowwise else tensor_workspace(x)
+        run(x, residual, weight, eps, out, scale, total, *workspace, *constants)
 
     return call
 
 
-def _example(dtype: torch.dtype, residual: bool, weight: torch.dtype, norm: str) -> tuple[Any, ...]:
-    return dtype, residual, weight, norm, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn
+def _example(dtype: torch.dtype, residual: bool, weight: torch.dtype, norm: str, granularity: str = "row") -> tuple[Any, ...]:
+    return dtype, residual, weight, norm, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn
 
 
 OP = Op(
     schema=(
-        "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, str norm, str scale_program, str program, "
-        "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+        "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, str norm, str granularity, "
+        "str scale_program, str program, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
     ),
-    doc="RMSNorm, the residual added before it if there is one, and FP8 with a dynamic scale a row",
+    doc="RMSNorm, the residual added before it if there is one, and FP8 with a dynamic scale, a row or a tensor",
     fake=fake,
     reference=reference,
     kernel=Kernel(
@@ -155,6 +170,7 @@ OP = Op(
             _example(torch.bfloat16, True, torch.bfloat16, "cast mul"),
             _example(torch.bfloat16, False, torch.bfloat16, "cast mul"),
             _example(torch.bfloat16, True, torch.float32, "mul+1 cast"),
+            _example(torch.bfloat16, True, torch.bfloat16, "cast mul", "tensor"),
         ),
     ),
 )

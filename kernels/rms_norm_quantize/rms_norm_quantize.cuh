@@ -7,6 +7,8 @@
 //   out [R, C], scale R elements, total [R, C] like x, all with a row pitch of C; without a residual total is not touched
 //   C up to 32 768; c0..c7 are the constants of both programs
 //
+// With one scale for the whole tensor y goes to memory, and a second launch reads it, mostly from L2, and casts.
+//
 // A row stays in registers from its first load to its cast: as `total` until the mean is known, as y until the maximum is.
 #pragma once
 
@@ -30,29 +32,28 @@ struct RmsNormQuantizeParams {
   int64_t x_pitch, residual_pitch;
   float eps, per_column;  // 1 / C
   Consts consts;
+  // of a tensor with one scale: y [R, C], a maximum a block, and how many blocks of rows there are
+  void* y;
+  float* partial;
+  int64_t blocks;
 };
 
-template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
-          typename ScaleProgram, typename Chain, int Threads, int E, int U>
-__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
-    rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
-  __shared__ uint32_t shared_max[32];
-  __shared__ float shared_sum[32];
-  const auto place = RowPlace<Threads>::of(p.rows);
+// y of one row, and its total to memory.
+template <typename In, typename W, bool HasResidual, typename Norm, int Threads, int E, int U>
+__device__ __forceinline__ void rms_norm_row(const RmsNormQuantizeParams& p, const RowPlace<Threads>& place, float* shared_sum,
+                                             Raw<In, E> (&raw)[U]) {
   const int64_t row = place.row;
   const bool active = row >= 0;
   const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
   const In* residual = static_cast<const In*>(p.residual) + row * p.residual_pitch;
   In* total = static_cast<In*>(p.total) + row * p.cols * E;
 
-  Raw<In, E> raw[U];
   Raw<W, E> weight[U];
   const auto load_weight = [&](int u, int i) {
     weight[u].zero();
     if (active && i < p.cols) weight[u].load(static_cast<const W*>(p.weight) + i * E);
   };
   constexpr bool kWeightFirst = U * E <= 8;  // else its registers are the residual's until the sum is made
-  wait_for_previous_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * place.threads + place.lane;
@@ -109,25 +110,49 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
       raw[u].pack(v);
     }
   }
-  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(raw, place, p.consts, shared_max, p.cols,
-                                                                     static_cast<ScaleT*>(p.scale) + row, p.out + row * p.cols * E);
 }
 
 template <typename In, typename W, bool HasResidual, typename Norm, typename Fp8, bool Saturated, typename ScaleT,
+          typename ScaleProgram, typename Chain, int Threads, int E, int U>
+__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
+    rms_norm_quantize_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
+  __shared__ uint32_t shared_max[32];
+  __shared__ float shared_sum[32];
+  const auto place = RowPlace<Threads>::of(p.rows, blockIdx.x);
+  Raw<In, E> y[U];
+  wait_for_previous_kernel();
+  rms_norm_row<In, W, HasResidual, Norm>(p, place, shared_sum, y);
+  quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
+      y, place, p.consts, shared_max, p.cols, static_cast<ScaleT*>(p.scale) + place.row, p.out + place.row * p.cols * E);
+}
+
+template <typename In, typename W, bool HasResidual, typename Norm, int Threads, int E, int U>
+__global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
+    rms_norm_amax_kernel(const __grid_constant__ RmsNormQuantizeParams p) {
+  __shared__ float shared_sum[32];
+  wait_for_previous_kernel();
+  rows_of_tensor<Threads, In, E, U>(p.rows, p.cols, p.blocks, static_cast<In*>(p.y), p.partial,
+                                    [&](const RowPlace<Threads>& place, Raw<In, E>(&y)[U]) {
+                                      rms_norm_row<In, W, HasResidual, Norm>(p, place, shared_sum, y);
+                                    });
+}
+
+template <typename In, typename W, bool HasResidual, typename Norm, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT,
           typename ScaleProgram, typename Program>
 struct RmsNormQuantize {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "rms_norm_quantize has no tensor operands");
   using Chain = ToFp8<Program>;
 
+  // `y` and `partial` are given for a tensor with one scale.
   static void run(TensorView x, Optional<TensorView> residual, TensorView weight, double eps, TensorView out, TensorView scale,
-                  TensorView total, double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
+                  TensorView total, Optional<TensorView> y, Optional<TensorView> partial, double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
     TensorMatcher().dtype<In>().device(device).verify(x, "x");
     const Rows rows = rows_of(x, "x");
     TensorMatcher({rows.cols}).template dtype<W>().contiguous().device(device).verify(weight, "weight");
     TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
     TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
-    check_size(out, "out", rows.rows * rows.cols), check_size(scale, "scale", rows.rows);
+    check_size(out, "out", rows.rows * rows.cols), check_size(scale, "scale", Rowwise ? rows.rows : 1);
     RmsNormQuantizeParams p{};
     if constexpr (HasResidual) {
       const TensorView added = residual.value();
@@ -143,19 +168,21 @@ struct RmsNormQuantize {
     if (rows.cols == 0 || rows.cols > 32768) {
       TVM_FFI_THROW(ValueError) << "x: wanted 1 to 32768 columns, found shape " << shape_of(x);
     }
+    if (rows.rows == 0 && !Rowwise) TVM_FFI_THROW(ValueError) << "x: wanted at least one row, since an empty tensor has no maximum";
     if (rows.rows == 0) return;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
     p.x = data(x), p.weight = data(weight), p.out = data<uint8_t>(out), p.scale = data(scale);
     p.rows = rows.rows, p.cols = rows.cols, p.x_pitch = rows.pitch;
     p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(rows.cols), p.consts = Consts::of(constants);
+    if constexpr (!Rowwise) p.y = data(*y), p.partial = tensor_workspace<In>(*y, *partial, rows.rows * rows.cols, device);
     const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
     const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.x, p.x_pitch) && aligned(p.weight, 16) && aligned(p.out, 8) &&
                          (!HasResidual || (rows_aligned(p.residual, p.residual_pitch) && aligned(p.total, 16)));
     DeviceGuard guard(device.id());
     cudaStream_t stream = env_stream(device.id());
     if (vectors) p.cols /= 8;
-    with_row_shape(rows.rows, rows.cols, vectors, sm_count(device.id()), Start{p, stream});
+    with_row_shape(rows.rows, rows.cols, vectors, sm_count(device.id()), Start{p, stream, device.id()});
   }
 
  private:
@@ -163,12 +190,20 @@ struct RmsNormQuantize {
     if (view.numel() != wanted) TVM_FFI_THROW(ValueError) << name << ": wanted " << wanted << " elements, found shape " << shape_of(view);
   }
   struct Start {
-    const RmsNormQuantizeParams& p;
+    RmsNormQuantizeParams& p;
     cudaStream_t stream;
+    int device;
     template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
-      auto* kernel = rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
-      Launch(grid, block).stream(stream).programmatic().run(kernel, p);
+      if constexpr (Rowwise) {
+        auto* kernel = rms_norm_quantize_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
+        Launch(grid, block).stream(stream).programmatic().run(kernel, p);
+      } else {
+        p.blocks = grid;
+        const unsigned partials = tensor_blocks(grid, block, device);
+        Launch(partials, block).stream(stream).programmatic().run(rms_norm_amax_kernel<In, W, HasResidual, Norm, Threads, E, U>, p);
+        cast_rows<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(p, partials, device, E == 8);
+      }
     }
   };
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -15,8 +16,13 @@ E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def call(gate: Any, up: Any, act: str = "silu", dtype: Any = E4, program: str = TORCHAO_PROGRAM) -> Any:
-    return torch.ops.inductor_ext.act_mul_quantize(gate, up, act, TORCHAO_SCALE, program, dtype)
+GRANULARITIES = pytest.mark.parametrize("granularity", ["row", "tensor"])
+
+
+def call(
+    gate: Any, up: Any, act: str = "silu", dtype: Any = E4, program: str = TORCHAO_PROGRAM, granularity: str = "row"
+) -> Any:
+    return torch.ops.inductor_ext.act_mul_quantize(gate, up, act, granularity, TORCHAO_SCALE, program, dtype)
 
 
 def operands(shape: Any, dtype: Any = BF16, device: str = "cpu") -> list[torch.Tensor]:
@@ -24,13 +30,14 @@ def operands(shape: Any, dtype: Any = BF16, device: str = "cpu") -> list[torch.T
     return [(torch.randn(shape, device=device, generator=made) * 3).to(dtype) for _ in range(2)]
 
 
+@GRANULARITIES
 @pytest.mark.parametrize(("act", "hidden_act"), [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh")])
-def test_the_reference_is_the_models_mlp(act: str, hidden_act: str) -> None:
+def test_the_reference_is_the_models_mlp(act: str, hidden_act: str, granularity: str) -> None:
     activations = pytest.importorskip("transformers.activations")
     gate, up = operands((5, 96))
     y = activations.ACT2FN[hidden_act](gate) * up
-    out, scale = call(gate, up, act)
-    wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    out, scale = call(gate, up, act, granularity=granularity)
+    wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
     assert_same_bytes(out, wanted)
     assert_same_bytes(scale, wanted_scale)
 
@@ -42,6 +49,7 @@ def test_the_reference_is_the_models_mlp(act: str, hidden_act: str) -> None:
         ({"up": lambda x: x[:1]}, ValueError, "up: wanted torch.bfloat16 of shape"),
         ({"up": lambda x: x.float()}, ValueError, "up: wanted torch.bfloat16"),
         ({"act": lambda _: "tanh"}, ValueError, "act: wanted one of silu"),
+        ({"granularity": lambda _: "group"}, ValueError, "granularity: wanted row or tensor"),
         ({"dtype": lambda _: torch.int8}, TypeError, "dtype: wanted float8_e4m3fn"),
         ({"program": lambda _: "f32 div:s0"}, ValueError, "s0"),
         ({"gate": lambda x: x[:, :0], "up": lambda x: x[:, :0]}, ValueError, "at least one column"),
@@ -49,19 +57,26 @@ def test_the_reference_is_the_models_mlp(act: str, hidden_act: str) -> None:
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     values: dict[str, Any] = dict(zip(("gate", "up"), operands((4, 64))))
-    values |= {"act": "silu", "dtype": E4, "program": TORCHAO_PROGRAM}
+    values |= {"act": "silu", "dtype": E4, "program": TORCHAO_PROGRAM, "granularity": "row"}
     values.update({name: make(values[name]) for name, make in change.items()})
     with pytest.raises(error, match=message):
         call(**values)
 
 
-@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (0, 64), (64,)])
-def test_fake_agrees(shape: Any) -> None:
+def test_no_element_has_no_maximum() -> None:
+    with pytest.raises(ValueError, match="gate: wanted at least one element"):
+        call(*operands((0, 64)), granularity="tensor")
+
+
+@pytest.mark.parametrize(
+    ("shape", "granularity"), [((3, 64), "row"), ((2, 3, 64), "row"), ((0, 64), "row"), ((64,), "row"), ((2, 3, 64), "tensor")]
+)
+def test_fake_agrees(shape: Any, granularity: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    real = call(*operands(shape))
+    real = call(*operands(shape), granularity=granularity)
     with FakeTensorMode() as mode:
-        fake = call(*map(mode.from_tensor, operands(shape)))
+        fake = call(*map(mode.from_tensor, operands(shape)), granularity=granularity)
     for one, two in zip(real, fake):
         assert (one.dtype, one.shape) == (two.dtype, two.shape)
         assert one.numel() == 0 or one.stride() == two.stride()
@@ -76,8 +91,9 @@ def built() -> None:
     if arch is None:
         pytest.skip("no GPU")
     registry.ops()
-    keys = [(dtype, act, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16, FP32) for act in ACTIVATIONS]
-    keys += [(dtype, "silu", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16)]
+    kinds = itertools.product((BF16, FP16, FP32), ACTIVATIONS, ("row", "tensor"))
+    keys = [(*kind, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for kind in kinds]
+    keys += [(dtype, "silu", "row", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16)]
     modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
     failed = [module for module in modules if isinstance(module, Exception)]
     assert not failed, failed[0]
@@ -85,10 +101,11 @@ def built() -> None:
 
 def check(gate: Any, up: Any, act: str) -> None:
     """Byte for byte: every step is element-wise or a maximum, and PyTorch's own formula."""
-    out, scale = call(gate, up, act)
-    want_out, want_scale = OP.reference(gate, up, act, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
-    assert_same_bytes(scale, want_scale)
-    assert_same_bytes(out, want_out)
+    for granularity in ("row", "tensor"):
+        out, scale = call(gate, up, act, granularity=granularity)
+        want_out, want_scale = OP.reference(gate, up, act, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        assert_same_bytes(scale, want_scale)
+        assert_same_bytes(out, want_out)
 
 
 @pytest.mark.gpu
@@ -111,7 +128,7 @@ def test_every_width_and_bit_pattern(dtype: Any, act: str) -> None:
 def test_silu_of_every_16_bit_value(dtype: Any) -> None:
     """A scale that is the row's maximum shows |y| as it is, where FP8 would hide the last bits."""
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(-1, 1).repeat(1, 8)
-    _, scale = torch.ops.inductor_ext.act_mul_quantize(gate, torch.ones_like(gate), "silu", "f32", TORCHAO_PROGRAM, E4)
+    _, scale = torch.ops.inductor_ext.act_mul_quantize(gate, torch.ones_like(gate), "silu", "row", "f32", TORCHAO_PROGRAM, E4)
     wanted = torch.nn.functional.silu(gate)[:, :1].abs().float()
     assert bool(((scale == wanted) | (scale.isnan() & wanted.isnan())).all())
 

@@ -20,7 +20,7 @@ gpu = pytest.mark.gpu
 def call(
     x: Any, residual: Any, weight: Any, norm: str = "cast mul", eps: float = 1e-6, dtype: Any = E4, **programs: str
 ) -> Any:
-    programs = {"scale_program": TORCHAO_SCALE, "program": TORCHAO_PROGRAM, **programs}
+    programs = {"granularity": "row", "scale_program": TORCHAO_SCALE, "program": TORCHAO_PROGRAM, **programs}
     return torch.ops.inductor_ext.rms_norm_quantize(x, residual, weight, eps, norm, *programs.values(), dtype)
 
 
@@ -54,12 +54,13 @@ def _module(kind: str, weight: torch.Tensor, eps: float) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("kind", "norm"), [("llama", "cast mul"), ("qwen3", "cast mul"), ("gemma", "mul+1 cast"), ("olmo2", "mul cast")]
 )
-def test_the_reference_is_the_models_norm(kind: str, norm: str) -> None:
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_the_reference_is_the_models_norm(kind: str, norm: str, granularity: str) -> None:
     x, residual, weight = operands((5, 7, 96))
-    out, scale, total = call(x, residual, weight, norm)
+    out, scale, total = call(x, residual, weight, norm, granularity=granularity)
     assert_same_bytes(total, x + residual)
     y = _module(kind, weight, 1e-6)(x + residual)
-    wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
     assert_same_bytes(out, wanted)
     assert_same_bytes(scale, wanted_scale)
 
@@ -81,6 +82,7 @@ def test_the_reference_is_torch_rms_norm() -> None:
         ({"residual": lambda r: r.float()}, ValueError, "residual: wanted torch.bfloat16"),
         ({"residual": lambda r: r[:1]}, ValueError, "residual: wanted torch.bfloat16 of shape"),
         ({"norm": lambda _: "layer"}, ValueError, "norm: wanted one of"),
+        ({"granularity": lambda _: "group"}, ValueError, "granularity: wanted row or tensor"),
         ({"dtype": lambda _: torch.int8}, TypeError, "dtype: wanted float8_e4m3fn"),
         ({"program": lambda _: "f32 div:s0"}, ValueError, "s0"),
         ({"x": lambda x: x[..., :0], "residual": lambda _: None, "weight": lambda w: w[:0]}, ValueError, "at least one column"),
@@ -88,7 +90,7 @@ def test_the_reference_is_torch_rms_norm() -> None:
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     values: dict[str, Any] = dict(zip(("x", "residual", "weight"), operands((4, 64))))
-    values |= {"norm": "cast mul", "dtype": E4, "program": TORCHAO_PROGRAM}
+    values |= {"norm": "cast mul", "dtype": E4, "program": TORCHAO_PROGRAM, "granularity": "row"}
     values.update({name: make(values[name]) for name, make in change.items()})
     tensors = [values.pop(name) for name in ("x", "residual", "weight")]
     with pytest.raises(error, match=message):
@@ -96,15 +98,17 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 
 
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (0, 64), (64,)])
-def test_fake_agrees(shape: Any, residual: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "granularity"), [((3, 64), "row"), ((2, 3, 64), "row"), ((0, 64), "row"), ((64,), "row"), ((2, 3, 64), "tensor")]
+)
+def test_fake_agrees(shape: Any, granularity: str, residual: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     x, other, weight = operands(shape)
-    real = call(x, other if residual else None, weight)
+    real = call(x, other if residual else None, weight, granularity=granularity)
     with FakeTensorMode() as mode:
         x, other, weight = map(mode.from_tensor, (x, other, weight))
-        fake = call(x, other if residual else None, weight)
+        fake = call(x, other if residual else None, weight, granularity=granularity)
     for one, two in zip(real, fake):
         assert (one.dtype, one.shape) == (two.dtype, two.shape)
         assert one.numel() == 0 or one.stride() == two.stride()
@@ -122,16 +126,18 @@ def built() -> None:
         pytest.skip("no GPU")
     registry.ops()
     every = itertools.product((BF16, FP16, FP32), (True, False), NORMS)
-    keys = [(d, r, w, n, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for d, r, n in every for w in dict.fromkeys((d, FP32))]
+    keys = [(d, r, w, n, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for d, r, n in every for w in dict.fromkeys((d, FP32))]
+    keys += [(BF16, r, BF16, "cast mul", "tensor", TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for r in (True, False)]
     modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
     failed = [module for module in modules if isinstance(module, Exception)]
     assert not failed, failed[0]
 
 
-def check(x: Any, residual: Any, weight: Any, norm: str) -> None:
+def check(x: Any, residual: Any, weight: Any, norm: str, granularity: str = "row") -> None:
     """total byte for byte; the scale within one unit in its last place; out within one FP8 step of eager."""
-    out, scale, total = call(x, residual, weight, norm)
-    want_out, want_scale, want_total = OP.reference(x, residual, weight, 1e-6, norm, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    out, scale, total = call(x, residual, weight, norm, granularity=granularity)
+    rest = (1e-6, norm, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    want_out, want_scale, want_total = OP.reference(x, residual, weight, *rest)
     assert_same_bytes(total, want_total)
     torch.testing.assert_close(scale, want_scale, rtol=2.0**-7 if x.dtype is BF16 else 2.0**-9, atol=0, equal_nan=True)
     codes, want = out.view(torch.uint8).int(), want_out.view(torch.uint8).int()
@@ -151,6 +157,15 @@ def test_every_width(residual: bool, dtype: Any, norm: str) -> None:
             for rows in (37, 700):  # enough rows are given fewer threads each
                 x, other, w = operands((rows, columns), dtype, weight, "cuda")
                 check(x, other if residual else None, w, norm)
+
+
+@gpu
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("residual", [True, False])
+def test_one_scale_for_all(residual: bool) -> None:
+    for rows, columns in itertools.product((1, 37, 700, 5000), (8, 100, 128, 1024, 4096, 8192)):
+        x, other, w = operands((rows, columns), BF16, None, "cuda")
+        check(x, other if residual else None, w, "cast mul", "tensor")
 
 
 @gpu
@@ -180,7 +195,7 @@ def test_layouts_extremes_and_empty_input() -> None:
         bad[3] = value
         bad[5, 7] = value
         out, scale, _ = call(bad, None, weight)
-        want_out, want_scale, _ = OP.reference(bad, None, weight, 1e-6, "cast mul", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        want_out, want_scale, _ = OP.reference(bad, None, weight, 1e-6, "cast mul", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
         assert torch.equal(scale.isnan(), want_scale.isnan()) and torch.equal(out.float().isnan(), want_out.float().isnan())
     empty, scale, _ = call(x[:0], None, weight)
     assert empty.shape == (0, 1024) and scale.shape == (0, 1)

@@ -7,8 +7,10 @@
 
 #include "fp8.cuh"
 #include "launch.cuh"
+#include "quantize_tensor.cuh"
 #include "reduce.cuh"
 #include "steps.cuh"
+#include "tensor.h"
 
 namespace inductor_ext {
 
@@ -24,11 +26,11 @@ struct RowPlace {
   int64_t row;
   int lane, threads;
 
-  __device__ static __forceinline__ RowPlace of(int64_t rows) {
+  __device__ static __forceinline__ RowPlace of(int64_t rows, int64_t block) {
     if constexpr (Threads == kWholeBlock) {
-      return {rows - 1 - blockIdx.x, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+      return {rows - 1 - block, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
     } else {
-      const int64_t before = static_cast<int64_t>(blockIdx.x) * (kRowsBlock / Threads);
+      const int64_t before = block * (kRowsBlock / Threads);
       return {rows - 1 - before - threadIdx.x / Threads, static_cast<int>(threadIdx.x % Threads), Threads};
     }
   }
@@ -68,6 +70,58 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Row
   for (int u = 0; u < U; ++u) {
     const int i = u * at.threads + at.lane;
     if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
+  }
+}
+
+// The same rows of a tensor with one scale: y goes to memory and its maximum, of all rows of the block, to `partial`; a second
+// launch casts (quantize_tensor.cuh). `row(place, y)` computes a row's y. Blocks take rows in turn.
+template <int Threads, typename In, int E, int U, typename F>
+__device__ __forceinline__ void rows_of_tensor(int64_t rows, int64_t cols, int64_t blocks, In* y_out, float* partial, F&& row) {
+  __shared__ uint32_t shared[32];
+  Amax<In> amax;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const auto place = RowPlace<Threads>::of(rows, block);
+    Raw<In, E> y[U];
+    row(place, y);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      amax.merge(y[u]);
+      const int i = u * place.threads + place.lane;
+      if (place.row >= 0 && i < cols) y[u].store(y_out + (place.row * cols + i) * E);
+    }
+    if constexpr (Threads == kWholeBlock) __syncthreads();  // `row` may use shared memory again
+  }
+  const uint32_t bits = block_max(amax.float_bits(), shared);
+  if (threadIdx.x == 0) partial[blockIdx.x] = __uint_as_float(bits);
+}
+
+// Host: blocks of a first launch, of the `blocks` of rows that there are; each leaves a maximum.
+inline unsigned tensor_blocks(unsigned blocks, unsigned threads, int device) {
+  const unsigned resident = std::max(1024u / threads, 1u) * static_cast<unsigned>(sm_count(device));
+  return std::min({blocks, resident, static_cast<unsigned>(kTensorMaxPartials)});
+}
+
+// Host: checks what a first launch writes to, and returns where its maxima go.
+template <typename In>
+float* tensor_workspace(const TensorView& y, const TensorView& partial, int64_t count, Device& device) {
+  TensorMatcher().dtype<In>().contiguous().device(device).verify(y, "y");
+  TensorMatcher().dtype<float>().contiguous().device(device).verify(partial, "partial");
+  if (y.numel() < count || partial.numel() < kTensorMaxPartials) {
+    TVM_FFI_THROW(ValueError) << "y, partial: wanted at least " << count << " and " << kTensorMaxPartials << " elements, found "
+                              << y.numel() << " and " << partial.numel();
+  }
+  return data<float>(partial);
+}
+
+// Host: the second launch, for a kernel's own parameters with y, partial, out, scale, consts, rows and cols (in vectors or not).
+template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, typename Params>
+void cast_rows(const Params& p, unsigned partials, int device, bool vectors) {
+  const int64_t count = p.rows * p.cols;
+  Fp8QuantizeTensorParams cast{p.y, p.out, p.scale, p.partial, count, 0, static_cast<int>(partials), p.consts};
+  if (vectors) {
+    cast_tensor<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, false>(cast, device);
+  } else {
+    cast_tensor<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 1, false>(cast, device);
   }
 }
 

@@ -1,6 +1,6 @@
-"""A row's FP8 quantisation of something that a larger kernel computes: amax of each row, a scale from it, the chain to FP8.
+"""The dynamic FP8 quantisation of something that a larger kernel computes: amax, a scale from it, the chain to FP8.
 
-    y = …;  s = scale_program(amax(|y|, -1));  q = cast(program(y, s))
+    y = …;  s = scale_program(amax(|y|));  q = cast(program(y, s))          amax of each row, or of all
 
 Rules that fuse what makes y ask `parse` whether all of y's users are this, and let `put` place a kernel's two outputs.
 """
@@ -19,7 +19,7 @@ from inductor_ext.rule import Context, Refusal
 
 
 @dataclasses.dataclass(frozen=True)
-class RowQuantisation:
+class Quantisation:
     """``q = cast(program(y, scale))``; ``y`` has no other use."""
 
     chain: fp8_chain.Chain
@@ -27,13 +27,21 @@ class RowQuantisation:
     program: str
 
     @property
-    def arguments(self) -> tuple[str, str, torch.dtype]:
-        """Scale program, program and dtype, as the ops take them."""
-        return self.scale.program, self.program, self.chain.dtype
+    def arguments(self) -> tuple[str, str, str, torch.dtype]:
+        """Granularity, scale program, program and dtype, as the ops take them."""
+        return self.scale.granularity, self.scale.program, self.program, self.chain.dtype
+
+    @property
+    def granularity(self) -> str:
+        return self.scale.granularity
+
+    @property
+    def why(self) -> str:
+        return "one pass over memory" if self.granularity == "row" else "two launches"
 
     @property
     def detail(self) -> str:
-        return f"scale = {self.scale.program or 'amax'}; {self.program} → {self.chain.dtype}"
+        return f"{self.scale.granularity}: scale = {self.scale.program or 'amax'}; {self.program} → {self.chain.dtype}"
 
     @property
     def nodes(self) -> tuple[Node, Node]:
@@ -41,18 +49,18 @@ class RowQuantisation:
         return self.scale.node, self.chain.cast
 
 
-def parse(chain: fp8_chain.Chain, context: Context) -> RowQuantisation | Refusal:
+def parse(chain: fp8_chain.Chain, context: Context) -> Quantisation | Refusal:
     """The quantisation that ``chain`` is of ``chain.x``, or the first condition that failed."""
     node = chain.cast
     if len(chain.operands) != 1 or dynamic_scale.amax_above(chain.operands[0], chain.x) is None:
         found = ", ".join(map(describe, chain.operands)) or "a number"
-        return context.refuse(node, "the scale is not of the rows", wanted="amax of each row", found=found)
+        return context.refuse(node, "the scale is static", wanted="the amax of what is quantised", found=found)
     scale = dynamic_scale.trace(chain, chain.operands[0])
     if isinstance(scale, fp8_chain.Failure):
         return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
-    if scale.granularity != "row" or chain.pre_views:
+    if chain.pre_views:
         found = f"{scale.granularity} of {list(chain.input_value().shape)}"
-        return context.refuse(node, "the scale is not of the rows", wanted="amax of each row", found=found)
+        return context.refuse(node, "the scale is not of the rows", wanted="amax of each row, or of all", found=found)
     other = _other_user(chain, scale)
     if other is not None:
         wanted = "the quantisation as its only user"
@@ -61,7 +69,7 @@ def parse(chain: fp8_chain.Chain, context: Context) -> RowQuantisation | Refusal
     numbers = len(steps.constants(scale.program, program))
     if numbers > steps.MAX_CONSTS:
         return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
-    return RowQuantisation(chain, scale, program)
+    return Quantisation(chain, scale, program)
 
 
 def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> Node | None:
@@ -79,7 +87,7 @@ def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> No
     return None
 
 
-def put(graph: Graph, found: RowQuantisation, out: Node, scale: Node) -> None:
+def put(graph: Graph, found: Quantisation, out: Node, scale: Node) -> None:
     """Let users of the quantisation read ``out`` and ``scale``. At the graph's insertion point, where both exist."""
     chain, old = found.chain, found.scale.node
     value = replay(graph, chain.post_views, out)
