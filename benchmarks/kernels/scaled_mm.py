@@ -97,7 +97,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Geometric means: over baselines.md's grid, over Llama-3.1-8B's projections and 8192³, over all; the lowest point."""
+    """Geometric means: over Qwen3-0.6B's projections, over Llama-3.1-8B's projections and 8192³, over all; the lowest point."""
     found = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]

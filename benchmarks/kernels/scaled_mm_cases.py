@@ -16,7 +16,7 @@ from inductor_ext.kernels.scaled_mm.op import OP
 E4 = torch.float8_e4m3fn
 MAX_SETS = 48
 
-#: (N, K) of ../shared/baselines.md's grid: Qwen3-0.6B's projections, merged and apart.
+#: (N, K) of Qwen3-0.6B's projections: q, k and v together, o, gate and up together, down.
 GRID = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))
 GRID_M = (1, 16, 64, 128, 512, 1024, 7168)
 LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))

@@ -100,6 +100,12 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     return call
 
 
+def qwen3(_target: str) -> list[Any]:
+    """Every kernel that a Qwen3 model quantised by torchao may take."""
+    rest = (TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn)
+    return [(torch.bfloat16, "silu", granularity, *rest) for granularity in GRANULARITIES]
+
+
 OP = Op(
     schema=(
         "act_mul_quantize(Tensor gate, Tensor up, str act, str granularity, str scale_program, str program, "
@@ -117,5 +123,6 @@ OP = Op(
             (torch.bfloat16, act, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn)
             for act, granularity in (("silu", "row"), ("gelu_tanh", "row"), ("silu", "tensor"))
         ),
+        presets={"qwen3": qwen3},
     ),
 )

@@ -161,5 +161,6 @@ OP = Op(
             (torch.bfloat16, None, torch.bfloat16, "", torch.bfloat16),
             (torch.bfloat16, torch.bfloat16, torch.bfloat16, "mul+1 cast", torch.bfloat16),
         ),
+        presets={"qwen3": lambda _: ((torch.bfloat16, torch.bfloat16, torch.bfloat16, "cast mul", torch.bfloat16),)},
     ),
 )

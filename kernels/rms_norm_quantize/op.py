@@ -17,6 +17,7 @@ becomes NaN as in eager. No columns: ValueError.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +150,12 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     return call
 
 
+def qwen3(_target: str) -> list[Any]:
+    """Every kernel that a Qwen3 model quantised by torchao may take."""
+    kinds = itertools.product((True, False), GRANULARITIES)
+    return [_example(torch.bfloat16, residual, torch.bfloat16, "cast mul", granularity) for residual, granularity in kinds]
+
+
 def _example(dtype: torch.dtype, residual: bool, weight: torch.dtype, norm: str, granularity: str = "row") -> tuple[Any, ...]:
     return dtype, residual, weight, norm, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn
 
@@ -172,5 +179,6 @@ OP = Op(
             _example(torch.bfloat16, True, torch.float32, "mul+1 cast"),
             _example(torch.bfloat16, True, torch.bfloat16, "cast mul", "tensor"),
         ),
+        presets={"qwen3": qwen3},
     ),
 )

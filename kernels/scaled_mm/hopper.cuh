@@ -89,7 +89,7 @@ struct Slot {
   }
 };
 
-constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000;
+constexpr uint64_t kEvictNormal = 0x1000000000000000;
 
 __device__ __forceinline__ void load_tile(const void* map, uint64_t* full, void* shared, int k, int row) {
   cute::SM90_TMA_LOAD_2D::copy(map, full, kEvictNormal, shared, k, row);

@@ -1,0 +1,46 @@
+"""What ``inductor-ext build --preset qwen3`` builds is what a Qwen3 model quantised by torchao's recipes asks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import inductor_ext
+from inductor_ext import jit, registry
+from tests.patterns.test_scaled_mm_model import Linear
+from tests.support.fakegpu import fake_cuda_inputs
+
+ARCH = "sm_90a"
+
+
+def qwen3(rows: bool) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=128, max_position_embeddings=512, use_cache=False,
+    )  # fmt: skip
+    model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Linear(child.in_features, child.out_features, rows=rows))
+    return model
+
+
+@pytest.mark.parametrize("tokens", [(1, 16), (14, 512)], ids=str)
+@pytest.mark.parametrize("rows", [True, False], ids=["rowwise", "tensorwise"])
+def test_qwen3_needs_no_other_kernel(monkeypatch: pytest.MonkeyPatch, rows: bool, tokens: tuple[int, int]) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_ARCH", ARCH)
+    torch._dynamo.reset()
+    fakes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with fake_cuda_inputs(), fakes, torch.device("cuda"), torch.no_grad():
+        found = inductor_ext.explain(qwen3(rows), torch.zeros(tokens, dtype=torch.long))
+    (report,) = found.graphs
+    needed = {jit.JitSpec.from_dict(kernel) for kernel in report.kernels}
+    assert {spec.name for spec in needed} >= {"scaled_mm", "act_mul_quantize", "qk_norm_rope"}
+    ops = [op for op in registry.ops() if op.name in registry.PRESETS["qwen3"]]
+    built = {spec for op in ops for spec in op.examples(ARCH, "qwen3")}
+    missing = [spec.describe() for spec in needed - built]
+    assert not missing, missing
