@@ -96,11 +96,15 @@ def needs_rowwise(rows: bool) -> None:
 @ROWS
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_two_layers_of_a_model(rows: bool, dynamic: bool) -> None:
-    """A layer: q, k, v are one launch, gate and up another, o and down one each; four quantisations."""
+    """A layer: q, k, v are one launch, gate and up another, o and down one each; four quantisations.
+
+    A norm with one scale for the tensor is taken only where its rows are known (16 or more): not in the dynamic graph.
+    """
     needs_rowwise(rows)
     x = torch.randn(2, 24, HIDDEN).bfloat16()
     found = inductor_ext.explain(model(rows), x, rules=ALWAYS, dynamic=dynamic)
-    producers = {"rms_norm_quantize": 4, "act_mul_quantize": 2}
+    norms = {"rms_norm_quantize": 4} if rows or not dynamic else {}
+    producers = {**norms, "act_mul_quantize": 2}
     expected = {"quantize_once": 6, "scaled_mm_siblings": 4, "scaled_mm": 4, **producers, "fp8_quantize": 2}
     assert found.counts() == expected
     (graph,) = found.graphs
