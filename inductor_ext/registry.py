@@ -25,6 +25,7 @@ OP_MODULES = (
     "act_mul_quantize",
     "qk_norm_rope",
     "varlen_attention",
+    "mxfp8_quantize",
 )
 RULE_MODULES = (
     "causal_attention",

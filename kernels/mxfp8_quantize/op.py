@@ -1,0 +1,106 @@
+"""mxfp8_quantize: MXFP8, e4m3 data with one e8m0 scale for every 32 elements of a row.
+
+    scale = 2^k from amax of the block, rounded "rceil" (cuBLAS's) or "floor" (OCP MX 1.0);  data = saturating cast(x / scale)
+
+x [T, K], or weights [E, N, K], bf16, fp16 or fp32, K a multiple of 32, unit stride within a row and any between rows; data e4m3 of
+x's shape, contiguous. Scales are plain, [T, K/32] or [E, N, K/32], or ``swizzled`` for the tensor cores of compute capability
+10.0, which alone read them: [T, K] as one group, [rows padded to 128, K/32 padded to 4]; [E, N, K] as E groups, [E, the bytes of
+one]. ``offs`` [E] int32 are the cumulative ends of groups of x's rows (sorted tokens of experts): every group of the scale
+buffer is padded to 128 rows, [T + 128·E, K/32 padded to 4] being enough wherever they end. Padding is zero. Rows past
+``offs[-1]`` have data and, swizzled, no scales. The bytes are those of ``kernels/mx.py``, torchao's.
+
+One pass over memory, and no host sync: the kernel finds its group from ``offs`` on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inductor_ext import settings
+from inductor_ext.kernels import mx, steps
+from inductor_ext.op import Kernel, Op
+
+CPP_ROUNDINGS = {"rceil": "Rceil", "floor": "Floor"}
+
+
+def fake(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool) -> Any:
+    _check(x, offs, rounding)
+    cols = x.shape[-1] // mx.BLOCK
+    shape: tuple[int, ...] = (*x.shape[:-1], cols)
+    if swizzled and offs is not None:
+        shape = mx.grouped_shape(x.shape[0], cols, offs.shape[0])
+    elif swizzled:
+        rows, cols = mx.swizzled_shape(x.shape[-2], cols)
+        shape = (rows, cols) if x.dim() == 2 else (x.shape[0], rows * cols)
+    return x.new_empty(x.shape, dtype=mx.DATA), x.new_empty(shape, dtype=mx.SCALE)
+
+
+def reference(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool) -> Any:
+    _check(x, offs, rounding)
+    if offs is not None and (settings.checks_enabled() or not offs.is_cuda):
+        mx.check_offs("mxfp8_quantize", offs, x.shape[0])
+    data, scales = mx.quantize(x, rounding)
+    return data, mx.swizzle(scales, offs) if swizzled else scales
+
+
+def _check(x: torch.Tensor, offs: torch.Tensor | None, rounding: str) -> None:
+    if x.dtype not in steps.TOKEN_OF_DTYPE:
+        raise TypeError(f"mxfp8_quantize: x: wanted bfloat16, float16 or float32, found {x.dtype}")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"mxfp8_quantize: x: wanted [T, K] or [E, N, K], found shape {tuple(x.shape)}")
+    if x.shape[-1] % mx.BLOCK != 0:
+        raise ValueError(f"mxfp8_quantize: x: wanted rows of a multiple of {mx.BLOCK} elements, found shape {tuple(x.shape)}")
+    if rounding not in mx.ROUNDINGS:
+        raise ValueError(f"mxfp8_quantize: rounding: wanted rceil or floor, found {rounding!r}")
+    if offs is None:
+        return
+    if x.dim() != 2:
+        raise ValueError(f"mxfp8_quantize: offs: wanted None for weights of shape {tuple(x.shape)}, whose groups are E")
+    if offs.dim() != 1 or offs.dtype is not torch.int32 or offs.device != x.device:
+        found = f"{offs.dtype} of shape {tuple(offs.shape)} on {offs.device}"
+        raise ValueError(f"mxfp8_quantize: offs: wanted int32 [E] on {x.device}, found {found}")
+
+
+def key(x: Any, offs: Any, rounding: str, swizzled: bool) -> Any:
+    return x.dtype, rounding, swizzled
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    dtype, rounding, swizzled = key
+    layout = "Swizzled" if swizzled else "Plain"
+    rounded = f"inductor_ext::mx::{CPP_ROUNDINGS[rounding]}"
+    return (("run", f"inductor_ext::Mxfp8Quantize{layout}<{steps.CPP_TYPES[dtype]}, {rounded}>::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = module.run
+    check = settings.checks_enabled()
+
+    def plain(x: Any, offs: Any, _r: str, _s: bool, data: Any, scales: Any) -> None:
+        run(x, data, scales)
+
+    def swizzled(x: Any, offs: Any, _r: str, _s: bool, data: Any, scales: Any) -> None:
+        if check and offs is not None:
+            mx.check_offs("mxfp8_quantize", offs, x.shape[0])
+        run(x, offs, data, scales)
+
+    return swizzled if key[2] else plain
+
+
+OP = Op(
+    schema="mxfp8_quantize(Tensor x, Tensor? offs, str rounding, bool swizzled) -> (Tensor, Tensor)",
+    doc="e4m3 data and one e8m0 scale for every 32 elements of a row, plain or in tiles for compute capability 10.0",
+    fake=fake,
+    reference=reference,
+    kernel=Kernel(
+        source="mxfp8_quantize/mxfp8_quantize.cuh",
+        key=key,
+        exports=exports,
+        bind=bind,
+        examples=tuple(itertools.product((torch.bfloat16,), ("rceil",), (False, True))) + ((torch.float32, "floor", True),),
+    ),
+)
