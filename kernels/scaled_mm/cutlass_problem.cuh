@@ -20,7 +20,7 @@
 #include "cutlass/gemm/gemm.h"
 #include "cutlass/kernel_hardware_info.h"
 
-#include "scaled_mm/cutlass_types.cuh"
+#include "inductor_ext/cutlass_types.cuh"
 
 namespace inductor_ext {
 

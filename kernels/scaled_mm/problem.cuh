@@ -3,8 +3,6 @@
 //   a_i [M, K_i] row-major, b_i [K_i, N_i] column-major, out [M, ΣN_i] with any row stride; see op.py for dtypes and scales.
 #pragma once
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 
@@ -12,6 +10,7 @@
 
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
+#include "inductor_ext/tensor_map.cuh"
 
 namespace inductor_ext {
 
@@ -50,42 +49,6 @@ struct Boxes {
   int out_rows, out_columns;  // 0: no map of the output
   int tiles_together = 1;     // of output channels, that no two products may share
 };
-
-inline PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
-  static const auto function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-               "cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  }();
-  return function;
-}
-
-// A map of [rows][columns] elements, `pitch` bytes from row to row, copied in boxes of [box_rows][box_columns].
-inline void encode(CUtensorMap* map, CUtensorMapDataType type, int size, const void* base, int64_t rows, int64_t columns,
-                   int64_t pitch, int box_rows, int box_columns) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t ones[2] = {1, 1};
-  const int width = box_columns * size;
-  const CUtensorMapSwizzle swizzle = width == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : width == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
-  const CUresult result =
-      encode_tiled()(map, type, 2, const_cast<void*>(base), sizes, pitches, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: error " << int(result) << " for " << rows << " x " << columns
-                                << ", pitch " << pitch << " bytes, box " << box_rows << " x " << box_columns;
-  }
-}
-
-template <typename Out> struct MapType;
-template <> struct MapType<float> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT32; };
-template <> struct MapType<__half> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT16; };
-template <> struct MapType<__nv_bfloat16> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16; };
 
 // Elements from one row to the next; a single row has no neighbour, and its stride may be anything.
 inline int64_t pitch_of(const TensorView& view, int dim, int64_t size, int64_t length) {

@@ -12,7 +12,7 @@
 
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
-#include "scaled_mm/hopper.cuh"
+#include "inductor_ext/hopper.cuh"
 #include "scaled_mm/problem.cuh"
 
 namespace inductor_ext {

@@ -22,7 +22,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "scaled_mm/cutlass_types.cuh"
+#include "inductor_ext/cutlass_types.cuh"
 
 namespace inductor_ext {
 
