@@ -61,7 +61,8 @@ class Op:
     """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that mutates its arguments).
 
     ``autotune`` lets its kernels compete under Inductor's ``max_autotune``. An op that another library's kernels serve has a
-    ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only.
+    ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only. ``reference_into(*args, *outputs)``
+    is the reference of an op that does not write all of its outputs.
     """
 
     schema: str
@@ -71,6 +72,7 @@ class Op:
     kernel: Kernel | None = None
     autotune: Autotune | None = None
     library: Callable[..., None] | None = None
+    reference_into: Callable[..., None] | None = None
     _loaded: dict[Hashable, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -225,6 +227,9 @@ class Op:
         self._run_reference_into(*args, *outs.values())
 
     def _run_reference_into(self, *values: Any) -> None:
+        if self.reference_into is not None:
+            self.reference_into(*values)
+            return
         count = 0 if self.mutates else self.schema.rpartition(" -> ")[2].count("Tensor")
         args, outs = values[: len(values) - count], values[len(values) - count :]
         results = self.reference(*args)

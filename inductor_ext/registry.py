@@ -26,8 +26,11 @@ OP_MODULES = (
     "qk_norm_rope",
     "varlen_attention",
     "mxfp8_quantize",
+    "mxfp8_grouped_mm",
+    "moe_combine",
 )
 RULE_MODULES = (
+    "prefill_only",
     "causal_attention",
     "quantize_once",
     "scaled_mm_cat",
