@@ -61,8 +61,8 @@ class Op:
     """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that mutates its arguments).
 
     ``autotune`` lets its kernels compete under Inductor's ``max_autotune``. An op that another library's kernels serve has a
-    ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only. ``reference_into(*args, *outputs)``
-    is the reference of an op that does not write all of its outputs.
+    ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only.
+    ``reference_into(*args, *outputs)`` is the reference of an op that does not write all of its outputs.
     """
 
     schema: str
