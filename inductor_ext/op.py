@@ -43,6 +43,10 @@ class Kernel:
     An op whose kernel depends on sizes sets ``keys(*args)``: every key that a call may have whose sizes are symbolic. One
     with several sources makes ``source`` a function of the key. ``stock(*args, *outputs)`` is PyTorch's own operators writing
     into the outputs, for a key of None; without it the reference runs, and its result is copied.
+
+    ``scratch(*args)`` is how many bytes a call needs to keep things in while it runs; 0 for none, the usual answer. They are
+    planned as an output is and given behind the outputs: memory that a kernel kept for itself would be shared by two streams,
+    or by two CUDA graphs. ``scratch`` is None in a call of ``.out`` that brings none: what ``bind`` gives then takes it itself.
     """
 
     source: str | Callable[[Any], str]
@@ -54,6 +58,7 @@ class Kernel:
     keys: Callable[..., Sequence[Hashable]] | None = None
     stock: Callable[..., None] | None = None
     presets: Mapping[str, Callable[[str], Sequence[Hashable]]] = dataclasses.field(default_factory=dict)
+    scratch: Callable[..., int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +111,17 @@ class Op:
             return
         outs = self._out_names(returns)
         extra = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(outs))
+        extra += ", Tensor(z!)? scratch=None" if self._has_scratch else ""
         signature = arguments.replace("(", ".out(", 1)[:-1] + f", *, {extra}) -> ()"
         _library.define(signature)
         _library.impl(f"{self.name}.out", self._run_reference_out, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}.out", lambda *args, **kwargs: None, lib=_library)
         if runs_on_cuda:
             _library.impl(f"{self.name}.out", self._call, "CUDA")
+
+    @property
+    def _has_scratch(self) -> bool:
+        return self.kernel is not None and self.kernel.scratch is not None
 
     @staticmethod
     def _out_names(returns: str) -> list[str]:
@@ -137,7 +147,8 @@ class Op:
             values = values if isinstance(values, (tuple, list)) else (values,)
             if out_names:
                 args = _in_traced_order(args, ir.V.graph.current_node.args)
-            buffers = {name: _planned_buffer(value) for name, value in zip(out_names, values, strict=True)}
+            outs = {name: _planned_buffer(value) for name, value in zip(out_names, values, strict=True)}
+            buffers = outs | self._planned_scratch(ir.V.graph.current_node)
             for argument, value in zip(self.overload._schema.arguments, args):
                 if argument.is_write and value is not None:
                     # `FallbackKernel` would do it too, but after it has taken its place in the order of operations: what has
@@ -150,15 +161,23 @@ class Op:
                 own = isinstance(operation, ir.FallbackKernel) and operation.op_overload is target
                 if own and not ir.V.graph.cpp_wrapper:
                     operation.python_kernel_name = f"extern_kernels.{direct}"
-            if not buffers:
+            if not outs:
                 return result
-            return tuple(buffers.values()) if len(buffers) > 1 else next(iter(buffers.values()))
+            return tuple(outs.values()) if len(outs) > 1 else next(iter(outs.values()))
 
         lowering.register_lowering(self.overload, type_promotion_kind=None)(lower)
         if self.autotune is not None:
             from inductor_ext import autotune
 
             autotune.register(self)
+
+    def _planned_scratch(self, node: torch.fx.Node) -> dict[str, Any]:
+        """A buffer of Inductor's for what a kernel keeps while it runs, where one does."""
+        if self.kernel is None or self.kernel.scratch is None:
+            return {}
+        args = torch.fx.map_arg(node.args, lambda each: each.meta["val"])
+        size = self.kernel.scratch(*args)
+        return {"scratch": _planned_empty([size], [1], torch.uint8, device_of(args))} if size else {}
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -227,11 +246,12 @@ class Op:
         self._run_reference_into(*args, *outs.values())
 
     def _run_reference_into(self, *values: Any) -> None:
+        first = len(self.overload._schema.arguments)
+        count = 0 if self.mutates else len(self.overload._schema.returns)
+        args, outs = values[:first], values[first : first + count]  # a kernel's scratch, behind them, is not for the reference
         if self.reference_into is not None:
-            self.reference_into(*values)
+            self.reference_into(*args, *outs)
             return
-        count = 0 if self.mutates else self.schema.rpartition(" -> ")[2].count("Tensor")
-        args, outs = values[: len(values) - count], values[len(values) - count :]
         results = self.reference(*args)
         for out, result in zip(outs, results if isinstance(results, tuple) else (results,)):
             out.copy_(result.view(out.shape))
@@ -271,8 +291,12 @@ def _in_traced_order(values: Any, nodes: Any) -> Any:
 
 def _planned_buffer(value: torch.Tensor) -> Any:
     """An uninitialised buffer of Inductor's own, with the size, strides and dtype of the fake ``value``."""
+    return _planned_empty(value.shape, value.stride(), value.dtype, value.device)
+
+
+def _planned_empty(shape: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
     from torch._inductor import ir, lowering
 
-    sizes, strides = (ir.convert_shape_to_inductor(shape) for shape in (value.shape, value.stride()))
+    sizes, strides = (ir.convert_shape_to_inductor(each) for each in (shape, stride))
     make = lowering.lowerings[torch.ops.aten.empty_strided.default]
-    return make(sizes, strides, dtype=value.dtype, device=value.device)
+    return make(sizes, strides, dtype=dtype, device=device)

@@ -179,6 +179,58 @@ def test_reads_of_a_buffer_come_before_an_ops_write_to_it() -> None:
     assert_all_same_bytes(found, run_copies(fn, given))
 
 
+@pytest.fixture(scope="module")
+def scratching() -> Op:
+    op = Op(
+        schema="test_keeps(Tensor x) -> Tensor",
+        doc="for tests",
+        fake=torch.empty_like,
+        reference=lambda x: x + 1,
+        kernel=Kernel(
+            source="nowhere.cuh",
+            key=lambda x: None if x.dtype is torch.float64 else x.dtype,
+            exports=lambda key: (("run", "nowhere::run"),),
+            bind=lambda module, key: module,
+            scratch=lambda x: 0 if x.dtype is torch.float64 else 96,
+        ),
+    )
+    op.define()
+    op.define_lowering()
+    return op
+
+
+def test_scratch_is_planned_as_outputs_are(scratching: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Op, "_bound", lambda self, key, device: lambda *values: given.append(values))
+
+    def fn(x: Any) -> Any:
+        return torch.ops.inductor_ext.test_keeps(x.sin()).cos()
+
+    run_compiled(fn, (torch.randn(4, 8),))
+    ((_, out, scratch),) = given
+    assert scratch.shape == (96,) and scratch.dtype is torch.uint8
+    assert scratch.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_reference_does_without_scratch(scratching: Op, dtype: torch.dtype) -> None:
+    def fn(x: Any) -> Any:
+        return torch.ops.inductor_ext.test_keeps(x.sin()).cos()
+
+    x = torch.randn(4, 8, dtype=dtype)
+    torch.testing.assert_close(run_compiled(fn, (x,))[0][0], (x.sin() + 1).cos())
+    out, scratch = torch.empty(4, 8, dtype=dtype), torch.empty(96, dtype=torch.uint8)
+    scratching.packet.out(x, out=out)
+    assert_same_bytes(out, x + 1)
+    scratching.packet.out(x + 1, out=out, scratch=scratch)
+    assert_same_bytes(out, x + 1 + 1)
+
+
+def test_only_an_op_with_scratch_has_it_in_its_schema(scratching: Op, two_outputs: Op) -> None:
+    assert str(scratching.packet.out._schema).count("scratch") == 1
+    assert "scratch" not in str(two_outputs.packet.out._schema) and "scratch" not in str(scratching.overload._schema)
+
+
 def test_the_lowering_plans_buffers_with_the_fakes_strides() -> None:
     def fn(x: Any, s: Any) -> Any:
         return torch.ops.inductor_ext.fp8_downcast(x, [s], PROGRAM, E4)
