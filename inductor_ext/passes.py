@@ -68,6 +68,8 @@ class RewritePass(_Base):
             rules,
             self.settings.build,
             self.settings.arch,
+            self.settings.prefill_only,
+            self.settings.checks,
             tuple(rule.environment() for rule in self._rules()),
             previous,
         )
@@ -111,7 +113,7 @@ class RewritePass(_Base):
         """Build or load, in parallel and before the graph changes, every kernel that the rules would call."""
         specs: dict[jit.JitSpec, None] = {}
         for rule in self._rules():
-            context = Context(rule.name, self._mode(rule))
+            context = Context(rule.name, self._mode(rule), self.settings)
             for anchor in rule.anchors(graph):
                 found = rule.guard(anchor, context)
                 if isinstance(found, Match):
@@ -158,7 +160,7 @@ class RewritePass(_Base):
     # ---- one rule ---------------------------------------------------------------------------------------------------
 
     def _apply(self, rule: Rule, graph: Graph, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
-        context = Context(rule.name, self._mode(rule))
+        context = Context(rule.name, self._mode(rule), self.settings)
         before = len(report.rewrites)
 
         def run(graph: Graph) -> None:

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.op import Op
 from inductor_ext.report.events import Refusal
-from inductor_ext.settings import RuleMode
+from inductor_ext.settings import RuleMode, Settings
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
@@ -53,10 +53,11 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a guard may ask besides the graph: whether its rule is forced (``always``) or must pay (``auto``)."""
+    """What a guard may ask besides the graph: whether its rule is forced (``always``) or must pay (``auto``), and options."""
 
     rule: str
     mode: RuleMode
+    options: Settings = dataclasses.field(default_factory=Settings)
 
     @property
     def forced(self) -> bool:
@@ -70,7 +71,7 @@ class Context:
 class Example:
     """A function, and the inputs it is compiled with, that a rule matches or, when ``reason`` is set, nearly matches.
 
-    ``inputs(device)`` makes the arguments. ``reason`` is the expected `Refusal.reason`.
+    ``inputs(device)`` makes the arguments. ``reason`` is the expected `Refusal.reason`; ``options`` are (name, value) pairs.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Example:
     mode: RuleMode = "auto"
     count: int = 1
     dynamic: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Rule:
     ``tolerance`` how far a graph's outputs may then move: ‖a - b‖ / ‖b‖.
 
     ``environment`` says what else than the graph and the settings its guard asks, such as libraries that are installed: a graph
-    that was compiled in another environment is not taken from Inductor's caches.
+    that was compiled in another environment is not taken from Inductor's caches. ``drops_writes``: inputs that the graph wrote
+    to may be left as they were, since the user has said that nothing reads them; `verify` does not compare those then.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Rule:
     cost: str = ""
     tolerance: float = TOLERANCE
     environment: Callable[[], tuple[str, ...]] = tuple
+    drops_writes: bool = False
     matches: tuple[Example, ...] = ()
     near_misses: tuple[Example, ...] = ()
 

@@ -35,6 +35,11 @@ class Settings:
         {}, "INDUCTOR_EXT_RULES", 'mode of single rules, "name=auto|always|off,…"; a rule not named is "auto"'
     )
     strict: bool = _option(False, "INDUCTOR_EXT_STRICT", "a rule named in `rules` that matches nothing is an error")
+    prefill_only: bool = _option(
+        False,
+        "INDUCTOR_EXT_PREFILL_ONLY",
+        "every sequence starts with an empty KV cache and nothing reads the cache afterwards, says the user: it is not written",
+    )
     checks: bool = _option(False, "INDUCTOR_EXT_CHECKS", "kernels check index ranges and raise (one host sync a call)")
     build: BuildMode = _option(  # noqa: RUF009 (a dataclasses.field)
         "compile",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,10 +104,10 @@ class _Unknown(Exception):
         self.node, self.packed = node, packed
 
 
-def read(bias: Node) -> Band | Failure:
-    """What the additive mask ``bias`` [..., query, key] allows."""
+def read(bias: Node, assumed: Mapping[Node, Affine] | None = None) -> Band | Failure:
+    """What the additive mask ``bias`` [..., query, key] allows; ``assumed`` is what is known of graph inputs."""
     try:
-        return _band(_Reader(bias).mask(bias), bias)
+        return _band(_Reader(bias, assumed).mask(bias), bias)
     except _Unknown as unknown:
         node = unknown.node
         given = node.op in ("placeholder", "get_attr")
@@ -117,6 +117,14 @@ def read(bias: Node) -> Band | Failure:
         if given:
             return Failure(bias, "the mask depends on a graph input", "a mask of positions alone", describe(node))
         return Failure(bias, "the bias is not a mask of positions", "where(comparisons of iotas, 0, -inf)", describe(node))
+
+
+def positions(node: Node, assumed: Mapping[Node, Affine] | None = None) -> Affine | None:
+    """The integer tensor ``node`` as a function of its indices; None where it is none."""
+    try:
+        return _Reader(node, assumed).integer(node)
+    except _Unknown:
+        return None
 
 
 def _band(mask: Allowed, bias: Node) -> Band | Failure:
@@ -160,8 +168,8 @@ _INTEGERS = (torch.int64, torch.int32)
 class _Reader:
     """Follows the nodes of one mask; every node once."""
 
-    def __init__(self, bias: Node) -> None:
-        self._seen: dict[Node, Affine | Allowed] = {}
+    def __init__(self, bias: Node, assumed: Mapping[Node, Affine] | None = None) -> None:
+        self._seen: dict[Node, Affine | Allowed] = dict(assumed or {})
         self._current = bias  # what to name where an argument is not understood
 
     def mask(self, bias: Node) -> Allowed:
