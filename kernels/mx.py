@@ -7,13 +7,13 @@ A block is 32 consecutive elements of a row; amax = max |x| over it, in x's own 
     "floor"   2^(floor(log2 amax) - 8), OCP MX 1.0: values up to 1.75 times amax's power of two fit, larger ones saturate
     data  = saturating cast of x / scale to e4m3, to nearest even
 
-Bytes are those of torchao's ``to_mx`` in both modes, the edges too: a block whose scale is 2^-127 is divided by 1 ("rceil": all of
-it is zero in e4m3 anyway) or by 2^-126 ("floor"); a NaN in a block makes the whole block NaN ("rceil"), or only itself and
-infinities while the rest becomes zero ("floor"), the scale being NaN both times. One difference: torchao takes an fp32 logarithm,
-whose rounding hides an amax that is less than about 2^-17 above 448·2^k; the scale here is then one power of two larger, as
-cuBLAS's is. It needs fp32 input: bf16 and fp16 have no such numbers.
+Bytes are those of torchao's ``to_mx`` in both modes, the edges too: a block whose scale is 2^-127 is divided by 1 ("rceil":
+all of it is zero in e4m3 anyway) or by 2^-126 ("floor"); a NaN in a block makes the whole block NaN ("rceil"), or only itself
+and infinities while the rest becomes zero ("floor"), the scale being NaN both times. One difference: torchao takes an fp32
+logarithm, whose rounding hides an amax that is less than about 2^-17 above 448·2^k; the scale here is then one power of two
+larger, as cuBLAS's is. It needs fp32 input: bf16 and fp16 have no such numbers.
 
-Plain scales are [T, K/32]. Swizzled scales are what tensor cores of compute capability 10.0 read: tiles of 128 rows by 4 scales,
+Plain scales are [T, K/32]. Swizzled scales are what tensor cores of compute capability 10.0 read: tiles of 128 rows by 4,
 
     byte (r % 32)·16 + (r / 32)·4 + c   of a tile's 512;   tiles along K first, then along rows
 

@@ -2,19 +2,18 @@
 
     scale = 2^k from amax of the block, rounded "rceil" (cuBLAS's) or "floor" (OCP MX 1.0);  data = saturating cast(x / scale)
 
-x [T, K], or weights [E, N, K], bf16, fp16 or fp32, K a multiple of 32, unit stride within a row and any between rows; data e4m3 of
-x's shape, contiguous. Scales are plain, [T, K/32] or [E, N, K/32], or ``swizzled`` for the tensor cores of compute capability
-10.0, which alone read them: [T, K] as one group, [rows padded to 128, K/32 padded to 4]; [E, N, K] as E groups, [E, the bytes of
-one]. ``offs`` [E] int32 are the cumulative ends of groups of x's rows (sorted tokens of experts): every group of the scale
-buffer is padded to 128 rows, [T + 128·E, K/32 padded to 4] being enough wherever they end. Padding is zero. Rows past
-``offs[-1]`` have data and, swizzled, no scales. The bytes are those of ``kernels/mx.py``, torchao's.
+x [T, K], or weights [E, N, K], bf16, fp16 or fp32, K a multiple of 32, unit stride within a row and any between rows; data
+e4m3 of x's shape, contiguous. Scales are plain, [T, K/32] or [E, N, K/32], or ``swizzled`` for the tensor cores of compute
+capability 10.0, which alone read them: [T, K] as one group, [rows padded to 128, K/32 padded to 4]; [E, N, K] as E groups,
+[E, the bytes of one]. ``offs`` [E] int32 are the cumulative ends of groups of x's rows (sorted tokens of experts): every
+group of the scale buffer is padded to 128 rows, [T + 128·E, K/32 padded to 4] being enough wherever they end. Padding is
+zero. Rows past ``offs[-1]`` have data and, swizzled, no scales. The bytes are those of ``kernels/mx.py``, torchao's.
 
 One pass over memory, and no host sync: the kernel finds its group from ``offs`` on the device.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +100,6 @@ OP = Op(
         key=key,
         exports=exports,
         bind=bind,
-        examples=tuple(itertools.product((torch.bfloat16,), ("rceil",), (False, True))) + ((torch.float32, "floor", True),),
+        examples=((torch.bfloat16, "rceil", False), (torch.bfloat16, "rceil", True), (torch.float32, "floor", True)),
     ),
 )

@@ -1,0 +1,24 @@
+// Stand-in for the reductions: bits of non-negative floats, NaN above infinity.
+#pragma once
+
+#include "vec.cuh"
+
+namespace inductor_ext {
+
+template <typename T>
+struct Amax {
+  uint32_t bits = 0;
+  template <int N>
+  void merge(const Raw<T, N>& x) {
+    for (int i = 0; i < N; ++i) bits = max(bits, __float_as_uint(to_float(x.values[i])) & 0x7fffffffu);
+  }
+  uint32_t float_bits() const { return bits; }
+};
+
+template <int Lanes>
+uint32_t group_max(uint32_t bits) {
+  for (int step = Lanes / 2; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+  return bits;
+}
+
+}  // namespace inductor_ext

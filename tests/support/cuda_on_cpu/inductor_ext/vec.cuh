@@ -1,0 +1,57 @@
+// Stand-in for the vectors: elements as they are in memory, checked to lie inside a tensor and aligned.
+#pragma once
+
+#include "cuda_on_cpu.h"
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { uint16_t bits; };
+struct __nv_fp8_e4m3 { uint8_t bits; };
+struct __nv_fp8_e8m0 { uint8_t bits; };
+
+namespace inductor_ext {
+
+inline float to_float(float v) { return v; }
+inline float to_float(__nv_bfloat16 v) { return __uint_as_float(uint32_t{v.bits} << 16); }
+inline float to_float(__half v) {
+  _Float16 value;
+  std::memcpy(&value, &v, 2);
+  return static_cast<float>(value);
+}
+
+// Accesses outside of what a test has named here throw.
+struct Span {
+  const char *begin, *end;
+};
+inline std::vector<Span> spans;
+inline void check_access(const void* p, size_t bytes, size_t alignment) {
+  const char* at = static_cast<const char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) throw std::runtime_error("misaligned access");
+  for (const Span& span : spans) {
+    if (span.begin <= at && at + bytes <= span.end) return;
+  }
+  throw std::runtime_error("access outside of every tensor");
+}
+
+template <typename T, int N>
+struct Raw {
+  T values[N];
+  void zero() { std::memset(values, 0, sizeof(values)); }
+  void load(const T* p) {
+    check_access(p, sizeof(values), std::min<size_t>(sizeof(values), 16));
+    std::memcpy(values, p, sizeof(values));
+  }
+  void unpack(float (&v)[N]) const {
+    for (int i = 0; i < N; ++i) v[i] = to_float(values[i]);
+  }
+};
+
+template <int N>
+struct Bytes {
+  uint8_t bytes[N];
+  void store(void* p) const {
+    check_access(p, N, N);
+    std::memcpy(p, bytes, N);
+  }
+};
+
+}  // namespace inductor_ext
