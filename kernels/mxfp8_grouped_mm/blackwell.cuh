@@ -27,6 +27,9 @@
 
 #include "mxfp8_grouped_mm/groups.cuh"
 
+#include <inductor_ext/cutlass_types.cuh>
+#include <inductor_ext/tensor.h>
+
 #include "cutlass/epilogue/fusion/sm90_visitor_compute_tma_warpspecialized.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_load_tma_warpspecialized.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp"
@@ -45,8 +48,6 @@
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
 #include "cutlass/gemm/kernel/sm100_gemm_array_tma_warpspecialized.hpp"
 // clang-format on
-
-#include <inductor_ext/cutlass_types.cuh>
 
 namespace inductor_ext {
 
@@ -136,7 +137,7 @@ struct Mxfp8GroupedBlackwell {
     StrideOut* stride_out;
     ScaleLayout *layout_w_scale, *layout_x_scale;
 
-    __device__ void operator()(int group, const GroupPlace& p) const {
+    __host__ __device__ void operator()(int group, const GroupPlace& p) const {
       const Shape shape(sizes.n, p.tokens, sizes.k);
       const auto extents = cute::make_shape(sizes.n, p.tokens, sizes.k, 1);
       shapes[group] = shape;
@@ -156,6 +157,7 @@ struct Mxfp8GroupedBlackwell {
   static_assert(sizeof(Shape) == 12 && sizeof(StrideW) == 8 && sizeof(StrideX) == 8 && sizeof(StrideOut) == 8);
   static_assert(sizeof(ScaleLayout) == 20, "blackwell.py plans the scratch with these sizes");
 
+  // `sms`: CTAs at most.
   static int64_t scratch_bytes(int64_t experts, int64_t sms) {
     return kDescriptorBytes * kDescriptors * sms + scratch_array(experts, sizeof(Shape)) + 8 * scratch_array(experts, 8) +
            2 * scratch_array(experts, sizeof(ScaleLayout));
@@ -222,6 +224,27 @@ struct Mxfp8GroupedBlackwell {
     arrays.out = data<char>(out);
     launch_set_up(sizes, data<int>(offs), arrays, id);
     launch_product(arrays, data<char>(scratch), sms, id);
+  }
+
+  // ---- for tests, on the host -----------------------------------------------------------------------------------------------
+
+  // `scratch` as `set_up_groups` leaves it, all tensors being dense and at address 0.
+  static void set_up(TensorView offs, int64_t tokens, int64_t n, int64_t k, int64_t scale_rows, int64_t sms, TensorView scratch) {
+    Symbol E("E");
+    TensorMatcher({E}).dtype<int32_t>().contiguous().verify(offs, "offs");
+    TensorMatcher({scratch_bytes(E.value(), sms)}).dtype<uint8_t>().contiguous().verify(scratch, "scratch");
+    const GroupedSizes sizes = dense_sizes(tokens, E.value(), n, k, sizeof(Out), scale_rows);
+    set_up_groups_on_host(sizes, data<int>(offs), arrays_of(data<char>(scratch), sizes, static_cast<int>(sms)));
+  }
+
+  // `bytes` [rows, blocks] int64: where CUTLASS's layout has the scale of each row of w (`of_x`: of x) and block of K.
+  static void scale_bytes(int64_t k, bool of_x, TensorView bytes) {
+    TensorMatcher({kAny, kAny}).dtype<int64_t>().contiguous().verify(bytes, "bytes");
+    const int rows = static_cast<int>(bytes.shape()[0]), blocks = static_cast<int>(bytes.shape()[1]);
+    const int other = 1;  // of the other operand
+    const ScaleLayout layout = of_x ? ScaleConfig::tile_atom_to_shape_SFB(cute::make_shape(other, rows, static_cast<int>(k), 1))
+                                    : ScaleConfig::tile_atom_to_shape_SFA(cute::make_shape(rows, other, static_cast<int>(k), 1));
+    for (int i = 0; i < rows * blocks; ++i) data<int64_t>(bytes)[i] = layout(i / blocks, i % blocks * mx::kBlock, 0);
   }
 
  private:

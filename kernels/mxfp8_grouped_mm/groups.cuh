@@ -4,13 +4,12 @@
 //   x_scale: tiles of 128 rows x 4 scales; every group starts a block of 128 rows of its own, so that its first one is the
 //   sum of the earlier groups' sizes, each rounded up to 128
 //
-// `place_of_group` is that arithmetic, for host and device: tests/kernels/test_mxfp8_blackwell.py runs it on a CPU.
-// `set_up_groups` is the kernel: one block, a prefix sum over the groups, and a `Write` that stores what the product wants.
+// `place_of_group` is that arithmetic, for host and device. `set_up_groups` is the kernel: one block, a prefix sum over the groups,
+// and a `Write` that stores what the product wants. tests/kernels/test_mxfp8_blackwell.py runs both on a CPU.
 #pragma once
 
 #include <inductor_ext/launch.cuh>
 #include <inductor_ext/mx.cuh>
-#include <inductor_ext/tensor.h>
 
 namespace inductor_ext {
 
@@ -109,41 +108,34 @@ void launch_set_up(const GroupedSizes& sizes, const int* offs, const Write& writ
   Launch(1, kGroupThreads).stream(env_stream(device)).programmatic().run(set_up_groups<Write>, sizes, offs, write);
 }
 
-// ---- for tests: the places as numbers ---------------------------------------------------------------------------------------
+// ---- for tests --------------------------------------------------------------------------------------------------------------
 
+// The same one group after the other, on the host.
+template <typename Write>
+void set_up_groups_on_host(const GroupedSizes& sizes, const int* offs, const Write& write) {
+  int64_t scale_row = 0;
+  for (int group = 0; group < sizes.experts; ++group) {
+    const int start = group > 0 ? clamped_offset(offs[group - 1], sizes.tokens) : 0;
+    const int end = clamped_offset(offs[group], sizes.tokens);
+    write(group, place_of_group(sizes, group, start, end, scale_row));
+    scale_row += padded_rows(group_tokens(start, end));
+  }
+}
+
+// Of dense tensors.
+inline GroupedSizes dense_sizes(int64_t tokens, int64_t experts, int64_t n, int64_t k, int64_t out_size, int64_t scale_rows) {
+  GroupedSizes s{};
+  s.tokens = tokens, s.experts = static_cast<int>(experts), s.n = static_cast<int>(n), s.k = static_cast<int>(k);
+  s.x_pitch = k, s.out_pitch = n * out_size, s.out_size = static_cast<int>(out_size), s.scale_rows = scale_rows;
+  return s;
+}
+
+// Tokens and the five offsets of each group: rows of a table [E, 6].
 struct WritePlace {
   int64_t* table;
   __host__ __device__ void operator()(int group, const GroupPlace& p) const {
     const int64_t values[] = {p.tokens, p.x, p.x_scale, p.w, p.w_scale, p.out};
     for (int i = 0; i < 6; ++i) table[group * 6 + i] = values[i];
-  }
-};
-
-// `table` [E, 6] int64: tokens and the five offsets of each group of dense tensors. `on_device` runs the kernel, else the same
-// arithmetic one group after the other.
-template <typename Write = WritePlace>
-struct GroupTable {
-  static void run(TensorView offs, int64_t tokens, int64_t n, int64_t k, int64_t out_size, int64_t scale_rows, TensorView table,
-                  bool on_device) {
-    Symbol E("E");
-    TensorMatcher({E}).dtype<int32_t>().contiguous().verify(offs, "offs");
-    TensorMatcher({E, 6}).dtype<int64_t>().contiguous().verify(table, "table");
-    GroupedSizes s{};
-    s.tokens = tokens, s.experts = static_cast<int>(E.value()), s.n = static_cast<int>(n), s.k = static_cast<int>(k);
-    s.x_pitch = k, s.out_pitch = n * out_size, s.out_size = static_cast<int>(out_size), s.scale_rows = scale_rows;
-    const Write write{data<int64_t>(table)};
-    const int* ends = data<int>(offs);
-    if (on_device) {
-      DeviceGuard guard(offs.device().device_id);
-      launch_set_up(s, ends, write, offs.device().device_id);
-      return;
-    }
-    int64_t scale_row = 0;
-    for (int group = 0; group < s.experts; ++group) {
-      const int start = group > 0 ? clamped_offset(ends[group - 1], tokens) : 0, end = clamped_offset(ends[group], tokens);
-      write(group, place_of_group(s, group, start, end, scale_row));
-      scale_row += padded_rows(group_tokens(start, end));
-    }
   }
 };
 

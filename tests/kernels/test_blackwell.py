@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from inductor_ext import jit
-from inductor_ext.errors import ToolchainError
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.op import OP, decide
-from inductor_ext.settings import Settings
+from tests.support.machine_code import Built
 
 ARCH = "sm_100a"
 NAMES = {"128x128": "blackwell:128x128", "256x128": "blackwell:256x128@2x1"}
-
-
-def _disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one that Triton ships."""
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    roots = [Path(place) / "backends/nvidia/bin" for place in (triton.submodule_search_locations or ())] if triton else []
-    nvcc = shutil.which("nvcc")
-    roots += [Path(nvcc).resolve().parent] if nvcc else []
-    roots += sorted(Path("/usr/local").glob("cuda*/bin"))
-    return found or next((str(root / "cuobjdump") for root in roots if (root / "cuobjdump").is_file()), None)
-
-
-class Built:
-    """One of the examples, its PTX, and its machine code where it can be disassembled."""
-
-    def __init__(self, spec: jit.JitSpec, folder: Path) -> None:
-        folder.mkdir()
-        options = Settings().replace(cache_dir=str(folder / "cache"), arch=ARCH, progress=False)
-        try:
-            jit.find_toolchain(options)
-        except ToolchainError as error:
-            pytest.skip(f"no nvcc: {str(error)[:200]}")
-        kept = dataclasses.replace(spec, flags=(*spec.flags, "-keep", "-keep-dir", str(folder)))
-        (binary,) = jit.prebuild([kept], folder / "built", options).values()
-        assert isinstance(binary, Path), str(binary)
-        self.binary = binary
-        (self.ptx,) = (path.read_text() for path in folder.glob("*.ptx"))
-        self.sass = ""
-        tool = _disassembler()
-        if tool:
-            self.sass = subprocess.run([tool, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
-
-    def instructions(self, pattern: str) -> list[str]:
-        """Those of the machine code, in its order."""
-        return re.findall(rf"\b(?:{pattern})[A-Z0-9_.]*", self.sass)
 
 
 @pytest.fixture(scope="module", params=list(NAMES))

@@ -1,7 +1,6 @@
-// mxfp8_grouped_mm's set-up kernel behind a C function, and the same one group after the other: tests/kernels/test_mxfp8_blackwell.py.
-#include <functional>
-
-#include "mxfp8_grouped_mm/group_table.cuh"
+// mxfp8_grouped_mm's set-up kernel behind a C function, and the same one group after the other:
+// for tests/kernels/test_mxfp8_blackwell.py.
+#include "mxfp8_grouped_mm/groups.cuh"
 
 using namespace inductor_ext;
 

@@ -1,0 +1,116 @@
+"""mxfp8_grouped_mm's kernels for compute capability 10.0: which calls they serve, which tile a call takes, how one is made.
+
+A tile is named ``blackwell:<output channels>x<tokens>``, ``@2x1`` where two SMs share it (``blackwell.cuh``).
+
+No kernel of these has run: the project had no Blackwell GPU. `TILES` is a guess, made of what a tile wastes and not of
+measurements: a group of 20 tokens fills a third of 64 columns, and a sixth of 128.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+TARGET = "sm_100a"
+SOURCE = "mxfp8_grouped_mm/blackwell.cuh"
+DATA = torch.float8_e4m3fn
+OUT_TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
+
+#: (tokens a group on average, up to which it is taken; name; its template arguments)
+TILES = (
+    (64, "blackwell:128x64", (128, 64, 1)),
+    (128, "blackwell:128x128", (128, 128, 1)),
+    (512, "blackwell:256x128@2x1", (256, 128, 2)),
+    (None, "blackwell:256x256@2x1", (256, 256, 2)),
+)
+ARGUMENTS = {name: arguments for _, name, arguments in TILES}
+
+# ---- which kernel ----------------------------------------------------------------------------------------------------
+
+
+def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool) -> tuple[str, str] | None:
+    """What is wanted and what was found instead where no kernel of these can serve a call; None where one can."""
+    if x_scale is None:
+        return "x in MXFP8 too: tensor cores multiply it with MXFP8 weights, and bf16 they do not", f"{x.dtype} without x_scale"
+    if not swizzled:
+        return "scales in tiles of 128 x 4, as tensor cores of compute capability 10.0 read them", "plain scales"
+    multiple = 16 // out_dtype.itemsize
+    if w.shape[1] % multiple:
+        return f"N to be a multiple of {multiple}: rows of out start at multiples of 16 bytes", f"N = {w.shape[1]}"
+    return None
+
+
+def tile(tokens: int, experts: int) -> str:
+    """By tokens a group, on average: how many each really has is known on the device alone."""
+    mean = tokens / max(experts, 1)
+    return next(name for most, name, _ in TILES if most is None or mean <= most)
+
+
+def key(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> Hashable:
+    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
+        return None
+    return tile(x.shape[0], w.shape[0]), out_dtype
+
+
+def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> list[Hashable]:
+    """Every key that some number of tokens leads to."""
+    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
+        return []
+    if isinstance(x.shape[0], int):
+        return [(tile(x.shape[0], w.shape[0]), out_dtype)]
+    return [(name, out_dtype) for name in ARGUMENTS]
+
+
+# ---- scratch ---------------------------------------------------------------------------------------------------------
+
+
+def scratch_bytes(experts: int, sms: int) -> int:
+    """``scratch_bytes`` of blackwell.cuh, which checks it: 5 TMA descriptors an SM, and the arrays of all groups."""
+
+    def array(size: int) -> int:
+        return -(-experts * size // 64) * 64
+
+    return 5 * 128 * sms + array(12) + 8 * array(8) + 2 * array(20)
+
+
+@functools.cache
+def _sms(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def scratch(x: Any, w: Any) -> int:
+    return scratch_bytes(w.shape[0], _sms(x.device.index))
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def made(key: Any) -> str:
+    """The C++ class of a key."""
+    name, out_dtype = key
+    return f"inductor_ext::Mxfp8GroupedBlackwell<{', '.join(map(str, (OUT_TYPES[out_dtype], *ARGUMENTS[name])))}>"
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    return (("run", f"{made(key)}::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    launch = module.run
+
+    def run(
+        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, out: Any, kept: Any = None
+    ) -> None:
+        if kept is None:  # a call outside of compiled code
+            kept = x.new_empty(scratch(x, w), dtype=torch.uint8)
+        launch(x, x_scale, w, w_scale, offs, out, kept)
+
+    return run
+
+
+def examples() -> Sequence[Hashable]:
+    """What CI compiles: one SM. Two are compiled by tests/kernels/test_mxfp8_blackwell.py."""
+    return (("blackwell:128x64", torch.bfloat16),)
