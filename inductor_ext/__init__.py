@@ -4,6 +4,7 @@
     inductor_ext.explain(model, *inputs)                what was rewritten, what was not, and why
     inductor_ext.verify(model, *inputs)                 compare every rewrite with what it replaced
     inductor_ext.backend(rules=…, strict=…)             a configured backend
+    inductor_ext.quantize_moe_(model)                   the experts' weights to MXFP8, in place, and what it costs
     torch.ops.inductor_ext.*                            the operators themselves
 
 Importing this package defines the operators and does nothing else: no CUDA, no compiler, no directory.
@@ -14,10 +15,11 @@ from __future__ import annotations
 from inductor_ext import registry
 from inductor_ext.backend import backend
 from inductor_ext.errors import InductorExtError
+from inductor_ext.moe import MXFP8Weight, quantize_moe_
 from inductor_ext.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["InductorExtError", "Settings", "backend", "explain", "verify"]
+__all__ = ["InductorExtError", "MXFP8Weight", "Settings", "backend", "explain", "quantize_moe_", "verify"]
 
 registry.ops()
 

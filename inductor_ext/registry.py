@@ -26,12 +26,14 @@ OP_MODULES = (
     "qk_norm_rope",
     "varlen_attention",
     "mxfp8_quantize",
+    "mxfp8_round",
     "mxfp8_grouped_mm",
     "moe_combine",
 )
 RULE_MODULES = (
     "prefill_only",
     "causal_attention",
+    "moe_combine",
     "quantize_once",
     "scaled_mm_cat",
     "scaled_mm_siblings",

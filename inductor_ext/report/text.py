@@ -19,6 +19,7 @@ from rich.text import Text
 from inductor_ext.report.events import Refusal, Rewrite
 
 if TYPE_CHECKING:
+    from inductor_ext.moe.quantize import MoEReport
     from inductor_ext.report.explain import Explanation
     from inductor_ext.report.verify import Verification
 
@@ -179,3 +180,29 @@ def _checks(found: Verification) -> Table:
         )
         table.add_row(*map(Text, cells), style=None if check.ok else "red")
     return table
+
+
+def quantized_moe(report: MoEReport) -> RenderableType:
+    """A summary line, a table of the weights that were quantised, and one of those that were left alone."""
+    settings = f"activations {report.activations}, scales {report.rounding}"
+    summary = f"quantize_moe_: {len(report.weights)} weights to MXFP8, {settings}"
+    if report.weights:
+        sizes = f"{report.bytes_before / 2**20:,.2f} → {report.bytes_after / 2**20:,.2f} MiB"
+        summary += f"; relative error {report.error:.3%}, {sizes}"
+    parts: list[RenderableType] = [Text(summary, "bold")]
+    if report.weights:
+        errors = "relative error", "largest error", "largest weight"
+        table = _table("Quantised", "weight", "shape", *errors, "MiB before → after")
+        for weight in report.weights:
+            sizes = f"{weight.bytes_before / 2**20:,.2f} → {weight.bytes_after / 2**20:,.2f}"
+            numbers = f"{weight.error:.3%}", f"{weight.max_error:.3g}", f"{weight.max_weight:.3g}"
+            table.add_row(*map(Text, (weight.name, str(list(weight.shape)), *numbers, sizes)))
+        table.show_lines = False
+        parts.append(table)
+    if report.skipped:
+        table = _table("Left alone", "weight", "reason", "wanted", "found")
+        for skipped in report.skipped:
+            table.add_row(*map(Text, (skipped.name, skipped.reason, skipped.wanted, skipped.found)))
+        table.show_lines = False
+        parts.append(table)
+    return Group(*parts)
