@@ -5,7 +5,7 @@
 y [S, H] are the experts' rows, bf16, fp16 or fp32, one pitch between rows; inverse [T, k], int64 or int32, says which row of y
 is the t-th token's j-th: the inverse of the permutation that sorted the rows by expert. weights [T, k], or None for 1, in the
 tokens' order; a product is rounded to the dtype that ``y * weights`` has in PyTorch, the sum is fp32 and rounded once, to
-``dtype`` (bf16, fp16 or fp32). out [T, H], contiguous. k is 1 to 64; T = 0 works; 16-byte accesses where H is a multiple of 8.
+``dtype`` (bf16, fp16 or fp32). out [T, H], contiguous. k is 1 to 64; T = 0 works; any H, in 16-byte accesses if 8 divides it.
 
 With expert_ids [T, k], int64 or int32, a row whose expert is ``experts`` or later counts as zero, whatever its weight, and is
 never read: it is a row that grouped matmuls leave uninitialised, since its expert is on another rank.
@@ -120,10 +120,10 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     return call
 
 
-def moe(_target: str) -> list[Any]:
+def moe(_target: str) -> tuple[Any, ...]:
     """What Hugging Face's models take: routing weights in the model's dtype (Qwen, GLM, …) or in fp32 (Mixtral, …)."""
     bf16, i64 = torch.bfloat16, torch.int64
-    return [(bf16, weights, i64, i64, bf16) for weights in (bf16, torch.float32, None)]
+    return tuple((bf16, weights, i64, i64, bf16) for weights in (bf16, torch.float32, None))
 
 
 OP = Op(

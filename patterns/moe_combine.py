@@ -1,0 +1,386 @@
+"""moe_combine: the weighted un-permute at the end of a mixture of experts becomes one kernel.
+
+    z = y * weights[perm, None]                        y: the experts' rows; may be masked, where(ids >= E, 0, y)
+    out = z[inverse].view(T, k, H).sum(1)              inverse[perm] = arange(T·k)
+        →   out = inductor_ext.moe_combine(y, weights.view(T, k), inverse.view(T, k), …)
+
+Every row is read once, in 16-byte accesses, and masked rows not at all. The weights may come before or after the un-permute
+or be missing, and so may the mask. The inverse is kept: it is a scatter of T·k integers, and the sum needs it token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import (
+    CONVERT,
+    aten,
+    call,
+    constant_of,
+    describe,
+    erase_dead,
+    is_call,
+    is_opaque,
+    is_reshape,
+    known_equal,
+    same_sizes,
+    value_of,
+)
+from inductor_ext.kernels import steps
+from inductor_ext.kernels.moe_combine.op import HAS_RUN, MAX_TOP_K, OP
+from inductor_ext.patterns.support import has_run, routing
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.patterns.support.same import in_order
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+_GATHERS = {aten.index.Tensor: 1, aten.index_select.default: 2}  # where the index is among the arguments
+
+
+@dataclasses.dataclass
+class Combine:
+    """A sum of gathered rows. ``weights`` and ``ids`` are vectors in the tokens' order, or still in that of y's rows."""
+
+    sum: Node
+    result: Node  # the sum, or the convert behind it
+    view: Node  # [T, k, H]
+    y: Node
+    inverse: Node
+    product: torch.dtype
+    weights: Node | None = None
+    weights_sorted: bool = False
+    ids: Node | None = None
+    ids_sorted: bool = False
+    experts: int = 0
+    inner: list[Node] = dataclasses.field(default_factory=list)  # what only the sum may read
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if is_call(node, aten.sum.dim_IntList)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    found = trace(node)
+    if found is None:
+        return None
+    if isinstance(found, Failure):
+        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
+    refused = _unsupported(found, context)
+    if refused is not None:
+        return refused
+    y, top_k = value_of(found.y), value_of(found.view).shape[1]
+    parts = [f"{top_k} of {y.shape[1]}"]
+    parts += ["weights"] if found.weights is not None else []
+    parts += [f"experts below {found.experts}"] if found.ids is not None else []
+    return Match(found.result, (Call(OP, _fakes(found)),), ", ".join(parts), "each row is read once", found)
+
+
+def trace(node: Node) -> Combine | Failure | None:
+    """The sum ``node`` as a combination of gathered rows; None where no rows are gathered."""
+    found = _walk(node)
+    if not isinstance(found, Combine):
+        return found
+    dims, keepdim = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if [dim % 3 for dim in dims] != [1] or keepdim:
+        shown = f"{list(dims)}{', keepdim' if keepdim else ''}"
+        return Failure(node, "the sum is not over a token's rows", "dimension 1 of [T, k, H], not kept", shown)
+    return found
+
+
+def _walk(node: Node) -> Combine | Failure | None:
+    at: Any = node.args[0]
+    found = Combine(node, node, at, at, at, torch.float32)
+    gathered, product = False, None
+    view: Node | None = None
+    weighted: list[tuple[Node, bool]] = []
+    masked: list[tuple[routing.RowMask, bool]] = []
+    narrowed: Node | None = None
+    while isinstance(at, Node) and isinstance(value_of(at), torch.Tensor):
+        if is_call(at, CONVERT) and value_of(at).dtype in steps.TOKEN_OF_DTYPE:
+            above, below = value_of(at.args[0]).dtype, value_of(at).dtype
+            if below is not torch.float32 or above not in steps.TOKEN_OF_DTYPE:
+                narrowed = narrowed or at
+            found.inner.append(at)
+            at = at.args[0]
+        elif is_reshape(at) and view is None and value_of(at).dim() == 3 and value_of(at.args[0]).dim() == 2:
+            if not known_equal(value_of(at).shape[2], value_of(at.args[0]).shape[1]) or is_call(at, aten.permute.default):
+                return None
+            view = at
+            found.inner.append(at)
+            at = at.args[0]
+        elif view is not None and not gathered and (gather := _gather(at)) is not None:
+            gathered = True
+            found.inner.append(at)
+            at, found.inverse = gather
+        elif is_call(at, aten.mul.Tensor) and not weighted and (factors := _weights(at)) is not None:
+            product = value_of(at).dtype
+            weighted.append((factors[1], gathered))
+            found.inner.append(at)
+            at = factors[0]
+        elif (mask := routing.row_mask(at)) is not None and not masked and constant_of(mask.fill) == 0:
+            masked.append((mask, gathered))
+            found.inner.append(at)
+            at = mask.kept
+        else:
+            break
+    if not gathered or view is None or not isinstance(at, Node):
+        return None
+    if narrowed is not None:
+        reason = "a value is rounded between the rows and their sum"
+        return Failure(narrowed, reason, "converts to float32 only", describe(narrowed))
+    found.view, found.y = view, at
+    found.product = product or value_of(at).dtype
+    for weights, is_sorted in weighted:
+        found.weights, found.weights_sorted = weights, is_sorted
+    for mask, is_sorted in masked:
+        found.ids, found.ids_sorted, found.experts = mask.ids, is_sorted, mask.experts
+    for each in found.inner:
+        other = [user for user in each.users if user is not node and user not in found.inner]
+        if other:
+            reason = "a step between the rows and their sum has a second user"
+            return Failure(each, reason, "the sum only", describe(other[0]))
+    if value_of(node).dtype is torch.float32 and len(node.users) == 1:
+        (user,) = node.users
+        if is_call(user, CONVERT) and user.args[1] in steps.TOKEN_OF_DTYPE:
+            found.result = user
+    return found
+
+
+def _gather(node: Node) -> tuple[Node, Node] | None:
+    """Source and index of ``source[index]``, rows of a matrix."""
+    if not is_call(node, *_GATHERS):
+        return None
+    source, index = node.args[0], node.args[_GATHERS[node.target]]
+    if is_call(node, aten.index.Tensor):
+        if len(index) != 1:
+            return None
+        index = index[0]
+    elif node.args[1] not in (0, -2):
+        return None
+    rows = isinstance(index, Node) and value_of(index).dim() == 1 and value_of(index).dtype in routing.INTEGERS
+    return (source, index) if rows and value_of(source).dim() == 2 else None
+
+
+def _weights(node: Node) -> tuple[Node, Node] | None:
+    """Rows and weights of their product: one weight a row, [.., 1]."""
+    shape = value_of(node).shape
+    for rows, weights in (node.args, node.args[::-1]):
+        if not isinstance(rows, Node) or not isinstance(weights, Node):
+            return None
+        one, other = value_of(rows), value_of(weights)
+        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or other.dim() != len(shape):
+            continue
+        column = known_equal(other.shape[-1], 1) and not known_equal(shape[-1], 1) and same_sizes(other.shape[:-1], shape[:-1])
+        if same_sizes(one.shape, shape) and column and other.dtype in steps.TOKEN_OF_DTYPE:
+            return rows, weights
+    return None
+
+
+def _unsupported(found: Combine, context: Context) -> Refusal | None:
+    y, top_k = value_of(found.y), value_of(found.view).shape[1]
+    node = found.result
+    if y.dtype not in steps.TOKEN_OF_DTYPE:
+        return context.refuse(node, "input dtype", wanted="bfloat16, float16 or float32", found=str(y.dtype))
+    if not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+        return context.refuse(node, "rows of a token", wanted=f"a number from 1 to {MAX_TOP_K}", found=str(top_k))
+    if not known_equal(y.stride(1), 1):
+        strides = f"{describe(found.y)} strides {list(y.stride())}"
+        return context.refuse(node, "input layout", wanted="rows of unit stride", found=strides)
+    if not context.forced:
+        if not known_equal(y.shape[0], value_of(found.inverse).shape[0]):
+            wanted, shown = f"an index for each of {y.shape[0]} rows", describe(found.inverse)
+            return context.refuse(node, "the gather is not of all rows, once each", wanted=wanted, found=shown)
+        if not is_opaque(found.y):
+            wanted = "a graph input, a grouped matmul or another opaque kernel as producer"
+            shown = describe(found.y)
+            return context.refuse(node, "Inductor computes the rows where it reads them", wanted=wanted, found=shown)
+    return has_run.refusal(node, context, y.device, HAS_RUN)
+
+
+def _fakes(found: Combine) -> tuple[Any, ...]:
+    """The op's arguments, as far as its kernel depends on them."""
+    shape = value_of(found.view).shape[:2]
+    y, inverse = value_of(found.y), value_of(found.inverse)
+    with y.fake_mode:
+        weights = None if found.weights is None else y.new_empty(shape, dtype=_weights_dtype(found))
+        ids = None if found.ids is None else y.new_empty(shape, dtype=value_of(found.ids).dtype)
+        return y, weights, inverse.new_empty(shape), ids, found.experts, value_of(found.result).dtype
+
+
+def _weights_dtype(found: Combine) -> torch.dtype:
+    """That of the weights, or fp32 where y was converted before the product, which is then fp32 too."""
+    given = value_of(found.weights).dtype
+    return given if torch.promote_types(value_of(found.y).dtype, given) is found.product else found.product
+
+
+def replace(match: Match) -> None:
+    found: Combine = match.data
+    graph, like = match.node.graph, match.node
+    sizes = list(found.view.args[1][:2])
+
+    def by_token(vector: Node | None, is_sorted: bool) -> Node | None:
+        if vector is None:
+            return None
+        if is_sorted:
+            flat = in_order(vector)
+            ordered = routing.in_token_order(flat, found.inverse)
+            if ordered is None:
+                if value_of(vector).dim() != 1:
+                    vector = call(graph, aten.reshape.default, vector, [-1], like=like)
+                ordered = call(graph, aten.index.Tensor, vector, [found.inverse], like=like)
+            vector = ordered
+        return table(vector)
+
+    def table(vector: Node) -> Node:
+        """[T, k], contiguous."""
+        shape = value_of(found.view).shape[:2]
+        if not same_sizes(value_of(vector).shape, shape):
+            vector = call(graph, aten.reshape.default, vector, sizes, like=like)
+        if not value_of(vector).is_contiguous():
+            vector = call(graph, aten.clone.default, vector, like=like, memory_format=torch.contiguous_format)
+        return vector
+
+    with graph.inserting_before(match.node):
+        weights = by_token(found.weights, found.weights_sorted)
+        if weights is not None and value_of(weights).dtype is not _weights_dtype(found):
+            weights = call(graph, CONVERT, weights, _weights_dtype(found), like=like)
+        ids = by_token(found.ids, found.ids_sorted)
+        dtype = value_of(found.result).dtype
+        made = call(graph, OP.overload, found.y, weights, table(found.inverse), ids, found.experts, dtype, like=like)
+    found.result.replace_all_uses_with(made)
+    erase_dead(found.result)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+E, K, T, H = 4, 2, 6, 64
+
+
+def _sorted(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sorted expert ids, the permutation and its inverse, as transformers spells it."""
+    sorted_ids, perm = torch.sort(ids.reshape(-1))
+    inverse = torch.empty_like(perm)
+    inverse[perm] = torch.arange(perm.shape[0], device=perm.device)
+    return sorted_ids, perm, inverse
+
+
+def _transformers(y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    sorted_ids, perm, inverse = _sorted(ids)
+    y = y.masked_fill((sorted_ids >= E).unsqueeze(-1), 0.0)
+    y = y * weights.reshape(-1)[perm].unsqueeze(-1)
+    return y[inverse].view(-1, K, H).sum(dim=1).to(torch.bfloat16)
+
+
+def _routed(y: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return _transformers(y, weights, torch.topk(logits, K).indices)
+
+
+def _after(y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    _, _, inverse = _sorted(ids)
+    return (y[inverse].view(-1, K, H) * weights.view(-1, K, 1)).sum(dim=1)
+
+
+def _unweighted(y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    _, perm, _ = _sorted(ids)
+    return y[torch.argsort(perm)].view(-1, K, H).sum(dim=1)
+
+
+def _given_order(y: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Weights in the rows' order, and an inverse that the graph is given."""
+    return (y.float() * weights.view(-1, 1))[inverse].view(T, K, H).sum(dim=1)
+
+
+def _inputs(device: str, weights: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    y = torch.randn(T * K, H, device=device).bfloat16()
+    return y, torch.rand(T, K, device=device).to(weights), torch.randint(0, E + 1, (T, K), device=device)
+
+
+def _with_order(device: str) -> tuple[torch.Tensor, ...]:
+    y, weights, _ = _inputs(device)
+    return y, weights, torch.randperm(T * K, device=device)
+
+
+def _with_logits(device: str) -> tuple[torch.Tensor, ...]:
+    y, weights, _ = _inputs(device)
+    return y, weights, torch.randn(T, E + 1, device=device)
+
+
+def _match(name: str, fn: Any, inputs: Any = _inputs, **rest: Any) -> Example:
+    return Example(name, fn, inputs, mode="always", **rest)  # on a GPU the kernel has to be asked for until it has run
+
+
+RULE = Rule(
+    name="moe_combine",
+    doc="the experts' rows back in the tokens' order, weighted and summed → one kernel",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    exact=False,
+    cost="products are rounded as in eager and summed in fp32, in another order than eager's or Inductor's may be",
+    matches=(
+        _match("transformers", _transformers),
+        _match("any_number_of_tokens", _routed, _with_logits, dynamic=True),
+        _match("fp32_weights", _transformers, lambda device: _inputs(device, torch.float32)),
+        _match("weights_after", _after),
+        _match("no_weights", _unweighted),
+        _match("given_order", _given_order, _with_order),
+    ),
+    near_misses=(
+        Example(
+            "sum_over_columns",
+            lambda y, w, ids: y[_sorted(ids)[2]].view(T, K, H).sum(dim=2),
+            _inputs,
+            reason="the sum is not over a token's rows",
+        ),
+        Example(
+            "rows_are_read_elsewhere",
+            lambda y, w, ids: (lambda z: (z.view(T, K, H).sum(dim=1), z * 2))(y[_sorted(ids)[2]]),
+            _inputs,
+            reason="a step between the rows and their sum has a second user",
+        ),
+        Example(
+            "products_are_rounded_again",
+            lambda y, w, ids: (y.float() * w.view(-1, 1)).bfloat16()[_sorted(ids)[2]].view(T, K, H).sum(dim=1),
+            _inputs,
+            reason="a value is rounded between the rows and their sum",
+        ),
+        Example(
+            "columns",
+            lambda y, w, ids: y.t()[_sorted(ids)[2]].view(T, K, H).sum(dim=1),
+            lambda device: (torch.randn(H, T * K, device=device).bfloat16(), *_inputs(device)[1:]),
+            reason="input layout",
+        ),
+        Example(
+            "rows_gathered_twice",
+            lambda y, w, ids: y[ids.view(-1)].view(T, K, H).sum(dim=1),
+            lambda device: (torch.randn(E + 1, H, device=device).bfloat16(), *_inputs(device)[1:]),
+            reason="the gather is not of all rows, once each",
+        ),
+        Example(
+            "rows_are_computed_by_inductor",
+            lambda y, w, ids: torch.relu(y)[_sorted(ids)[2]].view(T, K, H).sum(dim=1),
+            _inputs,
+            reason="Inductor computes the rows where it reads them",
+        ),
+        Example(
+            "integers",
+            lambda y, w, ids: y[_sorted(ids)[2]].view(T, K, H).sum(dim=1),
+            lambda device: (torch.ones(T * K, H, device=device, dtype=torch.int32), *_inputs(device)[1:]),
+            reason="input dtype",
+        ),
+        Example(
+            "many_rows",
+            lambda y, w, ids: y[_sorted(ids)[2]].view(2, 72, H).sum(dim=1),
+            lambda device: (
+                torch.randn(144, H, device=device).bfloat16(),
+                torch.rand(2, 72, device=device),
+                torch.randint(0, E, (2, 72), device=device),
+            ),
+            reason="rows of a token",
+        ),
+    ),
+)
