@@ -3,7 +3,7 @@
 A block is 32 consecutive elements of a row; amax = max |x| over it, in x's own dtype, NaN propagates.
 
     scale = 2^(byte - 127)                 an e8m0 byte; 255 is NaN
-    "rceil"   the least power of two that is not below amax / 448 in fp32 (cuBLAS, and CUDA's e8m0 conversion); infinity: byte 254
+    "rceil"   the least power of two that is not below amax / 448 in fp32 (cuBLAS; CUDA's e8m0 conversion); infinity: byte 254
     "floor"   2^(floor(log2 amax) - 8), OCP MX 1.0: values up to 1.75 times amax's power of two fit, larger ones saturate
     data  = saturating cast of x / scale to e4m3, to nearest even
 
@@ -101,9 +101,10 @@ def swizzle(scales: torch.Tensor, offs: torch.Tensor | None = None) -> torch.Ten
     if scales.dim() == 3:
         each = [swizzle(group).flatten() for group in scales]
         return torch.stack(each) if each else scales.new_empty(0, _bytes(swizzled_shape(*scales.shape[1:])))
-    shape = swizzled_shape(*scales.shape) if offs is None else grouped_shape(*scales.shape, offs.shape[0])
+    rows, cols = scales.shape
+    shape = swizzled_shape(rows, cols) if offs is None else grouped_shape(rows, cols, offs.shape[0])
     made = torch.zeros(_bytes(shape) + 1, dtype=torch.uint8, device=scales.device)  # one more for rows of no group
-    made[_places(scales.shape, offs, made.numel() - 1, scales.device)] = scales.view(torch.uint8)
+    made[_places((rows, cols), offs, made.numel() - 1, scales.device)] = scales.view(torch.uint8)
     return made[:-1].view(SCALE).view(shape)
 
 

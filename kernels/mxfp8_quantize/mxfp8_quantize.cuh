@@ -41,44 +41,64 @@ struct Mxfp8QuantizeParams {
   int64_t scale_bytes;  // the buffer's size
 };
 
-// A share in registers: access u of a lane, its blocks' scales, and the data to memory.
+// A share in registers: vector u is what access u gave.
 template <typename In, typename Rounding, int E>
 struct Mxfp8Share {
   static constexpr int kLanes = mx::kBlock / E;
   Raw<In, E> raw[kLanes];
 
-  // `place(block, &inside)` is where x has the block.
-  template <typename Place>
-  __device__ __forceinline__ void load(int lane, Place&& place) {
+  // Loads what `inside(block)`; `place(block)` is where x has the block.
+  template <typename Inside, typename Place>
+  __device__ __forceinline__ void load(int lane, Inside&& inside, Place&& place) {
 #pragma unroll
     for (int u = 0; u < kLanes; ++u) {
-      bool inside = false;
-      const In* x = place(mx::block_of<kLanes>(u, lane), &inside);
+      const int block = mx::block_of<kLanes>(u, lane);
       raw[u].zero();
-      if (inside) raw[u].load(x + lane % kLanes * E);
+      if (inside(block)) raw[u].load(place(block) + lane % kLanes * E);
     }
   }
 
-  // Writes data where `place(block, &inside)` says, and returns the scale that this lane writes. The whole warp calls this.
-  template <typename Place>
-  __device__ __forceinline__ uint8_t store(int lane, Place&& place) const {
-    uint32_t mine = 0;
+  // Writes data where `place(block)` says, and returns the scale that this lane writes. The whole warp calls this.
+  template <typename Inside, typename Place>
+  __device__ __forceinline__ uint8_t store(int lane, Inside&& inside, Place&& place) const {
+    const uint32_t byte = Rounding::byte(amax(lane));
+    const uint32_t factor_here = Rounding::factor(byte);
 #pragma unroll
     for (int u = 0; u < kLanes; ++u) {
-      Amax<In> amax;
-      amax.merge(raw[u]);
-      const uint32_t byte = Rounding::byte(group_max<kLanes>(amax.float_bits()));
-      if (u == lane % kLanes) mine = byte;
-      const float factor = __uint_as_float(Rounding::factor(byte));
+      const float factor = __uint_as_float(__shfl_sync(0xffffffffu, factor_here, lane / kLanes * kLanes + u));
       float v[E];
       raw[u].unpack(v);
 #pragma unroll
       for (int e = 0; e < E; ++e) v[e] = __fmul_rn(v[e], factor);
-      bool inside = false;
-      uint8_t* out = place(mx::block_of<kLanes>(u, lane), &inside);
-      if (inside) cast_fp8<__nv_fp8_e4m3, true>(v).store(out + lane % kLanes * E);
+      const int block = mx::block_of<kLanes>(u, lane);
+      if (inside(block)) cast_fp8<__nv_fp8_e4m3, true>(v).store(place(block) + lane % kLanes * E);
     }
-    return static_cast<uint8_t>(mine);
+    return static_cast<uint8_t>(byte);
+  }
+
+ private:
+  // Of the block whose scale this lane writes. In every step lanes exchange the halves of their maxima that they do not keep: one
+  // shuffle fewer than there are maxima, where reducing each by itself takes two or three for each.
+  __device__ __forceinline__ uint32_t amax(int lane) const {
+    uint32_t held[kLanes];
+#pragma unroll
+    for (int u = 0; u < kLanes; ++u) {
+      Amax<In> of_vector;
+      of_vector.merge(raw[u]);
+      held[u] = of_vector.float_bits();
+    }
+    exchange<kLanes / 2>(held, lane);
+    return held[0];
+  }
+  template <int Step>
+  __device__ __forceinline__ static void exchange(uint32_t (&held)[kLanes], int lane) {
+    const bool upper = lane & Step;
+#pragma unroll
+    for (int u = 0; u < Step; ++u) {
+      const uint32_t kept = upper ? held[u + Step] : held[u], given = upper ? held[u] : held[u + Step];
+      held[u] = max(kept, __shfl_xor_sync(0xffffffffu, given, Step));
+    }
+    if constexpr (Step > 1) exchange<Step / 2>(held, lane);
   }
 };
 
@@ -91,29 +111,29 @@ template <typename In, typename Rounding, int E, bool Run>
 __global__ void __launch_bounds__(kPlainThreads) mxfp8_quantize_plain_kernel(const __grid_constant__ Mxfp8QuantizeParams p) {
   const int lane = threadIdx.x % 32;
   const int64_t share = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32;
-  const int64_t first = share * 32, blocks = p.rows * p.row_blocks;
+  const int64_t first = share * 32, blocks = p.rows * p.row_blocks, begin = blockIdx.y * blocks + first;
+  const int left = static_cast<int>(min(blocks - first, int64_t{32}));  // of the share; none or fewer behind the end
   const In* x = static_cast<const In*>(p.x) + blockIdx.y * p.group_pitch;
-  uint8_t* data = p.data + blockIdx.y * blocks * mx::kBlock;
-  uint8_t* scales = p.scales + blockIdx.y * blocks;
+  uint8_t* data = p.data + begin * mx::kBlock;
 
-  const int64_t first_row = Run ? 0 : first / p.row_blocks;
-  const uint32_t row_blocks = static_cast<uint32_t>(p.row_blocks);
-  const uint32_t first_col = Run ? 0 : static_cast<uint32_t>(first - first_row * p.row_blocks);
+  const auto inside = [&](int block) { return block < left; };
   Mxfp8Share<In, Rounding, E> held;
   wait_for_previous_kernel();
-  held.load(lane, [&](int block, bool* inside) {
-    *inside = first + block < blocks;
-    if constexpr (Run) return x + (first + block) * mx::kBlock;
-    const uint32_t col = first_col + block, further = col < row_blocks ? 0 : col / row_blocks;
-    return x + (first_row + further) * p.pitch + static_cast<int64_t>(col - further * row_blocks) * mx::kBlock;
-  });
+  if constexpr (Run) {
+    x += first * mx::kBlock;
+    held.load(lane, inside, [&](int block) { return x + block * mx::kBlock; });
+  } else {
+    const int64_t first_row = first / p.row_blocks;
+    const uint32_t row_blocks = static_cast<uint32_t>(p.row_blocks), first_col = static_cast<uint32_t>(first - first_row * p.row_blocks);
+    held.load(lane, inside, [&](int block) {
+      const uint32_t col = first_col + block, further = col < row_blocks ? 0 : col / row_blocks;
+      return x + (first_row + further) * p.pitch + static_cast<int64_t>(col - further * row_blocks) * mx::kBlock;
+    });
+  }
   allow_next_kernel();
-  const uint8_t scale = held.store(lane, [&](int block, bool* inside) {
-    *inside = first + block < blocks;
-    return data + (first + block) * mx::kBlock;
-  });
-  const int64_t place = first + mx::written_by<mx::kBlock / E>(lane);
-  if (place < blocks) scales[place] = scale;
+  const uint8_t scale = held.store(lane, inside, [&](int block) { return data + block * mx::kBlock; });
+  const int block = mx::written_by<mx::kBlock / E>(lane);
+  if (block < left) p.scales[begin + block] = scale;
 }
 
 // ---- swizzled scales --------------------------------------------------------------------------------------------------------
@@ -172,9 +192,11 @@ __device__ __forceinline__ TileRow tile_row_of(const int32_t* offs, int groups, 
   return {0, 0, 0, false};
 }
 
-// A block of threads takes a row of tiles, and of that `tiles_run` tiles; a warp one share of each.
+// A block of threads takes a row of tiles, and of that `tiles_run` tiles; a warp one share of each. Three such blocks at once where
+// a lane's part of a share is 64 bytes, two where it is 128.
 template <typename In, typename Rounding, int E>
-__global__ void __launch_bounds__(kSwizzledThreads) mxfp8_quantize_swizzled_kernel(const __grid_constant__ Mxfp8QuantizeParams p) {
+__global__ void __launch_bounds__(kSwizzledThreads, E == 8 ? 3 : 2)
+    mxfp8_quantize_swizzled_kernel(const __grid_constant__ Mxfp8QuantizeParams p) {
   constexpr int kLanes = mx::kBlock / E;
   const int lane = threadIdx.x % 32, share = threadIdx.x / 32;
   const unsigned runs = (p.tiles + p.tiles_run - 1) / p.tiles_run, place = gridDim.x - 1 - blockIdx.x;
@@ -193,22 +215,17 @@ __global__ void __launch_bounds__(kSwizzledThreads) mxfp8_quantize_swizzled_kern
   const In* x = static_cast<const In*>(p.x) + at.group * p.group_pitch + at.first_row * p.pitch;
   uint8_t* data = p.data + (at.group * p.rows + at.first_row) * p.row_blocks * mx::kBlock;
 
-  const int last_tile = min(first_tile + p.tiles_run, p.tiles);
+  const int64_t cols = p.row_blocks * mx::kBlock;
+  const int rows = static_cast<int>(min(at.rows, int64_t{mx::kTileRows})), last_tile = min(first_tile + p.tiles_run, p.tiles);
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    const auto inside = [&](int block) {
-      return mx::share_row(share, block) < at.rows && tile * mx::kTileCols + mx::share_col(block) < p.row_blocks;
-    };
-    const auto column = [&](int block) { return (int64_t{tile} * mx::kTileCols + mx::share_col(block)) * mx::kBlock; };
+    const int64_t first_col = int64_t{tile} * mx::kTileCols;
+    const int left = static_cast<int>(min(p.row_blocks - first_col, int64_t{mx::kTileCols}));
+    const auto inside = [&](int block) { return mx::share_row(share, block) < rows && mx::share_col(block) < left; };
+    const auto column = [&](int block) { return (first_col + mx::share_col(block)) * mx::kBlock; };
     Mxfp8Share<In, Rounding, E> held;
-    held.load(lane, [&](int block, bool* is_inside) {
-      *is_inside = inside(block);
-      return x + mx::share_row(share, block) * p.pitch + column(block);
-    });
+    held.load(lane, inside, [&](int block) { return x + mx::share_row(share, block) * p.pitch + column(block); });
     if (tile + 1 == last_tile) allow_next_kernel();
-    const uint8_t scale = held.store(lane, [&](int block, bool* is_inside) {
-      *is_inside = inside(block);
-      return data + mx::share_row(share, block) * p.row_blocks * mx::kBlock + column(block);
-    });
+    const uint8_t scale = held.store(lane, inside, [&](int block) { return data + mx::share_row(share, block) * cols + column(block); });
     const int block = mx::written_by<kLanes>(lane);
     const int64_t byte = (tile_row * p.tiles + tile) * mx::kTileBytes + mx::tile_offset(mx::share_row(share, block), mx::share_col(block));
     if (byte < p.scale_bytes) p.scales[byte] = at.scaled ? scale : 0;

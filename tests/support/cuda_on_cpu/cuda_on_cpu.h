@@ -37,6 +37,8 @@ template <typename T> T min(T a, T b) { return b < a ? b : a; }
 inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 
 namespace cuda_on_cpu {
 
@@ -117,6 +119,7 @@ T exchange(T value, unsigned from) {
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::end_turn(); }
+template <typename T> T __shfl_sync(unsigned, T value, int lane) { return cuda_on_cpu::exchange(value, lane); }
 template <typename T> T __shfl_xor_sync(unsigned, T value, int step) { return cuda_on_cpu::exchange(value, threadIdx.x % 32 ^ step); }
 template <typename T> T __shfl_up_sync(unsigned, T value, int step) {
   const unsigned lane = threadIdx.x % 32;

@@ -50,16 +50,29 @@ struct Symbol {
   int64_t value() const { return size; }
   int64_t size = 0;
 };
+struct Step {  // the stride of a dimension
+  Step(int) {}
+  Step(Symbol& symbol) : symbol(&symbol) {}
+  Symbol* symbol = nullptr;
+};
 struct TensorMatcher {
   TensorMatcher() = default;
   TensorMatcher(std::initializer_list<std::reference_wrapper<Symbol>> shape) : symbols(shape) {}
   template <typename... T> TensorMatcher& dtype() { return *this; }
   TensorMatcher& contiguous() { return *this; }
+  TensorMatcher& strides(std::initializer_list<Step> given) {
+    steps = given;
+    return *this;
+  }
   TensorMatcher& device(Device&) { return *this; }
   void verify(const TensorView& view, const char*) {
     for (size_t i = 0; i < symbols.size(); ++i) symbols[i].get().size = view.sizes[i];
+    for (size_t i = 0; i < steps.size(); ++i) {
+      if (steps[i].symbol != nullptr) steps[i].symbol->size = view.steps[i];
+    }
   }
   std::vector<std::reference_wrapper<Symbol>> symbols;
+  std::vector<Step> steps;
 };
 inline void check_row_length(int64_t, const char*) {}
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

@@ -18,6 +18,22 @@ inline float to_float(__half v) {
   return static_cast<float>(value);
 }
 
+template <typename T>
+T from_float(float v) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const _Float16 value = static_cast<_Float16>(v);
+    __half result;
+    std::memcpy(&result, &value, 2);
+    return result;
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const uint32_t bits = __float_as_uint(v);
+    if (v != v) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest even
+  } else {
+    return v;
+  }
+}
+
 // Accesses outside of what a test has named here throw.
 struct Span {
   const char *begin, *end;
@@ -42,6 +58,13 @@ struct Raw {
   }
   void unpack(float (&v)[N]) const {
     for (int i = 0; i < N; ++i) v[i] = to_float(values[i]);
+  }
+  void pack(const float (&v)[N]) {
+    for (int i = 0; i < N; ++i) values[i] = from_float<T>(v[i]);
+  }
+  void store(T* p) const {
+    check_access(p, sizeof(values), std::min<size_t>(sizeof(values), 16));
+    std::memcpy(p, values, sizeof(values));
   }
 };
 
