@@ -15,6 +15,7 @@ exact, sums fp32, rounded once.
   ``w_scale`` [E, ceil128(N) · ceil4(K/32)]. ``x_scale`` [R, ceil4(K/32)]: group after group, each padded to 128 rows of its
   own; how many R has to be depends on ``offs``, and T + 128 · E is enough for any. Too few are an error on a CPU, and not
   looked at on a GPU.
+* any scales may be given as uint8, their bytes: Inductor has no e8m0.
 * out [T, N] of ``out_dtype``: bf16, fp16 or fp32.
 
 The schedule is made on the device: no host sync, and nothing allocated but the output.
@@ -22,12 +23,14 @@ The schedule is made on the device: no host sync, and nothing allocated but the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
 from inductor_ext.kernels import mx
-from inductor_ext.op import Op
+from inductor_ext.kernels.mxfp8_grouped_mm import blackwell
+from inductor_ext.op import Kernel, Op
 
 X_DTYPES = (torch.bfloat16, torch.float16)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,6 +38,9 @@ OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Targets whose kernel has run on a GPU and been compared with the reference there. Rules in mode "auto" ask this on a CUDA
 #: device; a kernel that has only been compiled is for "always".
 HAS_RUN: frozenset[str] = frozenset()
+
+#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``key``, ``keys``, ``exports``, ``bind``, ``examples``.
+KERNELS: dict[str, Any] = {blackwell.TARGET: blackwell}
 
 
 def fake(
@@ -192,7 +198,7 @@ def _check_data(x: Any, w: Any, out_dtype: Any) -> None:
 
 
 def _check_scale(name: str, scale: Any, shape: list[Any], shown: list[Any], device: torch.device) -> None:
-    if scale.dtype is not mx.SCALE:
+    if scale.dtype not in (mx.SCALE, torch.uint8):
         raise TypeError(f"mxfp8_grouped_mm: {name}: wanted float8_e8m0fnu, found {scale.dtype}")
     if scale.dim() != len(shape) or any(have != want for have, want in zip(scale.shape, shape)):
         wanted = f"[{', '.join(map(str, shown))}]"
@@ -200,6 +206,62 @@ def _check_scale(name: str, scale: Any, shape: list[Any], shown: list[Any], devi
     if not scale.is_contiguous() or scale.device != device:
         wanted = f"a contiguous tensor on {device}"
         raise ValueError(f"mxfp8_grouped_mm: {name}: wanted {wanted}, found strides {list(scale.stride())} on {scale.device}")
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+_targets: dict[int | None, str] = {}
+
+
+def target_of(device: torch.device) -> str:
+    known = _targets.get(device.index)
+    if known is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        known = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+        if torch.cuda.is_initialized():  # not for fake tensors of a GPU that is not there
+            _targets[device.index] = known
+    return known
+
+
+def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool) -> tuple[str, str] | None:
+    """What is wanted and what was found where no kernel of x's GPU serves such a call; None where one does, and on a CPU."""
+    if x.device.type != "cuda":
+        return None
+    target = target_of(x.device)
+    if target not in KERNELS:
+        return f"one of {', '.join(KERNELS)}", target
+    found: tuple[str, str] | None = KERNELS[target].unsupported(x, x_scale, w, out_dtype, swizzled)
+    return found
+
+
+def key(x: Any, *rest: Any) -> Hashable:
+    """(target, its module's key), or None where PyTorch's own operators run."""
+    target = target_of(x.device) if x.device.type == "cuda" else ""
+    found = KERNELS[target].key(x, *rest) if target in KERNELS else None
+    return None if found is None else (target, found)
+
+
+def keys(x: Any, *rest: Any) -> list[Hashable]:
+    target = target_of(x.device)
+    return [(target, each) for each in KERNELS[target].keys(x, *rest)] if target in KERNELS else []
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = KERNELS[key[0]].bind(module, key[1])
+
+    def with_bytes(x: Any, x_scale: Any, w: Any, w_scale: Any, *rest: Any) -> None:
+        if w_scale.dtype is torch.uint8:
+            w_scale = w_scale.view(mx.SCALE)
+        if x_scale is not None and x_scale.dtype is torch.uint8:
+            x_scale = x_scale.view(mx.SCALE)
+        run(x, x_scale, w, w_scale, *rest)
+
+    return with_bytes
+
+
+def examples(target: str) -> tuple[Hashable, ...]:
+    return tuple((target, each) for each in KERNELS[target].examples()) if target in KERNELS else ()
 
 
 OP = Op(
@@ -211,4 +273,14 @@ OP = Op(
     fake=fake,
     reference=reference,
     reference_into=reference_into,
+    kernel=Kernel(
+        source=lambda key: KERNELS[key[0]].SOURCE,
+        key=key,
+        exports=lambda key: KERNELS[key[0]].exports(key[1]),
+        bind=bind,
+        min_capability=(9, 0),
+        examples=examples,
+        keys=keys,
+        stock=reference_into,
+    ),
 )

@@ -149,7 +149,7 @@ def test_a_whole_module_is_saved() -> None:
 
 def test_a_bf16_checkpoint_is_not_quantised_silently() -> None:
     experts = Experts(MXFP8Weight.quantize(bf16()))
-    with pytest.raises(RuntimeError, match=r"wanted quantised weights to copy from, found torch\.bfloat16; load the checkpoint"):
+    with pytest.raises(RuntimeError, match="wanted quantised weights to copy from, found .*; load the checkpoint"):
         experts.load_state_dict({"weight": bf16()})
     with pytest.raises(RuntimeError, match="wanted swizzled=False, as the weight that is written has, found True"):
         experts.load_state_dict({"weight": MXFP8Weight.quantize(bf16(), swizzled=True)})
