@@ -111,9 +111,15 @@ def choose(arch: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> Choi
 
 def possible(arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int = 1, most_m: int = MAX_M) -> list[Choice]:
     """Every choice that some M between two bounds leads to."""
+    sizes = possible_sizes(arch, n, k, rowwise, fast, least_m, most_m)
+    choices = [choose(arch, m, n, k, rowwise, fast) for m in sizes]
+    return [choice for choice in choices if choice is not None]
+
+
+def possible_sizes(arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int = 1, most_m: int = MAX_M) -> list[int]:
+    """The M between two bounds at which the choice may become another: each measured one and the next above it."""
     found = table(arch)
     rows = found.rows(kind(rowwise, fast), n, k) if found else []
     sizes = {least_m, *(row.m for row in rows if least_m <= row.m <= most_m)}
     sizes |= {m + 1 for m in sizes if m < most_m}
-    choices = [choose(arch, m, n, k, rowwise, fast) for m in sorted(sizes) if m <= most_m]
-    return [choice for choice in choices if choice is not None]
+    return sorted(m for m in sizes if m <= most_m)

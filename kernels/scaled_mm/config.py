@@ -75,13 +75,16 @@ class Config:
         partial = (self.m if self.family == "stream" else self.n) // 2
         return self.accumulators + (partial if exact else 0) <= _MAX_ACCUMULATORS
 
-    def cpp(self, a_dtype: torch.dtype, b_dtype: torch.dtype, out_dtype: torch.dtype, exact: bool) -> str:
-        """The C++ expression of the host function."""
+    def cpp(
+        self, a_dtype: torch.dtype, b_dtype: torch.dtype, out_dtype: torch.dtype, exact: bool, add: bool = False
+    ) -> str:
+        """The C++ expression of the class whose functions the host calls; ``add``: a residual is added (tile family)."""
+        assert self.family == "tile" or not add, f"{self.name}: no kernel of this family adds a residual"
         types = ", ".join(CPP_TYPES[dtype] for dtype in (a_dtype, b_dtype, out_dtype))
         if self.family == "stream":
             return f"inductor_ext::ScaledMmStream<{types}, {self.m}, {self.n}, {str(exact).lower()}>"
         if self.family == "tile":
-            flags = f"{str(self.pingpong).lower()}, {str(exact).lower()}"
+            flags = f"{str(self.pingpong).lower()}, {str(exact).lower()}" + (", true" if add else "")
             return f"inductor_ext::ScaledMmTile<{types}, {self.m}, {self.n}, {flags}>"
         # cuBLAS and CUTLASS have one accumulation mode on compute capability 10.0: the tensor core keeps fp32.
         return f"inductor_ext::ScaledMmBlackwell<{types}, {self.m}, {self.n}, {self.cluster[0]}>"

@@ -24,6 +24,7 @@ constexpr int64_t kAlignment = 16;  // bytes, of everything that the copy engine
 struct Product {
   CUtensorMap a, b;
   CUtensorMap out;  // of the tile family only
+  CUtensorMap residual;  // of kernels that add one only
   const float* scale_a;
   const float* scale_b;
   const void* bias;
@@ -80,7 +81,8 @@ inline int scale_stride(const TensorView& scale, const char* name, int64_t exten
 // Adds one product to a launch. Checks everything before anything is launched.
 template <typename EA, typename EB, typename Out>
 void add_product(Products& products, const Boxes& boxes, Device& device, int* column, const TensorView& a, const TensorView& b,
-                 const TensorView& scale_a, const TensorView& scale_b, const Optional<TensorView>& bias, const TensorView& out) {
+                 const TensorView& scale_a, const TensorView& scale_b, const Optional<TensorView>& bias, const TensorView& out,
+                 const Optional<TensorView>& residual = std::nullopt) {
   if (products.count == kMaxProducts) TVM_FFI_THROW(ValueError) << "b: wanted at most " << kMaxProducts << " in one launch";
   Product& p = products.of[products.count++];
   Symbol k("K"), n("N");
@@ -102,6 +104,9 @@ void add_product(Products& products, const Boxes& boxes, Device& device, int* co
     if (added.numel() != p.n) TVM_FFI_THROW(ValueError) << "bias: wanted " << p.n << " elements, found shape " << shape_of(added);
     p.bias = data(added);
   }
+  if (residual.has_value()) {
+    TensorMatcher({products.m, n}).dtype<Out>().strides({kAny, 1}).device(device).verify(*residual, "residual");
+  }
   if (products.m == 0) return;
   const int64_t a_pitch = pitch_of(a, 0, products.m, p.k), b_pitch = pitch_of(b, 1, p.n, p.k);
   check_pitch(a, "a", a_pitch), check_pitch(b, "b", b_pitch);
@@ -111,6 +116,11 @@ void add_product(Products& products, const Boxes& boxes, Device& device, int* co
     const Out* first = data<Out>(out) + p.column;
     encode(&p.out, MapType<Out>::value, sizeof(Out), first, products.m, p.n, products.out_pitch * sizeof(Out), boxes.out_rows,
            boxes.out_columns);
+  }
+  if (residual.has_value()) {
+    const int64_t pitch = pitch_of(*residual, 0, products.m, p.n) * static_cast<int64_t>(sizeof(Out));
+    check_pitch(*residual, "residual", pitch);
+    encode(&p.residual, MapType<Out>::value, sizeof(Out), data<Out>(*residual), products.m, p.n, pitch, boxes.out_rows, boxes.out_columns);
   }
 }
 
@@ -145,6 +155,19 @@ struct ScaledMmEntries {
     Products products = begin_products<Out>(a, out, device);
     int column = 0;
     add_product<EA, EB, Out>(products, boxes, device, &column, a, b, scale_a, scale_b, bias, out);
+    check_columns(out, column);
+    start(products, device, static_b, first, second);
+  }
+
+  // out = the product, rounded, + residual [M, N]: of families that add.
+  static void run_add(TensorView a, TensorView b, TensorView scale_a, TensorView scale_b, Optional<TensorView> bias,
+                      TensorView residual, TensorView out, bool static_b, int64_t first, int64_t second) {
+    static_assert(Family::kAdds);
+    Device device;
+    const Boxes boxes = Family::boxes(first, second);
+    Products products = begin_products<Out>(a, out, device);
+    int column = 0;
+    add_product<EA, EB, Out>(products, boxes, device, &column, a, b, scale_a, scale_b, bias, out, residual);
     check_columns(out, column);
     start(products, device, static_b, first, second);
   }

@@ -7,7 +7,8 @@
 //                share them. FP8 at full rate wants more bytes a cycle than L2 gives 132 SMs: 128 × 128 tiles ask for 64, L2
 //                has about 30, so what neighbours share is fetched once.
 //
-// Several products are one list of tiles. The output goes through shared memory and the copy engine, which clips it at M and N.
+// A residual [M, N] to add (`Add`) comes through the copy engine while its tile is multiplied, into the shared memory that the
+// output leaves through: the whole tile's, which takes the place of a stage. Several products are one list of tiles. The output goes through shared memory and the copy engine, which clips it at M and N.
 #pragma once
 
 #include "inductor_ext/launch.cuh"
@@ -20,7 +21,7 @@ namespace inductor_ext {
 constexpr int kTileThreads = 3 * kWarpgroup;
 constexpr int kTileMaxStages = 12;
 
-template <typename Out, int M, int N, bool Pingpong>
+template <typename Out, int M, int N, bool Pingpong, bool Add>
 struct TileShared {
   static constexpr int kRows = Pingpong ? M : M / 2;  // of a consumer's part
   static constexpr int kBlocks = kRows / 64;          // wgmma's M is 64
@@ -30,9 +31,11 @@ struct TileShared {
   static constexpr int kBoxColumns = kBox / static_cast<int>(sizeof(Out));
   static constexpr int kChunk = 64 * kBox;  // what is staged at a time: 64 rows of one box
   static constexpr int kVectors = 2 * (2 * N * 4);  // scales and bias of the channels of a tile, each consumer's own
-  static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + kVectors + 2 * kTileMaxStages * 8; }
+  static constexpr int kBarriers = (2 * kTileMaxStages + (Add ? 2 : 0)) * 8;
+  static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + kVectors + kBarriers; }
   static constexpr int fit(int chunks) { return (kSharedLimit - fixed(chunks)) / kStage; }
-  static constexpr int kChunks = fit(2) == fit(1) ? 2 : 1;  // of each consumer: a second one when it costs no stage
+  // Of each consumer: a second one when it costs no stage; all that its tile has when a residual waits there.
+  static constexpr int kChunks = Add ? kWidth / kBox * kBlocks : fit(2) == fit(1) ? 2 : 1;
   static constexpr int kStages = fit(kChunks) < kTileMaxStages ? fit(kChunks) : kTileMaxStages;
   static constexpr int kBytes = kStages * kStage + fixed(kChunks);
   static_assert(kStages >= 3, "the tile leaves no room for a pipeline");
@@ -79,9 +82,20 @@ struct ChannelScales {
   }
 };
 
+// Two products, rounded, plus two of the residual: what adding in fp32 and rounding gives, since fp32 holds the sum of two numbers
+// of 16 bits or is off by less than would round it otherwise.
+__device__ __forceinline__ uint32_t add_pairs(const __nv_bfloat16*, uint32_t a, uint32_t b) {
+  const __nv_bfloat162 sum = __hadd2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+__device__ __forceinline__ uint32_t add_pairs(const __half*, uint32_t a, uint32_t b) {
+  const __half2 sum = __hadd2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+
 // One box of a consumer's sums, 64 rows from column `First` of the tile on, scaled, into a chunk. Rows are those of `Wgmma`; the
-// chunk is swizzled as the copy engine reads it.
-template <bool HasBias, typename Out, int N, int Box, int First>
+// chunk is swizzled as the copy engine reads it. With `Add` the chunk holds the residual: what a warp has read there it replaces.
+template <bool HasBias, bool Add, typename Out, int N, int Box, int First>
 __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N / 2], const float (&row_scale)[2],
                                              const ChannelScales<Out, Box>& channel_scale, const float* channel_bias) {
   constexpr int kColumns = Box / static_cast<int>(sizeof(Out));
@@ -105,8 +119,15 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j += 2) {
       const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j + (matrix >> 1)) * 16;
-      cute::SM90_U32x4_STSM_N::copy(packed(j, 0), packed(j, 1), packed(j + 1, 0), packed(j + 1, 1),
-                                    *reinterpret_cast<cute::uint128_t*>(at(row, byte)));
+      uint32_t value[4] = {packed(j, 0), packed(j, 1), packed(j + 1, 0), packed(j + 1, 1)};
+      cute::uint128_t& place = *reinterpret_cast<cute::uint128_t*>(at(row, byte));
+      if constexpr (Add) {
+        uint32_t residual[4];
+        cute::SM75_U32x4_LDSM_N::copy(place, residual[0], residual[1], residual[2], residual[3]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[i] = add_pairs(tag, value[i], residual[i]);
+      }
+      cute::SM90_U32x4_STSM_N::copy(value[0], value[1], value[2], value[3], place);
     }
   } else {
 #pragma unroll
@@ -114,7 +135,9 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = warp * 16 + lane / 4 + 8 * i, byte = (8 * j + 2 * (lane % 4)) * 4;
-        *reinterpret_cast<float2*>(at(row, byte)) = scaled(j, i);
+        float2& place = *reinterpret_cast<float2*>(at(row, byte));
+        const float2 value = scaled(j, i);
+        place = Add ? make_float2(value.x + place.x, value.y + place.y) : value;
       }
     }
   }
@@ -129,15 +152,16 @@ __device__ __forceinline__ void unrolled(F&& f) {
   }
 }
 
-template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact>
+template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, bool Add>
 __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const __grid_constant__ TileParams p) {
-  using Shared = TileShared<Out, M, N, Pingpong>;
+  using Shared = TileShared<Out, M, N, Pingpong, Add>;
   constexpr int kStages = Shared::kStages, kBlocks = Shared::kBlocks;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* staging = shared + kStages * Shared::kStage;
   float* vectors = reinterpret_cast<float*>(staging + 2 * Shared::kChunks * Shared::kChunk);
   uint64_t* full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(vectors) + Shared::kVectors);
   uint64_t* empty = full + kTileMaxStages;
+  uint64_t* residual_full = empty + kTileMaxStages;  // one of each consumer
 
   const int ctas = p.cluster_m * p.cluster_n, rank = blockIdx.x % ctas;
   const int rank_m = rank % p.cluster_m, rank_n = rank / p.cluster_m;
@@ -149,10 +173,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].a));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].b));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].out));
+      if (Add) cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].residual));
     }
     // A stage is free when every warp that reads it, in every CTA that this one's loads reach, has said so.
     const int readers = (Pingpong ? 4 : 8) * (p.cluster_m + p.cluster_n - 1);
     for (int s = 0; s < kStages; ++s) FullBarrier::init(full + s, 1), EmptyBarrier::init(empty + s, readers);
+    if (Add) FullBarrier::init(residual_full, 1), FullBarrier::init(residual_full + 1, 1);
     cutlass::arch::fence_barrier_init();
   }
   if (ctas > 1) {
@@ -222,6 +248,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
     float* channel_scale = vectors + consumer * 2 * N;
     float* channel_bias = channel_scale + N;
     int staged = 0;  // chunks so far
+    uint32_t residual_phase = 0;
     auto meet = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, consumer); };
     const bool reaches = lane < ctas && (lane % p.cluster_m == rank_m || lane / p.cluster_m == rank_n);
     auto release = [&](int s) {
@@ -246,6 +273,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
       const int row0 = tile.row + (Pingpong ? 0 : consumer * Shared::kRows);
 
       // Asked for before the products and used after them.
+      if (Add && leader) {
+        cute::tma_store_wait<0>();  // the copy engine has read the last tile, which every warp had finished before
+        FullBarrier::arrive_and_expect_tx(residual_full + consumer, Shared::kChunks * Shared::kChunk);
+        for (int i = 0; i < Shared::kChunks; ++i) {
+          const int column = tile.channel + i / kBlocks * Shared::kBoxColumns, row = row0 + i % kBlocks * 64;
+          load_tile(&product.residual, residual_full + consumer, own_staging + i * Shared::kChunk, column, row);
+        }
+      }
       float scale[kBlocks][2], channel[2] = {}, added[2] = {};
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -323,6 +358,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
         if (at < N) channel_scale[at] = channel[i], channel_bias[at] = added[i];
       }
       meet();
+      if constexpr (Add) {
+        FullBarrier::wait(residual_full + consumer, residual_phase);
+        residual_phase ^= 1;
+      }
       const bool has_bias = product.bias != nullptr;
       unrolled<Shared::kWidth / Shared::kBox>([&](auto box) {
         constexpr int kFirst = box * Shared::kBoxColumns;
@@ -330,12 +369,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
         scales.read(channel_scale + kFirst);
         unrolled<kBlocks>([&](auto b) {
           uint8_t* chunk = own_staging + staged++ % Shared::kChunks * Shared::kChunk;
-          if (leader) cute::tma_store_wait<Shared::kChunks - 1>();  // the copy engine has read what was there
-          meet();
+          if constexpr (!Add) {
+            if (leader) cute::tma_store_wait<Shared::kChunks - 1>();  // the copy engine has read what was there
+            meet();
+          }
           if (has_bias) {
-            stage_output<true, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
+            stage_output<true, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
           } else {
-            stage_output<false, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
+            stage_output<false, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
           }
           cute::tma_store_fence();
           meet();
@@ -355,9 +396,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
 }
 
 // M × N tiles; `first`, `second` are the cluster's sizes along M and N.
-template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact>
-struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact>, EA, EB, Out> {
-  using Shared = TileShared<Out, M, N, Pingpong>;
+template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, bool Add = false>
+struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact, Add>, EA, EB, Out> {
+  using Shared = TileShared<Out, M, N, Pingpong, Add>;
+  static constexpr bool kAdds = Add;
   static_assert(Shared::kRows % 64 == 0 && N % 16 == 0 && N <= 256);
 
   static Boxes boxes(int64_t cluster_m, int64_t cluster_n) {
@@ -376,7 +418,7 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
     p.tiles_n = products.tiles_n / cluster_n;
     p.group = std::max(1, 1024 / (M * cluster_m));
     p.cluster_m = cluster_m, p.cluster_n = cluster_n, p.static_b = static_b;
-    auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact>;
+    auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact, Add>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");

@@ -116,6 +116,17 @@ def test_two_layers_of_a_model(rows: bool, dynamic: bool) -> None:
 
 
 @ROWS
+def test_residuals_are_added_by_the_products(rows: bool) -> None:
+    """o and down add theirs, so that norms read one tensor: on request, until it is measured."""
+    needs_rowwise(rows)
+    made, x = model(rows), torch.randn(2, 24, HIDDEN).bfloat16()
+    rules = {**ALWAYS, "scaled_mm_add": "always"}
+    found = inductor_ext.explain(made, x, rules=rules).counts()
+    assert (found["scaled_mm_add"], found["rms_norm_quantize"], "scaled_mm" in found) == (4, 4, False)
+    assert inductor_ext.verify(model(rows, layers=1), x, rules=rules).ok
+
+
+@ROWS
 def test_the_model_computes_what_it_did(rows: bool) -> None:
     needs_rowwise(rows)
     x = torch.randn(2, 24, HIDDEN).bfloat16()

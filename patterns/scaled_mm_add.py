@@ -1,0 +1,225 @@
+"""scaled_mm_add: an FP8 matrix product that is only added to a residual adds it itself.
+
+    x + view(aten._scaled_mm(a, b, …))   →   view(inductor_ext.scaled_mm_add(a, b, …, reshape(x, [M, N]), …))
+
+The sum is that of the two operators given the product: rounded, added, rounded. A norm that follows reads the sum alone, where
+it read the product and the residual and wrote the sum: of Qwen3-0.6B's 7168 × 1024 activations 51 MB become 22, and the
+product, which is busy with arithmetic, reads 15 more. Not measured yet, so only on request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext import torch_compat
+from inductor_ext.graph import aten, call, describe, erase_dead, is_call, known_equal, same_sizes, value_of
+from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm.ready import static_b
+from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
+from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
+from inductor_ext.patterns.support import scaled_plan, scaled_product
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.patterns.support.same import in_order
+from inductor_ext.patterns.support.scaled_product import Product
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+_UNLIKE = "the residual is not like the product"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    product: Product
+    residual: Node
+    config: str
+
+    def arguments(self, residual: Any) -> tuple[Any, ...]:
+        """The op's arguments, nodes for tensors, with the residual as [M, N]."""
+        p = self.product
+        ready = static_b(p.a, p.b)
+        return p.a, p.b, p.scale_a, p.scale_b, p.bias, residual, p.out_dtype, p.fast, ready, self.config
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if is_call(node, aten.add.Tensor) and _operands(node) is not None]
+
+
+def _operands(node: Node) -> tuple[Node, Node] | None:
+    """(what is made of a product, what is added to it), if one operand is a view of a product."""
+    if len(node.args) != 2 or not all(isinstance(each, Node) for each in node.args):
+        return None
+    one, other = node.args
+    for part, residual in ((one, other), (other, one)):
+        if scaled_product.is_product(in_order(part)):  # type: ignore[arg-type]
+            return part, residual  # type: ignore[return-value]
+    return None
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    operands = _operands(node)
+    assert operands is not None
+    part, residual = operands
+    found = scaled_product.parse(in_order(part))
+    if isinstance(found, Failure):
+        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
+    refused = _unlike(node, part, residual, found, context)
+    if refused is not None:
+        return refused
+    device = value_of(found.a).device
+    target = scaled_mm.target_of(device)
+    if not context.forced and target not in scaled_mm_add.HAS_RUN:
+        wanted = f'a kernel that was measured on {target}, or rules={{"{context.rule}": "always"}}'
+        return context.refuse(node, "the kernel was not measured on this GPU", wanted=wanted, found="none")
+    static = isinstance(found.m, int)
+    most = found.m if static else scaled_mm.bounds(found.m)[1]
+    name = scaled_mm_add.choose(target, most, found.n, found.k, found.rowwise, found.fast)
+    if device.type == "cuda" and not name:
+        return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
+    plan = _Plan(found, residual, name if static and device.type == "cuda" else "")
+    rows = _fake_rows(residual, found)
+    arguments = torch.fx.map_arg(plan.arguments(rows), value_of)
+    detail = name if device.type == "cuda" else "reference"
+    return Match(node, (Call(scaled_mm_add.OP, arguments),), detail, "the residual is read with the product", plan)
+
+
+def _unlike(node: Node, part: Node, residual: Node, found: Product, context: Context) -> Refusal | None:
+    """A refusal where the sum is not element by element of two tensors alike, or the product is used besides."""
+    if node.kwargs.get("alpha", 1) != 1:
+        return context.refuse(node, "alpha", wanted="1", found=str(node.kwargs["alpha"]))
+    value, other = value_of(part), value_of(residual)
+    if not isinstance(other, torch.Tensor) or other.dtype != value.dtype or not same_sizes(other.shape, value.shape):
+        return context.refuse(node, _UNLIKE, wanted=describe(part), found=describe(residual))
+    if not known_equal(value.shape[-1], found.n):
+        wanted = f"views that keep the columns, {found.n} of them"
+        return context.refuse(part, "not whole columns", wanted=wanted, found=f"a view as {list(value.shape)}")
+    second = _second_user(node, part, found.node)
+    if second is not None:
+        return context.refuse(node, "the product has a second user", wanted="this sum alone", found=describe(second))
+    strides = other.stride()
+    dense = other.is_contiguous() or (other.dim() == 2 and strides[1] == 1 and _aligned(strides[0] * other.element_size()))
+    if not dense:
+        wanted = "rows one after the other, or at multiples of 16 bytes"
+        return context.refuse(node, "the residual's layout", wanted=wanted, found=f"strides {list(strides)}")
+    return None
+
+
+def _second_user(node: Node, part: Node, made: Node) -> Node | None:
+    """A user, besides ``node``, of ``made`` or of a view on the way to ``part``."""
+    if list(node.args).count(part) > 1:
+        return node
+    below, above = node, part
+    while True:
+        for user in above.users:
+            if user is not below:
+                return user
+        if above is made:
+            return None
+        below, above = above, above.args[0]  # type: ignore[assignment]
+
+
+def _aligned(pitch: Any) -> bool:
+    return isinstance(pitch, int) and pitch % 16 == 0
+
+
+def _fake_rows(residual: Node, found: Product) -> torch.Tensor:
+    value = value_of(residual)
+    with value.fake_mode:
+        return value if value.dim() == 2 else value.reshape(found.m, found.n)
+
+
+def replace(match: Match) -> None:
+    plan: _Plan = match.data
+    node, graph = match.node, match.node.graph
+    shape = value_of(node).shape
+    with graph.inserting_before(node):
+        rows = plan.residual
+        if len(shape) != 2:
+            flat = torch_compat.symbolic(graph, [plan.product.m, plan.product.n])
+            rows = call(graph, aten.reshape.default, rows, flat, like=node)
+        made = call(graph, scaled_mm_add.OP.overload, *plan.arguments(rows), like=plan.product.node)
+        if len(shape) != 2:
+            made = call(graph, aten.reshape.default, made, torch_compat.symbolic(graph, list(shape)), like=node)
+    node.replace_all_uses_with(made)
+    erase_dead(node)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _and_residual(inputs: Any) -> Any:
+    return lambda device: (*inputs(device), torch.randn(40, 48, device=device).bfloat16())
+
+
+def _in_columns(device: str) -> tuple[Any, ...]:
+    return *rowwise(device), torch.randn(48, 40, device=device).bfloat16().t()
+
+
+def _added(a: Any, w: Any, s: Any, t: Any, x: Any) -> Any:
+    return x + product(a, w, s, t)
+
+
+def _any_rows(a: Any, w: Any, s: Any, t: Any, x: Any) -> Any:
+    fixed(w, 48)
+    if x.shape[1] != 48:
+        raise ValueError(f"wanted 48 columns, found {x.shape[1]}")
+    return _added(a, w, s, t, x)
+
+
+def _through_views(a: Any, w: Any, s: Any, t: Any, x: Any) -> Any:
+    return product(a, w, s, t).view(2, 20, 48) + x.view(2, 20, 48)
+
+
+def _with_bias(a: Any, w: Any, s: Any, t: Any, b: Any, x: Any) -> Any:
+    return x + product(a, w, s, t, bias=b)
+
+
+def _into_a_norm(a: Any, w: Any, s: Any, t: Any, x: Any) -> Any:
+    x = (x + product(a, w, s, t)).float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), x
+
+
+def _always(name: str, fn: Any, inputs: Any, **options: Any) -> Example:
+    return Example(name, fn, _and_residual(inputs), mode="always", **options)
+
+
+RULE = Rule(
+    name="scaled_mm_add",
+    doc="an FP8 matrix product that is only added to a residual → adds it itself",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    exact=False,
+    cost=scaled_plan.COST,
+    matches=(
+        _always("tensorwise", _added, tensorwise),
+        _always("rowwise", _added, rowwise),
+        _always("fast_accumulation", lambda *i: i[4] + product(*i[:4], use_fast_accum=True), rowwise),
+        _always("through_views", _through_views, rowwise),
+        _always("bias", _with_bias, lambda d: with_bias(tensorwise(d))),
+        _always("into_a_norm", _into_a_norm, rowwise),
+        _always("dynamic_shape", _any_rows, rowwise, dynamic=True),
+    ),
+    near_misses=(
+        Example("not_measured", _added, _and_residual(rowwise), reason="the kernel was not measured on this GPU"),
+        _always(
+            "second_user",
+            lambda *i: (i[4] + (p := product(*i[:4])), p.float().sigmoid()),
+            rowwise,
+            reason="the product has a second user",
+        ),
+        _always("other_dtype", lambda *i: i[4].float() + product(*i[:4]), rowwise, reason=_UNLIKE),
+        _always("one_row", lambda *i: i[4][:1] + product(*i[:4]), rowwise, reason=_UNLIKE),
+        _always("alpha", lambda *i: torch.add(i[4], product(*i[:4]), alpha=2), rowwise, reason="alpha"),
+        _always(
+            "columns_split",
+            lambda *i: i[4].view(80, 24) + product(*i[:4]).view(80, 24),
+            rowwise,
+            reason="not whole columns",
+        ),
+        Example("columns", _added, _in_columns, mode="always", reason="the residual's layout"),
+    ),
+)
