@@ -25,8 +25,6 @@
 // as fp32 would be. fp16 x has no kernel: scaled weights need bf16's range, and fp16 to bf16 loses three bits of x.
 #pragma once
 
-#include <tvm/ffi/container/tensor.h>
-
 #include <algorithm>
 
 #include "inductor_ext/hopper.cuh"
@@ -506,13 +504,13 @@ struct Mxfp8GroupedMm {
     TensorMatcher({experts, channels, k}).dtype<__nv_fp8_e4m3>().contiguous().device(device).verify(w, "w");
     check_sizes(experts.value(), channels.value(), k.value(), w);
     const int64_t per_row = k.value() / grouped::kBlock;
-    TensorMatcher({experts, channels, per_row}).dtype<__nv_fp8_e8m0>().contiguous().device(device).verify(w_scale, "w_scale");
+    TensorMatcher({experts, channels, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(w_scale, "w_scale");
     if (x_scale.has_value() != Shape::kScaledX) {
       TVM_FFI_THROW(ValueError) << "x_scale: wanted " << (Shape::kScaledX ? "the scales of x" : "None") << " for "
                                 << dtype_name(DTypeOf<X>::value) << " x, found " << (x_scale.has_value() ? "a tensor" : "None");
     }
     if (x_scale.has_value()) {
-      TensorMatcher({tokens, per_row}).dtype<__nv_fp8_e8m0>().contiguous().device(device).verify(*x_scale, "x_scale");
+      TensorMatcher({tokens, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(*x_scale, "x_scale");
     }
     TensorMatcher({experts}).dtype<int32_t>().contiguous().device(device).verify(offs, "offs");
     TensorMatcher({tokens, channels}).dtype<Out>().strides({kAny, 1}).device(device).verify(out, "out");

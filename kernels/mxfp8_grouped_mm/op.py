@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels import mx
-from inductor_ext.kernels.mxfp8_grouped_mm import blackwell
+from inductor_ext.kernels.mxfp8_grouped_mm import blackwell, hopper
 from inductor_ext.op import Kernel, Op
 
 X_DTYPES = (torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HAS_RUN: frozenset[str] = frozenset()
 
 #: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``key``, ``keys``, ``exports``, ``bind``, ``examples``.
-KERNELS: dict[str, Any] = {blackwell.TARGET: blackwell}
+KERNELS: dict[str, Any] = {hopper.TARGET: hopper, blackwell.TARGET: blackwell}
 
 
 def fake(

@@ -1,0 +1,125 @@
+"""mxfp8_grouped_mm's kernels for compute capability 9.0: which calls they serve, which tile a call takes, how one is made.
+
+A tile is named ``hopper:<output channels>x<tokens>`` (``hopper.cuh``). None of these kernels has run on a GPU yet; their source
+has run on a CPU (tests/kernels/test_mxfp8_grouped_mm_hopper.py). `TILES` follows from arithmetic, and waits to be measured
+(``benchmarks/kernels/mxfp8_grouped_mm.py --tune``):
+
+* Weights are read once where an expert's tokens fit one tile, so tiles are wider than a group is on average: twice as wide where
+  it has few tokens, since groups then differ most (random routing: mean 4, 2 % of the groups above 8).
+* Every tile reads its tokens again. 64 tokens in bf16 are 16 KB for 128 of K, 64 rows of weights are 8: L2 gives 5.5 TB/s at most,
+  so weights at 4 TB/s leave 1.5 for tokens. That is why tiles of more tokens have more rows. A tile brings tokens in boxes of 8 to
+  32, as many as its group has.
+* 64 × 8 and 64 × 16 run twice on an SM: one token of Qwen3-30B-A3B is 192 tiles of 64 rows, for 264 places.
+* 256 × 128 asks L2 for 64 KB in 2 048 cycles of the tensor cores: 32 bytes a cycle, about what an SM gets. MXFP8 tokens take 128
+  rows only, as their bf16 copy lies beside them in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+TARGET = "sm_90a"
+SOURCE = "mxfp8_grouped_mm/hopper.cuh"
+DATA = torch.float8_e4m3fn
+X_TYPES = {torch.bfloat16: "__nv_bfloat16", DATA: "__nv_fp8_e4m3"}
+OUT_TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
+MAX_EXPERTS = 1024
+MAX_SIZE = 1 << 24
+
+#: (tokens a group on average, up to which it is taken; tile), by dtype of x
+TILES: dict[torch.dtype, tuple[tuple[float, str], ...]] = {
+    torch.bfloat16: (
+        (4, "hopper:64x8"),
+        (10, "hopper:64x16"),
+        (20, "hopper:128x32"),
+        (48, "hopper:256x64"),
+        (float("inf"), "hopper:256x128"),
+    ),
+    DATA: (
+        (4, "hopper:64x8"),
+        (10, "hopper:64x16"),
+        (20, "hopper:128x32"),
+        (48, "hopper:128x64"),
+        (float("inf"), "hopper:128x128"),
+    ),
+}
+
+#: Every tile that compiles: what ``--tune`` compares.
+ALL_TILES: dict[torch.dtype, tuple[str, ...]] = {
+    torch.bfloat16: tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
+    DATA: tuple(f"hopper:{w}x{n}" for w in (64, 128) for n in (8, 16, 32, 64, 128) if (w, n) < (64, 64) or w == 128),
+}
+
+# ---- which kernel ----------------------------------------------------------------------------------------------------
+
+
+def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool) -> tuple[str, str] | None:
+    """What is wanted and what was found instead where no kernel of these can serve a call; None where one can."""
+    if swizzled:
+        return "plain scales", "scales in tiles of 128 x 4, which compute capability 9.0 has no use for"
+    if x.dtype not in X_TYPES:
+        # Weights times their scales need bf16's range, and bf16 is three bits too short for fp16 x.
+        return "x in bfloat16 or MXFP8", f"{x.dtype}"
+    experts, n, k = w.shape
+    if n % 8:
+        return "N to be a multiple of 8: rows of out start at multiples of 16 bytes", f"N = {n}"
+    if experts > MAX_EXPERTS:
+        return f"at most {MAX_EXPERTS} experts, whose ends fit in shared memory", f"{experts}"
+    if n > MAX_SIZE or k > MAX_SIZE:
+        return f"N and K of at most {MAX_SIZE}", f"N = {n}, K = {k}"
+    return None
+
+
+def tile(x_dtype: torch.dtype, tokens: int, experts: int) -> str:
+    """By tokens a group, on average: how many each really has is known on the device alone."""
+    mean = tokens / max(experts, 1)
+    return next(name for most, name in TILES[x_dtype] if mean <= most)
+
+
+def key(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> Hashable:
+    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
+        return None
+    return tile(x.dtype, x.shape[0], w.shape[0]), x.dtype, out_dtype
+
+
+def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> list[Hashable]:
+    """Every key that some number of tokens leads to."""
+    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
+        return []
+    if isinstance(x.shape[0], int):
+        return [key(x, x_scale, w, w_scale, offs, out_dtype, swizzled)]
+    return [(name, x.dtype, out_dtype) for _, name in TILES[x.dtype]]
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def made(key: Any) -> str:
+    """The C++ class of a key."""
+    name, x_dtype, out_dtype = key
+    channels, tokens = name.partition(":")[2].split("x")
+    return f"inductor_ext::Mxfp8GroupedMm<{X_TYPES[x_dtype]}, {OUT_TYPES[out_dtype]}, {channels}, {tokens}>"
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    return (("run", f"{made(key)}::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    launch = module.run
+
+    def run(
+        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, out: Any, _scratch: Any = None
+    ) -> None:
+        launch(x, x_scale, w, w_scale, offs, out)
+
+    return run
+
+
+def examples() -> Sequence[Hashable]:
+    """What CI compiles: the narrowest and the widest tile, and x in MXFP8."""
+    bf16 = torch.bfloat16
+    return (("hopper:64x8", bf16, bf16), ("hopper:256x128", bf16, bf16), ("hopper:128x128", DATA, bf16))
