@@ -23,6 +23,7 @@
 namespace inductor_ext {
 
 constexpr int kCombineThreads = 128;
+constexpr int kFewestLanes = 8;  // threads of a token
 constexpr int kMaxTopK = 64;
 constexpr int kCombineSums = 4;
 constexpr int64_t kNoRow = -1;  // adds zero; a sum begins at +0 and is never -0, so that changes nothing
@@ -37,6 +38,7 @@ struct MoeCombineParams {
   int64_t y_pitch;
   int64_t experts;
   int top_k;
+  int shift;  // a token has 2^shift of a block's threads
 };
 
 // What a block keeps of a row to add: where it is, kNoRow for none, and its factor.
@@ -67,13 +69,17 @@ template <typename Y, typename W, typename Product, typename Out, typename Index
 __global__ void __launch_bounds__(kCombineThreads) moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
   constexpr int kChunk = kCombineChunk<Y>;
   static_assert(kChunk % kCombineSums == 0, "product j goes to sum j % 4");
-  extern __shared__ CombineRow shared_rows[];  // [tokens of the block][k, up to whole chunks]
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t vector = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  constexpr int kPitch = Once ? kChunk : kMaxTopK;
+  static_assert(kPitch % kChunk == 0, "whole chunks");
+  __shared__ CombineRow shared_rows[kCombineThreads / kFewestLanes][kPitch];
+  const int lanes = 1 << p.shift;
+  const int lane = threadIdx.x & (lanes - 1), place = threadIdx.x >> p.shift;  // of the token in the block
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (kCombineThreads >> p.shift) + place;
+  const int64_t vector = static_cast<int64_t>(blockIdx.y) * lanes + lane;
   const int padded = Once ? kChunk : (p.top_k + kChunk - 1) / kChunk * kChunk;
-  CombineRow* const mine = shared_rows + threadIdx.y * padded;
+  CombineRow* const mine = shared_rows[place];
   wait_for_previous_kernel();
-  for (int j = threadIdx.x; j < padded; j += blockDim.x) {
+  for (int j = lane; j < padded; j += lanes) {
     const bool there = token < p.tokens && j < p.top_k;
     mine[j] = there ? combine_row<W, Index, Id>(p, token * p.top_k + j) : CombineRow{kNoRow, 0.0f};
   }
@@ -156,15 +162,14 @@ struct MoeCombine {
 
  private:
   template <int E, bool Once>
-  static void launch(const MoeCombineParams& p, cudaStream_t stream) {
-    unsigned lanes = 8;  // of a token; the block has as many tokens as fit
-    while (lanes < kCombineThreads && lanes < p.vectors) lanes *= 2;
-    const unsigned tokens = kCombineThreads / lanes;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens, tokens)), static_cast<unsigned>(ceil_div(p.vectors, lanes)));
-    if (grid.y > 65535) TVM_FFI_THROW(ValueError) << "y: wanted rows of at most 65535 pieces, found " << grid.y;
-    Launch(grid, dim3(lanes, tokens))
+  static void launch(MoeCombineParams& p, cudaStream_t stream) {
+    int lanes = kFewestLanes;  // a block has as many tokens as fit
+    for (p.shift = 3; lanes < kCombineThreads && lanes < p.vectors; lanes *= 2) ++p.shift;
+    static_assert(kFewestLanes == 1 << 3, "where the shift begins");
+    const int64_t blocks = ceil_div(p.tokens, kCombineThreads / lanes), pieces = ceil_div(p.vectors, lanes);
+    if (pieces > 65535) TVM_FFI_THROW(ValueError) << "y: wanted rows of at most " << 65535 * lanes << " vectors, found " << p.vectors;
+    Launch(dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(pieces)), kCombineThreads)
         .stream(stream)
-        .shared_memory(sizeof(CombineRow) * tokens * ceil_div(p.top_k, kCombineChunk<Y>) * kCombineChunk<Y>)
         .programmatic()
         .run(moe_combine_kernel<Y, W, Product, Out, Index, Id, E, Once>, p);
   }
