@@ -8,7 +8,6 @@ measurements: a group of 20 tokens fills a third of 64 columns, and a sixth of 1
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -76,13 +75,10 @@ def scratch_bytes(experts: int, sms: int) -> int:
     return 5 * 128 * sms + array(12) + 8 * array(8) + 2 * array(20)
 
 
-@functools.cache
-def _sms(index: int | None) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
-def scratch(x: Any, w: Any) -> int:
-    return scratch_bytes(w.shape[0], _sms(x.device.index))
+def scratch(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> int:
+    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
+        return 0
+    return scratch_bytes(w.shape[0], torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -102,10 +98,10 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     launch = module.run
 
     def run(
-        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, out: Any, kept: Any = None
+        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, dtype: Any, swizzled: Any, out: Any, kept: Any = None
     ) -> None:
         if kept is None:  # a call outside of compiled code
-            kept = x.new_empty(scratch(x, w), dtype=torch.uint8)
+            kept = x.new_empty(scratch(x, x_scale, w, w_scale, offs, dtype, swizzled), dtype=torch.uint8)
         launch(x, x_scale, w, w_scale, offs, out, kept)
 
     return run

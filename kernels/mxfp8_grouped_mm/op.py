@@ -18,7 +18,8 @@ exact, sums fp32, rounded once.
 * any scales may be given as uint8, their bytes: Inductor has no e8m0.
 * out [T, N] of ``out_dtype``: bf16, fp16 or fp32.
 
-The schedule is made on the device: no host sync, and nothing allocated but the output.
+The schedule is made on the device: no host sync, and nothing allocated but the output and, on 10.0, a scratch buffer that is
+planned as the output is.
 """
 
 from __future__ import annotations
@@ -260,6 +261,11 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     return with_bytes
 
 
+def scratch(x: Any, *rest: Any) -> int:
+    """Bytes that a kernel keeps its schedule in: those of 10.0 alone."""
+    return blackwell.scratch(x, *rest) if x.device.type == "cuda" and target_of(x.device) == blackwell.TARGET else 0
+
+
 def examples(target: str) -> tuple[Hashable, ...]:
     return tuple((target, each) for each in KERNELS[target].examples()) if target in KERNELS else ()
 
@@ -282,5 +288,6 @@ OP = Op(
         examples=examples,
         keys=keys,
         stock=reference_into,
+        scratch=scratch,
     ),
 )

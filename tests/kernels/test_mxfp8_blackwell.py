@@ -16,10 +16,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import inductor_ext
 from inductor_ext import jit
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import blackwell
 from tests.support import cuda_on_cpu
+from tests.support.fakegpu import H200, fake_gpu
 from tests.support.machine_code import Built
 
 E4, E8, BF16 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bfloat16
@@ -273,6 +275,34 @@ def test_a_symbolic_number_of_tokens_needs_every_tile() -> None:
         x = torch.empty(environment.create_unbacked_symint(), 128, dtype=E4)
     assert [name for name, _ in blackwell.keys(**{**given, "x": x})] == list(blackwell.ARGUMENTS)
     assert blackwell.keys(**given) == [blackwell.key(**given)]
+
+
+def test_generated_code_plans_the_scratch() -> None:
+    """A buffer of Inductor's beside the output's, given to the kernel and to nothing else; on Hopper there is none."""
+
+    def fn(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any) -> Any:
+        return torch.ops.inductor_ext.mxfp8_grouped_mm(x, x_scale, w, w_scale, offs, BF16, True).relu()
+
+    def inputs() -> Any:
+        def empty(*shape: int, dtype: torch.dtype) -> Any:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        scales = empty(64 + 128 * 8, 4, dtype=torch.uint8), empty(8, 256 * 4, dtype=torch.uint8)
+        return empty(64, 128, dtype=E4), scales[0], empty(8, 256, 128, dtype=E4), scales[1], empty(8, dtype=torch.int32)
+
+    for capability in ((10, 0), (9, 0)):
+        for dynamic in (False, True):
+            with fake_gpu(capability) as gpu:
+                source = gpu.source(fn, inputs, backend=inductor_ext.backend(build="defer"), dynamic=dynamic)
+            (call,) = re.findall(r"extern_kernels\.inductor_ext_mxfp8_grouped_mm\(.*\)", source)
+            if capability == (9, 0):
+                assert "scratch" not in call
+                continue
+            (name,) = re.findall(r"scratch=(buf\d+)", call)
+            size = str(blackwell.scratch_bytes(8, H200.multi_processor_count))
+            (planned,) = re.findall(rf"{name} = empty_strided_cuda\(\((.*), \), \(1, \), torch\.uint8\)", source)
+            assert planned == size or (dynamic and "//" in planned)  # the number of experts may be symbolic too
+            assert f"out={name}" not in call and source.count(f"={name}") == 1
 
 
 def test_the_source_says_that_it_has_not_run() -> None:
