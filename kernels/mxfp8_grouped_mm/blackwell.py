@@ -108,5 +108,5 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
 
 
 def examples() -> Sequence[Hashable]:
-    """What CI compiles: one SM. Two are compiled by tests/kernels/test_mxfp8_blackwell.py."""
-    return (("blackwell:128x64", torch.bfloat16),)
+    """For few tokens a group and for many: one SM, and two."""
+    return (("blackwell:128x64", torch.bfloat16), ("blackwell:256x128@2x1", torch.bfloat16))

@@ -118,7 +118,7 @@ def test_where_groups_lie_on_a_gpu(tmp_path: Any) -> None:
 
 # ---- the compiled kernels --------------------------------------------------------------------------------------------
 
-#: CI compiles one here, and one SM's in test_builds.py: each takes half a minute.
+#: Each takes a minute: CI compiles one.
 COMPILED = ["blackwell:256x128@2x1"] if os.environ.get("CI") else list(blackwell.ARGUMENTS)
 
 
