@@ -10,8 +10,8 @@ tokens' order; a product is rounded to the dtype that ``y * weights`` has in PyT
 With expert_ids [T, k], int64 or int32, a row whose expert is ``experts`` or later counts as zero, whatever its weight, and is
 never read: it is a row that grouped matmuls leave uninitialised, since its expert is on another rank.
 
-A negative index counts from the end, as in PyTorch. An index outside y: IndexError on a CPU; the kernel does not read there, and
-the token becomes NaN.
+A negative index counts from the end, as in PyTorch. An index outside y: IndexError on a CPU; the kernel does not read there,
+and the token becomes NaN.
 """
 
 from __future__ import annotations
