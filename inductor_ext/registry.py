@@ -35,6 +35,7 @@ RULE_MODULES = (
     "prefill_only",
     "causal_attention",
     "moe_combine",
+    "moe_masks",
     "quantize_once",
     "scaled_mm_cat",
     "scaled_mm_siblings",
