@@ -65,10 +65,10 @@ def block_scale(amax: torch.Tensor, rounding: str) -> tuple[torch.Tensor, torch.
 
 def quantize(x: torch.Tensor, rounding: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [..., K] as e4m3 data of its shape and plain e8m0 scales [..., K / 32], both contiguous."""
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+    blocks = x.contiguous().view(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     byte, factor = block_scale(blocks.abs().amax(-1), rounding)
     scaled = blocks.float() * factor.unsqueeze(-1)
-    return scaled.clamp(-448.0, 448.0).to(DATA).reshape(x.shape), byte.view(SCALE)
+    return scaled.clamp(-448.0, 448.0).to(DATA).view(x.shape), byte.view(SCALE)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -136,3 +136,31 @@ def check_offs(name: str, offs: torch.Tensor, rows: int) -> None:
     ends = [0, *offs.tolist(), rows]
     if sorted(ends) != ends:
         raise ValueError(f"{name}: offs: wanted cumulative ends from 0 to {rows}, the rows of x, found {ends[1:-1]}")
+
+
+# ---- a granularity of the ops that quantise what they compute: "mx" ---------------------------------------------------
+# Their ``scale_program`` is then a rounding, their ``program`` empty, and scales are plain.
+
+GRANULARITY = "mx"
+
+
+def check_granularity(name: str, x: torch.Tensor, rounding: str, program: str, dtype: torch.dtype) -> None:
+    """The error of such an op's arguments, if there is one; ``x`` has the columns of what is quantised."""
+    if rounding not in ROUNDINGS or program:
+        found = f"{rounding!r} and {program!r}"
+        raise ValueError(f"{name}: scale_program and program: wanted rceil or floor and nothing for mx, found {found}")
+    if dtype is not DATA:
+        raise TypeError(f"{name}: dtype: wanted float8_e4m3fn for mx, found {dtype}")
+    if x.dim() == 0 or x.shape[-1] % BLOCK != 0:
+        raise ValueError(f"{name}: wanted rows of a multiple of {BLOCK} elements for mx, found shape {tuple(x.shape)}")
+
+
+def scale_shape(x: torch.Tensor) -> tuple[int, ...]:
+    """Of plain scales."""
+    return (*x.shape[:-1], x.shape[-1] // BLOCK)
+
+
+def quantisation_types(rounding: str) -> tuple[str, ...]:
+    """The C++ template arguments in the place of ``steps.quantisation_types``."""
+    scale = f"inductor_ext::MxScale<inductor_ext::mx::{rounding.capitalize()}>"
+    return "__nv_fp8_e4m3", "true", "__nv_fp8_e8m0", scale, "inductor_ext::Steps<>"

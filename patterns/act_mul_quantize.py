@@ -4,16 +4,18 @@
 
 act is SiLU or GELU, gate and up two buffers or the halves of one. One pass over memory: on an H200 1.7 to 2.7 times as fast
 as Inductor's two for [T, 3072], T from 1 to 7168 (benchmarks/results/h200/producers.json).
+
+The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU that waits for ``always`` until the kernel
+has run there.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext.graph import aten, call, describe, index_of, is_call, same_sizes, value_of
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
@@ -25,13 +27,9 @@ E4 = torch.float8_e4m3fn
 _EXPRESSIONS = {name: Expression(fn) for name, fn in ACTIVATIONS.items()}
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
-
-
 def guard(node: Node, context: Context) -> Match | Refusal | None:
-    chain = fp8_chain.trace(node)
-    if isinstance(chain, fp8_chain.Failure):
+    chain = quantisation.trace(node)
+    if chain is None:
         return None
     gated = _gated(chain.x)
     if gated is None:
@@ -98,6 +96,11 @@ def _silu(gate: torch.Tensor, up: torch.Tensor) -> Any:
     return _quantise(torch.nn.functional.silu(gate) * up)
 
 
+def _silu_mxfp8(both: torch.Tensor, swizzled: bool = False) -> Any:
+    gate, up = both.chunk(2, -1)
+    return torch.ops.inductor_ext.mxfp8_quantize(torch.nn.functional.silu(gate) * up, None, "rceil", swizzled)
+
+
 def _gelu_tanh(gate: torch.Tensor, up: torch.Tensor) -> Any:
     return _quantise(torch.nn.functional.gelu(gate, approximate="tanh") * up)
 
@@ -105,7 +108,7 @@ def _gelu_tanh(gate: torch.Tensor, up: torch.Tensor) -> Any:
 RULE = Rule(
     name="act_mul_quantize",
     doc="SiLU or GELU times up and its dynamic FP8 quantisation → one kernel",
-    anchors=anchors,
+    anchors=quantisation.anchors,
     guard=guard,
     replace=replace,
     exact=False,
@@ -123,6 +126,8 @@ RULE = Rule(
             _gate_and_up,
         ),
         Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both),
+        Example("mxfp8", _silu_mxfp8, _both, mode="always"),
+        Example("mxfp8_dynamic_shape", _silu_mxfp8, _both, mode="always", dynamic=True),
     ),
     near_misses=(
         Example(
@@ -131,6 +136,7 @@ RULE = Rule(
             _gate_and_up,
             reason="what is quantised has a second user",
         ),
+        Example("swizzled", lambda both: _silu_mxfp8(both, True), _both, reason="the scales are swizzled"),
         Example(
             "static_scale",
             lambda g, u, s: ((torch.nn.functional.silu(g) * u).float() / s).clamp(-448.0, 448.0).to(E4),

@@ -6,17 +6,19 @@
 One pass over memory instead of one for each reduction. The mean's order of summation differs from eager's: the scale may differ
 in its last place, and a value by one FP8 step. On an H200 1.2 to 1.7 times as fast as Inductor's kernels; with a residual, and
 memory the limit, as fast (benchmarks/results/h200/producers.json).
+
+The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU that waits for ``always`` until the kernel
+has run there.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext.graph import call, describe, erase_dead, index_of, value_of
 from inductor_ext.kernels.rms_norm_quantize.op import OP
@@ -30,13 +32,9 @@ E4 = torch.float8_e4m3fn
 TENSOR_ROWS, TENSOR_ELEMENTS = 16, 1 << 23
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
-
-
 def guard(node: Node, context: Context) -> Match | Refusal | None:
-    chain = fp8_chain.trace(node)
-    if isinstance(chain, fp8_chain.Failure):
+    chain = quantisation.trace(node)
+    if chain is None:
         return None
     norm = rms_norm.trace(chain.x)
     if norm is None:
@@ -88,6 +86,10 @@ def _quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (y.float() / s).clamp(-448.0, 448.0).to(E4), s
 
 
+def _mxfp8(y: torch.Tensor, rounding: str = "rceil", swizzled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.inductor_ext.mxfp8_quantize(y, None, rounding, swizzled)
+
+
 def _llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     h = x.float()
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
@@ -112,14 +114,19 @@ def _residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
     return *_quantise(_llama(total, weight)), total * 2
 
 
+def _residual_mxfp8(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    total = x + r
+    return *_mxfp8(_llama(total, weight).view(-1, 64), "floor"), total * 2
+
+
 RULE = Rule(
     name="rms_norm_quantize",
     doc="RMSNorm with its residual and a row's FP8 quantisation → one kernel",
-    anchors=anchors,
+    anchors=quantisation.anchors,
     guard=guard,
     replace=replace,
     exact=False,
-    cost="the mean is summed in another order: the scale within its last place, values within one FP8 step",
+    cost="the mean is summed in another order: the scale within its last place (MXFP8: a factor 2), values within one FP8 step",
     matches=(
         Example("llama", lambda x, w: _quantise(_llama(x, w)), _inputs),
         Example("llama_dynamic_shape", lambda x, w: _quantise(_llama(x, w)), _inputs, dynamic=True),
@@ -131,6 +138,9 @@ RULE = Rule(
             _inputs,
         ),
         Example("residual_is_read_later", _residual, _with_residual),
+        Example("mxfp8", lambda x, w: _mxfp8(_llama(x, w).view(-1, 64)), _inputs, mode="always"),
+        Example("mxfp8_dynamic_shape", lambda x, w: _mxfp8(_llama(x, w).view(-1, 64)), _inputs, mode="always", dynamic=True),
+        Example("mxfp8_after_residual", _residual_mxfp8, _with_residual, mode="always"),
     ),
     near_misses=(
         Example(
@@ -138,6 +148,24 @@ RULE = Rule(
             lambda x, w: (lambda y: (*_quantise(y), y * 3))(_llama(x, w)),
             _inputs,
             reason="what is quantised has a second user",
+        ),
+        Example(
+            "norm_is_read_beside_mxfp8",
+            lambda x, w: (lambda y: (*_mxfp8(y), y * 3))(_llama(x, w).view(-1, 64)),
+            _inputs,
+            reason="what is quantised has a second user",
+        ),
+        Example(
+            "swizzled",
+            lambda x, w: _mxfp8(_llama(x, w).view(-1, 64), swizzled=True),
+            _inputs,
+            reason="the scales are swizzled",
+        ),
+        Example(
+            "blocks_across_rows",
+            lambda x, w: _mxfp8(_llama(x, w).view(12, 128)),
+            _inputs,
+            reason="the scale is not of the rows",
         ),
         Example(
             "one_scale_for_one_row",

@@ -4,6 +4,7 @@
 //
 //   gate, up [R, C] (leading dims may be several), unit last stride, row pitch free each; out [R, C] contiguous, scale R elements
 //   C up to 32 768; c0..c7 are the constants of both programs
+//   MXFP8 (MxScale): C a multiple of 32, scale [R, C / 32]
 //
 // The activations are PyTorch's own formulas (aten/src/ATen/native/cuda/Activation*.cu), computed in fp32.
 #pragma once
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   wait_for_previous_kernel();
   act_mul_row<In, Act>(p, place, y);
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
-      y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row, p.out + place.row * p.cols * E);
+      y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
+      p.out + place.row * p.cols * E);
 }
 
 template <typename In, typename Act, int Threads, int E, int U>
@@ -133,10 +135,13 @@ struct ActMulQuantize {
     if (other.rows != rows.rows || other.cols != rows.cols) {
       TVM_FFI_THROW(ValueError) << "up: wanted the shape of gate, " << shape_of(gate) << ", found " << shape_of(up);
     }
+    if (kIsMx<ScaleProgram> && rows.cols % mx::kBlock != 0) {
+      TVM_FFI_THROW(ValueError) << "gate: wanted rows of a multiple of " << mx::kBlock << " elements, found shape " << shape_of(gate);
+    }
     if (rows.cols == 0 || rows.cols > 32768) {
       TVM_FFI_THROW(ValueError) << "gate: wanted 1 to 32768 columns, found shape " << shape_of(gate);
     }
-    if (out.numel() != rows.rows * rows.cols || scale.numel() != (Rowwise ? rows.rows : 1)) {
+    if (out.numel() != rows.rows * rows.cols || scale.numel() != (Rowwise ? rows.rows * scales_of_row<ScaleProgram>(rows.cols) : 1)) {
       TVM_FFI_THROW(ValueError) << "out, scale: wanted " << rows.rows << " rows of " << rows.cols << ", found shapes " << shape_of(out)
                                 << ", " << shape_of(scale);
     }

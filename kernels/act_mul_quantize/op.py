@@ -2,10 +2,12 @@
 
     y     = round(act(gate.float())) * up           each step rounded to gate's dtype, as eager does
     scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)     max over a row or, "tensor", over all
+    "mx": scale and out are MXFP8, an e8m0 scale for 32 elements             scale_program is the rounding, program ""
 
 ``act``: "silu" (Llama, Mistral, Qwen, Phi), "gelu" (erf) or "gelu_tanh" (Gemma). gate and up [..., C] of one dtype, bf16, fp16
 or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
-[..., 1] or []. Programs are those of ``kernels/steps.py``. C up to 32 768; no columns: ValueError.
+[..., 1], [] or [..., C / 32]. Programs are those of ``kernels/steps.py``, MXFP8 that of ``kernels/mx.py``; its kernel has
+compiled and not run on a GPU. C up to 32 768; no columns: ValueError.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from inductor_ext.kernels import steps
+from inductor_ext.kernels import mx, steps
 from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, tensor_workspace
 from inductor_ext.op import Kernel, Op
 
@@ -33,6 +35,8 @@ def fake(
     gate: torch.Tensor, up: torch.Tensor, act: str, granularity: str, scale_program: str, program: str, dtype: torch.dtype
 ) -> Any:
     _check(gate, up, act, granularity, scale_program, program, dtype)
+    if granularity == mx.GRANULARITY:
+        return gate.new_empty(gate.shape, dtype=dtype), gate.new_empty(mx.scale_shape(gate), dtype=mx.SCALE)
     shape = (*gate.shape[:-1], 1) if granularity == "row" else ()
     scale = gate.new_empty(shape, dtype=steps.result_dtype(scale_program, gate.dtype))
     return gate.new_empty(gate.shape, dtype=dtype), scale
@@ -43,9 +47,11 @@ def reference(
 ) -> Any:
     _check(gate, up, act, granularity, scale_program, program, dtype)
     if gate.shape[-1] == 0 or (granularity == "tensor" and gate.numel() == 0):
-        wanted = "at least one column" if granularity == "row" else "at least one element"
+        wanted = "at least one column" if granularity != "tensor" else "at least one element"
         raise ValueError(f"act_mul_quantize: gate: wanted {wanted}, found shape {tuple(gate.shape)}")
     y = ACTIVATIONS[act](gate) * up
+    if granularity == mx.GRANULARITY:
+        return mx.quantize(y, scale_program)
     amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
     scale = steps.evaluate(scale_program, amax)
     return steps.evaluate(program, y, scale=scale).to(dtype).contiguous(), scale.contiguous()
@@ -61,10 +67,12 @@ def _check(
         raise ValueError(f"act_mul_quantize: up: wanted {wanted}, found {up.dtype} of shape {tuple(up.shape)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act_mul_quantize: act: wanted one of {', '.join(ACTIVATIONS)}, found {act!r}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"act_mul_quantize: granularity: wanted row or tensor, found {granularity!r}")
+    if granularity not in (*GRANULARITIES, mx.GRANULARITY):
+        raise ValueError(f"act_mul_quantize: granularity: wanted row or tensor or mx, found {granularity!r}")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"act_mul_quantize: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
+    if granularity == mx.GRANULARITY:
+        return mx.check_granularity("act_mul_quantize", gate, scale_program, program, dtype)
     steps.check_program("act_mul_quantize", scale_program, 0)
     steps.check_program("act_mul_quantize", program, 0, scale=True)
     if len(steps.constants(scale_program, program)) > steps.MAX_CONSTS:
@@ -77,12 +85,16 @@ def key(gate: Any, up: Any, act: str, granularity: str, scale_program: str, prog
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     in_dtype, act, granularity, scale_program, program, dtype = key
+    if granularity == mx.GRANULARITY:
+        quantisation = mx.quantisation_types(scale_program)
+    else:
+        quantisation = steps.quantisation_types(in_dtype, scale_program, program, dtype)
     types = ", ".join(
         (
             steps.CPP_TYPES[in_dtype],
             f"inductor_ext::{_CPP_ACTIVATIONS[act]}",
-            str(granularity == "row").lower(),
-            *steps.quantisation_types(in_dtype, scale_program, program, dtype),
+            str(granularity != "tensor").lower(),
+            *quantisation,
         )
     )
     return (("run", f"inductor_ext::ActMulQuantize<{types}>::run"),)
@@ -90,8 +102,8 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     run = module.run
-    constants = steps.padded_constants(key[3], key[4])
-    rowwise = key[2] == "row"
+    constants = steps.padded_constants(*(() if key[2] == mx.GRANULARITY else key[3:5]))
+    rowwise = key[2] != "tensor"
 
     def call(gate: Any, up: Any, _a: str, _g: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
         workspace = (None, None) if rowwise else tensor_workspace(gate)
@@ -111,7 +123,7 @@ OP = Op(
         "act_mul_quantize(Tensor gate, Tensor up, str act, str granularity, str scale_program, str program, "
         "ScalarType dtype) -> (Tensor, Tensor)"
     ),
-    doc="a gated activation (SiLU, GELU) and FP8 with a dynamic scale, a row or a tensor",
+    doc="a gated activation (SiLU, GELU) and FP8 with a dynamic scale, a row, a tensor or MXFP8",
     fake=fake,
     reference=reference,
     kernel=Kernel(
@@ -119,9 +131,11 @@ OP = Op(
         key=key,
         exports=exports,
         bind=bind,
-        examples=tuple(
-            (torch.bfloat16, act, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn)
-            for act, granularity in (("silu", "row"), ("gelu_tanh", "row"), ("silu", "tensor"))
+        examples=(
+            (torch.bfloat16, "silu", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn),
+            (torch.bfloat16, "gelu_tanh", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn),
+            (torch.bfloat16, "silu", "tensor", TORCHAO_SCALE, TORCHAO_PROGRAM, torch.float8_e4m3fn),
+            (torch.bfloat16, "silu", mx.GRANULARITY, "rceil", "", mx.DATA),
         ),
         presets={"qwen3": qwen3},
     ),

@@ -23,7 +23,9 @@ from inductor_ext import settings
 from inductor_ext.kernels import mx, steps
 from inductor_ext.op import Kernel, Op
 
-CPP_ROUNDINGS = {"rceil": "Rceil", "floor": "Floor"}
+#: Targets whose kernels have run on a GPU and been compared with the reference there, those of the ops that quantise what they
+#: compute ("mx" of rms_norm_quantize and act_mul_quantize) too. Rules in mode "auto" ask this on a CUDA device.
+HAS_RUN: frozenset[str] = frozenset()
 
 
 def fake(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool) -> Any:
@@ -71,7 +73,7 @@ def key(x: Any, offs: Any, rounding: str, swizzled: bool) -> Any:
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     dtype, rounding, swizzled = key
     layout = "Swizzled" if swizzled else "Plain"
-    rounded = f"inductor_ext::mx::{CPP_ROUNDINGS[rounding]}"
+    rounded = f"inductor_ext::mx::{rounding.capitalize()}"
     return (("run", f"inductor_ext::Mxfp8Quantize{layout}<{steps.CPP_TYPES[dtype]}, {rounded}>::run"),)
 
 

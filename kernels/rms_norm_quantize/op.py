@@ -4,12 +4,14 @@
     h     = total.float();  r = rsqrt(mean(h²) + eps)        over the last dimension
     y     = norm(h * r, weight)               rounded to x's dtype, as `NORMS` says
     scale = scale_program(max |y|);  out = cast(program(y, scale), dtype)     max over a row or, "tensor", over all
+    "mx": scale and out are MXFP8, an e8m0 scale for 32 elements             scale_program is the rounding, program ""
 
 ``norm`` names what models do with the weight: ``"cast mul"`` rounds before it multiplies (Llama, Mistral, Qwen, Phi),
 ``"mul cast"`` multiplies in fp32 (``torch.nn.functional.rms_norm``, OLMo 2), ``"mul+1 cast"`` by 1 + weight in fp32 (Gemma).
 
 x [..., C] with one pitch between rows, residual alike, weight [C]; bf16, fp16 or fp32 each. Outputs: out [..., C] contiguous,
-scale [..., 1] or [], total [..., C] contiguous, or [0] without a residual. Programs are those of ``kernels/steps.py``.
+scale [..., 1], [] or [..., C / 32], total [..., C] contiguous, or [0] without a residual. Programs are those of
+``kernels/steps.py``, MXFP8 that of ``kernels/mx.py``; its kernel has compiled and not run on a GPU.
 
 Only the mean's order of summation differs from eager: given the same r, every byte is eager's. A row with a NaN or an infinity
 becomes NaN as in eager. No columns: ValueError.
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from inductor_ext.kernels import steps
+from inductor_ext.kernels import mx, steps
 from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, tensor_workspace
 from inductor_ext.op import Kernel, Op
 
@@ -46,8 +48,11 @@ def fake(
 ) -> Any:
     _check(x, residual, weight, norm, granularity, scale_program, program, dtype)
     out = x.new_empty(x.shape, dtype=dtype)
-    shape = (*x.shape[:-1], 1) if granularity == "row" else ()
-    scale = x.new_empty(shape, dtype=steps.result_dtype(scale_program, x.dtype))
+    if granularity == mx.GRANULARITY:
+        scale = x.new_empty(mx.scale_shape(x), dtype=mx.SCALE)
+    else:
+        shape = (*x.shape[:-1], 1) if granularity == "row" else ()
+        scale = x.new_empty(shape, dtype=steps.result_dtype(scale_program, x.dtype))
     return out, scale, x.new_empty((0,)) if residual is None else x.new_empty(x.shape)
 
 
@@ -64,13 +69,16 @@ def reference(
 ) -> Any:
     _check(x, residual, weight, norm, granularity, scale_program, program, dtype)
     if x.shape[-1] == 0 or (granularity == "tensor" and x.numel() == 0):
-        wanted = "at least one column" if granularity == "row" else "at least one element"
+        wanted = "at least one column" if granularity != "tensor" else "at least one element"
         raise ValueError(f"rms_norm_quantize: x: wanted {wanted}, found shape {tuple(x.shape)}")
     total = x if residual is None else x + residual
     y = normalise(total, weight, eps, norm)
-    amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
-    scale = steps.evaluate(scale_program, amax)
-    out = steps.evaluate(program, y, scale=scale).to(dtype).contiguous()
+    if granularity == mx.GRANULARITY:
+        out, scale = mx.quantize(y, scale_program)
+    else:
+        amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
+        scale = steps.evaluate(scale_program, amax)
+        out = steps.evaluate(program, y, scale=scale).to(dtype).contiguous()
     return out, scale.contiguous(), x.new_empty((0,)) if residual is None else total.contiguous()
 
 
@@ -98,8 +106,8 @@ def _check(
             raise TypeError(f"rms_norm_quantize: {name}: wanted bfloat16, float16 or float32, found {tensor.dtype}")
     if norm not in NORMS:
         raise ValueError(f"rms_norm_quantize: norm: wanted one of {', '.join(NORMS)}, found {norm!r}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"rms_norm_quantize: granularity: wanted row or tensor, found {granularity!r}")
+    if granularity not in (*GRANULARITIES, mx.GRANULARITY):
+        raise ValueError(f"rms_norm_quantize: granularity: wanted row or tensor or mx, found {granularity!r}")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"rms_norm_quantize: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
     if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
@@ -108,6 +116,8 @@ def _check(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         found = f"{residual.dtype} of shape {tuple(residual.shape)}"
         raise ValueError(f"rms_norm_quantize: residual: wanted {x.dtype} of shape {tuple(x.shape)}, as x, found {found}")
+    if granularity == mx.GRANULARITY:
+        return mx.check_granularity("rms_norm_quantize", x, scale_program, program, dtype)
     steps.check_program("rms_norm_quantize", scale_program, 0)
     steps.check_program("rms_norm_quantize", program, 0, scale=True)
     if len(steps.constants(scale_program, program)) > steps.MAX_CONSTS:
@@ -122,14 +132,18 @@ def key(
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     x_dtype, has_residual, weight_dtype, norm, granularity, scale_program, program, dtype = key
+    if granularity == mx.GRANULARITY:
+        quantisation = mx.quantisation_types(scale_program)
+    else:
+        quantisation = steps.quantisation_types(x_dtype, scale_program, program, dtype)
     types = ", ".join(
         (
             steps.CPP_TYPES[x_dtype],
             steps.CPP_TYPES[weight_dtype],
             str(has_residual).lower(),
             f"inductor_ext::{CPP_NORMS[norm]}",
-            str(granularity == "row").lower(),
-            *steps.quantisation_types(x_dtype, scale_program, program, dtype),
+            str(granularity != "tensor").lower(),
+            *quantisation,
         )
     )
     return (("run", f"inductor_ext::RmsNormQuantize<{types}>::run"),)
@@ -137,8 +151,8 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     run = module.run
-    constants = steps.padded_constants(key[5], key[6])
-    rowwise = key[4] == "row"
+    constants = steps.padded_constants(*(() if key[4] == mx.GRANULARITY else key[5:7]))
+    rowwise = key[4] != "tensor"
 
     def call(
         x: Any, residual: Any, weight: Any, eps: float, _n: str, _g: str, _s: str, _p: str, _d: Any,
@@ -165,7 +179,7 @@ OP = Op(
         "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, str norm, str granularity, "
         "str scale_program, str program, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
     ),
-    doc="RMSNorm, the residual added before it if there is one, and FP8 with a dynamic scale, a row or a tensor",
+    doc="RMSNorm, the residual added before it if there is one, and FP8 with a dynamic scale, a row, a tensor or MXFP8",
     fake=fake,
     reference=reference,
     kernel=Kernel(
@@ -178,6 +192,7 @@ OP = Op(
             _example(torch.bfloat16, False, torch.bfloat16, "cast mul"),
             _example(torch.bfloat16, True, torch.float32, "mul+1 cast"),
             _example(torch.bfloat16, True, torch.bfloat16, "cast mul", "tensor"),
+            (torch.bfloat16, True, torch.bfloat16, "cast mul", mx.GRANULARITY, "rceil", "", mx.DATA),
         ),
         presets={"qwen3": qwen3},
     ),

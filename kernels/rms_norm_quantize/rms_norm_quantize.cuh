@@ -6,6 +6,7 @@
 //   x, residual [R, C] (leading dims may be several), unit last stride, row pitch free; weight [C] contiguous
 //   out [R, C], scale R elements, total [R, C] like x, all with a row pitch of C; without a residual total is not touched
 //   C up to 32 768; c0..c7 are the constants of both programs
+//   MXFP8 (MxScale): C a multiple of 32, scale [R, C / 32]
 //
 // With one scale for the whole tensor y goes to memory, and a second launch reads it, mostly from L2, and casts.
 //
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   wait_for_previous_kernel();
   rms_norm_row<In, W, HasResidual, Norm>(p, place, shared_sum, y);
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
-      y, place, p.consts, shared_max, p.cols, static_cast<ScaleT*>(p.scale) + place.row, p.out + place.row * p.cols * E);
+      y, place, p.consts, shared_max, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
+      p.out + place.row * p.cols * E);
 }
 
 template <typename In, typename W, bool HasResidual, typename Norm, int Threads, int E, int U>
@@ -152,7 +154,7 @@ struct RmsNormQuantize {
     TensorMatcher({rows.cols}).template dtype<W>().contiguous().device(device).verify(weight, "weight");
     TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
     TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
-    check_size(out, "out", rows.rows * rows.cols), check_size(scale, "scale", Rowwise ? rows.rows : 1);
+    check_size(out, "out", rows.rows * rows.cols), check_size(scale, "scale", Rowwise ? rows.rows * scales_of_row<ScaleProgram>(rows.cols) : 1);
     RmsNormQuantizeParams p{};
     if constexpr (HasResidual) {
       const TensorView added = residual.value();
@@ -164,6 +166,9 @@ struct RmsNormQuantize {
       TensorMatcher().dtype<In>().contiguous().device(device).verify(total, "total");
       check_size(total, "total", rows.rows * rows.cols);
       p.residual = data(added), p.residual_pitch = other.pitch, p.total = data(total);
+    }
+    if (kIsMx<ScaleProgram> && rows.cols % mx::kBlock != 0) {
+      TVM_FFI_THROW(ValueError) << "x: wanted rows of a multiple of " << mx::kBlock << " elements, found shape " << shape_of(x);
     }
     if (rows.cols == 0 || rows.cols > 32768) {
       TVM_FFI_THROW(ValueError) << "x: wanted 1 to 32768 columns, found shape " << shape_of(x);

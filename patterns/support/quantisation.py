@@ -1,21 +1,61 @@
-"""The dynamic FP8 quantisation of something that a larger kernel computes: amax, a scale from it, the chain to FP8.
+"""The dynamic FP8 quantisation of something that a larger kernel computes: amax, a scale from it, the chain to FP8; or MXFP8.
 
     y = …;  s = scale_program(amax(|y|));  q = cast(program(y, s))          amax of each row, or of all
+    y = …;  q, s = inductor_ext.mxfp8_quantize(y, …)                        plain scales
 
-Rules that fuse what makes y ask `parse` whether all of y's users are this, and let `put` place a kernel's two outputs.
+Rules that fuse what makes y begin at `anchors`, `trace` what those quantise, ask `parse` whether all of y's users are this, and
+let `put` place a kernel's two outputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, aten, call, describe, erase_dead, is_call, is_reshape, replay, same_sizes, value_of
-from inductor_ext.kernels import steps
-from inductor_ext.patterns.support import dynamic_scale, fp8_chain
+from inductor_ext.graph import (
+    CONVERT,
+    aten,
+    call,
+    describe,
+    erase_dead,
+    is_call,
+    is_reshape,
+    known_equal,
+    replay,
+    same_sizes,
+    value_of,
+)
+from inductor_ext.kernels import mx, steps
+from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
+from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run
+from inductor_ext.patterns.support.same import in_order
 from inductor_ext.rule import Context, Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A call of mxfp8_quantize: of ``x``, perhaps through views that keep the order of its elements."""
+
+    cast: Node
+    x: Node
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    """Nodes that end a quantisation."""
+    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node) or is_call(node, MXFP8.overload)]
+
+
+def trace(anchor: Node) -> fp8_chain.Chain | Blocks | None:
+    """What ``anchor`` quantises and how; None for a cast that is no quantisation."""
+    if is_call(anchor, MXFP8.overload):
+        return Blocks(anchor, in_order(anchor.args[0]))
+    chain = fp8_chain.trace(anchor)
+    return chain if isinstance(chain, fp8_chain.Chain) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +89,32 @@ class Quantisation:
         return self.scale.node, self.chain.cast
 
 
-def parse(chain: fp8_chain.Chain, context: Context) -> Quantisation | Refusal:
+@dataclasses.dataclass(frozen=True)
+class BlockQuantisation:
+    """``q, scale = mxfp8_quantize(y)`` with plain scales; ``y`` has no other use."""
+
+    node: Node
+    rounding: str
+    granularity: str = mx.GRANULARITY
+    why: str = "one pass over memory"
+
+    @property
+    def arguments(self) -> tuple[str, str, str, torch.dtype]:
+        return self.granularity, self.rounding, "", mx.DATA
+
+    @property
+    def detail(self) -> str:
+        return f"MXFP8, scales rounded {self.rounding!r}"
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (self.node,)
+
+
+def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> Quantisation | BlockQuantisation | Refusal:
     """The quantisation that ``chain`` is of ``chain.x``, or the first condition that failed."""
+    if isinstance(chain, Blocks):
+        return _parse_blocks(chain, context)
     node = chain.cast
     if len(chain.operands) != 1 or dynamic_scale.amax_above(chain.operands[0], chain.x) is None:
         found = ", ".join(map(describe, chain.operands)) or "a number"
@@ -72,6 +136,29 @@ def parse(chain: fp8_chain.Chain, context: Context) -> Quantisation | Refusal:
     return Quantisation(chain, scale, program)
 
 
+def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation | Refusal:
+    node, y = blocks.cast, blocks.x
+    x, _, rounding, swizzled = node.args
+    if swizzled:
+        found = "tiles for compute capability 10.0"
+        return context.refuse(node, "the scales are swizzled", wanted="plain scales", found=found)
+    shape, wanted_shape = value_of(y).shape, value_of(x).shape
+    rows = len(wanted_shape) == 2 and len(shape) > 0 and known_equal(shape[-1], wanted_shape[-1])
+    if not rows and not same_sizes(shape, wanted_shape):
+        wanted, found = "blocks of the rows of what is quantised", f"{list(wanted_shape)} of {list(shape)}"
+        return context.refuse(node, "the scale is not of the rows", wanted=wanted, found=found)
+    pending = [y]
+    while pending:
+        for user in pending.pop().users:
+            if is_reshape(user):
+                pending.append(user)
+            elif user is not node:
+                wanted = "the quantisation as its only user"
+                return context.refuse(y, "what is quantised has a second user", wanted=wanted, found=describe(user))
+    refused = has_run.refusal(node, context, value_of(y).device, HAS_RUN)
+    return refused if refused is not None else BlockQuantisation(node, rounding)
+
+
 def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> Node | None:
     """A user of what is quantised besides the chain and the way to its scale."""
     known = {chain.cast, *chain.inner, *scale.inner, scale.node, scale.amax}
@@ -87,8 +174,10 @@ def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> No
     return None
 
 
-def put(graph: Graph, found: Quantisation, out: Node, scale: Node) -> None:
+def put(graph: Graph, found: Quantisation | BlockQuantisation, out: Node, scale: Node) -> None:
     """Let users of the quantisation read ``out`` and ``scale``. At the graph's insertion point, where both exist."""
+    if isinstance(found, BlockQuantisation):
+        return _put_blocks(graph, found.node, out, scale)
     chain, old = found.chain, found.scale.node
     value = replay(graph, chain.post_views, out)
     if not same_sizes(value_of(scale).shape, value_of(old).shape):
@@ -97,3 +186,15 @@ def put(graph: Graph, found: Quantisation, out: Node, scale: Node) -> None:
     if not old._erased:
         old.replace_all_uses_with(scale)
         erase_dead(old)
+
+
+def _put_blocks(graph: Graph, node: Node, out: Node, scale: Node) -> None:
+    values = [out, scale]
+    for index, old in enumerate(value_of(node)):
+        if not same_sizes(value_of(values[index]).shape, old.shape):  # rows in one dimension where y has several
+            values[index] = call(graph, aten.reshape.default, values[index], [-1, old.shape[-1]], like=node)
+    for user in list(node.users):
+        if is_call(user, operator.getitem):
+            user.replace_all_uses_with(values[user.args[1]])
+            graph.erase_node(user)
+    erase_dead(node)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inductor_ext import jit, registry, settings
+from inductor_ext.kernels import mx
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE
 from tests.support.equal import assert_same_bytes
 
@@ -40,6 +41,30 @@ def test_the_reference_is_the_models_mlp(act: str, hidden_act: str, granularity:
     wanted, wanted_scale = torch.ops.inductor_ext.fp8_quantize(y, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
     assert_same_bytes(out, wanted)
     assert_same_bytes(scale, wanted_scale)
+
+
+def call_mx(gate: Any, up: Any, rounding: str = "rceil") -> Any:
+    return torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", "mx", rounding, "", E4)
+
+
+@pytest.mark.parametrize("rounding", mx.ROUNDINGS)
+@pytest.mark.parametrize("shape", [(5, 96), (2, 3, 64), (0, 64)], ids=str)
+def test_the_reference_of_mxfp8(shape: Any, rounding: str) -> None:
+    gate, up = operands(shape)
+    out, scale = call_mx(gate, up, rounding)
+    wanted, wanted_scale = mx.quantize(torch.nn.functional.silu(gate) * up, rounding)
+    assert_same_bytes(out, wanted)
+    assert_same_bytes(scale, wanted_scale)
+    fakes = OP.fake(gate, up, "silu", "mx", rounding, "", E4)
+    assert [(t.dtype, t.shape) for t in fakes] == [(t.dtype, t.shape) for t in (out, scale)]
+
+
+def test_bad_arguments_of_mxfp8() -> None:
+    gate, up = operands((4, 64))
+    with pytest.raises(ValueError, match="scale_program and program: wanted rceil or floor and nothing for mx, found 'even'"):
+        call_mx(gate, up, "even")
+    with pytest.raises(ValueError, match=r"wanted rows of a multiple of 32 elements for mx, found shape \(4, 48\)"):
+        call_mx(gate[:, :48], up[:, :48])
 
 
 @pytest.mark.parametrize(
@@ -147,3 +172,25 @@ def test_layouts_extremes_and_empty_input() -> None:
         check(bad, up, "silu")
     out, scale = call(gate[:0], up[:0])
     assert out.shape == (0, 3072) and scale.shape == (0, 1)
+
+
+@pytest.mark.gpu
+def test_mxfp8_on_the_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes of the reference: SiLU's are eager's, and all that follows is exact."""
+    arch = jit.current_arch(settings.current())
+    if arch is None:
+        pytest.skip("no GPU")
+    registry.ops()
+    keys = [(dtype, "silu", "mx", rounding, "", E4) for dtype in (BF16, FP16, FP32) for rounding in mx.ROUNDINGS]
+    failed = [made for made in jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values() if isinstance(made, Exception)]
+    assert not failed, failed[0]
+    for key, columns, rows in itertools.product(keys, (32, 96, 128, 768, 2880, 14336), (0, 1, 37, 700)):
+        dtype, _, _, rounding, _, _ = key
+        both = operands((rows, 2 * columns + 8), dtype, "cuda")[0]
+        both[: rows // 3] *= 100
+        for gate, up in (both[:, : 2 * columns].chunk(2, -1), (both[:, 1 : columns + 1], both[:, columns : 2 * columns])):
+            found = call_mx(gate, up, rounding)
+            wanted = OP.reference(gate, up, "silu", "mx", rounding, "", E4)
+            for one, two in zip(found, wanted, strict=True):
+                assert_same_bytes(one, two, f"{dtype} {rounding} {rows} x {columns}")
+    assert "running PyTorch's own operators instead" not in caplog.text

@@ -383,6 +383,18 @@ def test_ends_that_are_none_touch_no_other_memory(on_cpu: ctypes.CDLL, ends: lis
     run_on_cpu(on_cpu, blocks(BF16)[:600].view(300, 64), torch.tensor(ends, dtype=torch.int32), "rceil", True)
 
 
+@pytest.mark.parametrize(("threads", "cols"), [(8, 64), (8, 192), (32, 704), (64, 1536), (96, 416)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_in_registers(on_cpu: ctypes.CDLL, dtype: torch.dtype, threads: int, cols: int) -> None:
+    """quantize_blocks.cuh, which ends the kernels that compute what they quantise."""
+    x = blocks(dtype)[-3000:].flatten()[: 11 * cols].view(11, cols)
+    data, scales = torch.empty(x.shape, dtype=E4), torch.empty(11, cols // 32, dtype=E8)
+    places = (ctypes.c_void_p(each.data_ptr()) for each in (x, data, scales))
+    bits = {BF16: -16, FP16: 16, FP32: 32}[dtype]
+    on_cpu.mx_rows(bits, *places, ctypes.c_int64(11), ctypes.c_int64(cols), threads)
+    assert_all_same_bytes((data, scales), mx.quantize(x, "rceil"))
+
+
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inductor_ext import jit, registry, settings
+from inductor_ext.kernels import mx
 from inductor_ext.kernels.rms_norm_quantize.op import NORMS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
 from tests.support.equal import assert_same_bytes
 
@@ -65,6 +66,18 @@ def test_the_reference_is_the_models_norm(kind: str, norm: str, granularity: str
     assert_same_bytes(scale, wanted_scale)
 
 
+@pytest.mark.parametrize("rounding", mx.ROUNDINGS)
+def test_the_reference_of_mxfp8_is_the_models_norm(rounding: str) -> None:
+    x, residual, weight = operands((5, 7, 96))
+    out, scale, total = call(x, residual, weight, granularity="mx", scale_program=rounding, program="")
+    assert_same_bytes(total, x + residual)
+    y = _module("llama", weight, 1e-6)(x + residual)
+    wanted, wanted_scale = torch.ops.inductor_ext.mxfp8_quantize(y, None, rounding, False)
+    assert scale.shape == (5, 7, 3)
+    assert_same_bytes(out, wanted)
+    assert_same_bytes(scale, wanted_scale)
+
+
 def test_the_reference_is_torch_rms_norm() -> None:
     x, _, weight = operands((4, 64))
     out, scale, total = call(x, None, weight, "mul cast")
@@ -72,6 +85,9 @@ def test_the_reference_is_torch_rms_norm() -> None:
     assert total.shape == (0,) and scale.shape == (4, 1)
     near = torch.nn.functional.cosine_similarity(out.float() * scale, y.float(), dim=-1)
     assert (near > 0.999).all()
+
+
+MX = {"granularity": lambda _: "mx", "scale_program": lambda _: "rceil", "program": lambda _: ""}
 
 
 @pytest.mark.parametrize(
@@ -85,12 +101,20 @@ def test_the_reference_is_torch_rms_norm() -> None:
         ({"granularity": lambda _: "group"}, ValueError, "granularity: wanted row or tensor"),
         ({"dtype": lambda _: torch.int8}, TypeError, "dtype: wanted float8_e4m3fn"),
         ({"program": lambda _: "f32 div:s0"}, ValueError, "s0"),
+        ({"granularity": lambda _: "mx"}, ValueError, "scale_program and program: wanted rceil or floor and nothing for mx"),
+        ({**MX, "dtype": lambda _: E5}, TypeError, "dtype: wanted float8_e4m3fn for mx, found torch.float8_e5m2"),
+        (
+            {**MX, "x": lambda x: x[..., :48], "residual": lambda _: None, "weight": lambda w: w[:48]},
+            ValueError,
+            r"wanted rows of a multiple of 32 elements for mx, found shape \(4, 48\)",
+        ),
         ({"x": lambda x: x[..., :0], "residual": lambda _: None, "weight": lambda w: w[:0]}, ValueError, "at least one column"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     values: dict[str, Any] = dict(zip(("x", "residual", "weight"), operands((4, 64))))
-    values |= {"norm": "cast mul", "dtype": E4, "program": TORCHAO_PROGRAM, "granularity": "row"}
+    values |= {"norm": "cast mul", "dtype": E4, "granularity": "row"}
+    values |= {"scale_program": TORCHAO_SCALE, "program": TORCHAO_PROGRAM}
     values.update({name: make(values[name]) for name, make in change.items()})
     tensors = [values.pop(name) for name in ("x", "residual", "weight")]
     with pytest.raises(error, match=message):
@@ -99,16 +123,21 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "granularity"), [((3, 64), "row"), ((2, 3, 64), "row"), ((0, 64), "row"), ((64,), "row"), ((2, 3, 64), "tensor")]
+    ("shape", "granularity"),
+    [
+        *(((3, 64), "row"), ((2, 3, 64), "row"), ((0, 64), "row"), ((64,), "row"), ((2, 3, 64), "tensor")),
+        *(((2, 3, 64), "mx"), ((0, 64), "mx")),
+    ],
 )
 def test_fake_agrees(shape: Any, granularity: str, residual: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    programs = {"scale_program": "rceil", "program": ""} if granularity == "mx" else {}
     x, other, weight = operands(shape)
-    real = call(x, other if residual else None, weight, granularity=granularity)
+    real = call(x, other if residual else None, weight, granularity=granularity, **programs)
     with FakeTensorMode() as mode:
         x, other, weight = map(mode.from_tensor, (x, other, weight))
-        fake = call(x, other if residual else None, weight, granularity=granularity)
+        fake = call(x, other if residual else None, weight, granularity=granularity, **programs)
     for one, two in zip(real, fake):
         assert (one.dtype, one.shape) == (two.dtype, two.shape)
         assert one.numel() == 0 or one.stride() == two.stride()
@@ -199,3 +228,60 @@ def test_layouts_extremes_and_empty_input() -> None:
         assert torch.equal(scale.isnan(), want_scale.isnan()) and torch.equal(out.float().isnan(), want_out.float().isnan())
     empty, scale, _ = call(x[:0], None, weight)
     assert empty.shape == (0, 1024) and scale.shape == (0, 1)
+
+
+# ---- MXFP8 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built_mx() -> None:
+    arch = jit.current_arch(settings.current())
+    if arch is None:
+        pytest.skip("no GPU")
+    registry.ops()
+    kinds = itertools.product((BF16, FP16, FP32), (True, False), ("cast mul", "mul+1 cast"))
+    keys = [(d, r, d, n, "mx", rounding, "", E4) for (d, r, n), rounding in zip(kinds, itertools.cycle(mx.ROUNDINGS))]
+    failed = [made for made in jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values() if isinstance(made, Exception)]
+    assert not failed, failed[0]
+
+
+@gpu
+@pytest.mark.usefixtures("built_mx")
+def test_mxfp8_given_the_factor_every_byte_is_eagers(caplog: pytest.LogCaptureFixture) -> None:
+    """Rows whose squares have an exact mean, of every width: no order of summation can tell."""
+    kinds = itertools.product((BF16, FP16, FP32), (True, False), ("cast mul", "mul+1 cast"))
+    for (dtype, residual, norm), rounding in zip(kinds, itertools.cycle(mx.ROUNDINGS)):
+        for rows, columns in itertools.product((1, 37, 700), (32, 64, 128, 512, 1024, 4096, 16384)):
+            signs = torch.randint(0, 2, (rows, columns), device="cuda") * 2 - 1
+            x = (signs * 4 ** torch.arange(rows, device="cuda").remainder(5)[:, None]).to(dtype)
+            weight = torch.exp2(torch.linspace(-9, 9, columns, device="cuda")).to(dtype)
+            other = x if residual else None
+            wide = torch.cat([x, x], 1)
+            for given in (x, wide[:, columns:], wide[:, 1 : columns + 1].copy_(x)):
+                found = call(given, other, weight, norm, granularity="mx", scale_program=rounding, program="")
+                wanted = OP.reference(given, other, weight, 1e-6, norm, "mx", rounding, "", E4)
+                for one, two in zip(found, wanted, strict=True):
+                    assert_same_bytes(one, two, f"{dtype} {norm} {rows} x {columns}")
+    assert "running PyTorch's own operators instead" not in caplog.text
+
+
+@gpu
+@pytest.mark.usefixtures("built_mx")
+def test_mxfp8_of_any_rows_extremes_and_none() -> None:
+    for columns in (96, 160, 1056, 2880, 3072, 12320):
+        x, other, weight = operands((700, columns), BF16, None, "cuda")
+        x[3], x[4, 5], x[6, 7], x[8] = 0.0, float("nan"), float("inf"), 3e38
+        other[3] = 0.0
+        out, scale, total = call(x, other, weight, granularity="mx", scale_program="rceil", program="")
+        want_out, want_scale, want_total = OP.reference(x, other, weight, 1e-6, "cast mul", "mx", "rceil", "", E4)
+        assert_same_bytes(total, want_total)
+        assert torch.equal(out.float().isnan(), want_out.float().isnan())
+        same = scale.view(torch.uint8) == want_scale.view(torch.uint8)
+        assert same.float().mean() > 0.999
+        codes, want = (each.view(torch.uint8).int().view(700, -1, 32)[same] for each in (out, want_out))
+        apart = (codes - want).abs()
+        assert bool(((apart <= 1) | ((codes & 127) + (want & 127) <= 1) | ((codes & 127) == 127)).all())
+        assert (apart != 0).float().mean() < 0.05
+    x, weight = torch.randn(4, 2880, device="cuda").bfloat16(), torch.ones(2880, device="cuda").bfloat16()
+    empty, scale, _ = call(x[:0], None, weight, granularity="mx", scale_program="floor", program="")
+    assert empty.shape == (0, 2880) and scale.shape == (0, 90)

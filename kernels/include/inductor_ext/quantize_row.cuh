@@ -2,11 +2,13 @@
 //
 //   scale = scale_program(max |y|);  out = cast(program(y, scale))        NaN propagates
 //
+// With MxScale in the place of the scale program it is MXFP8, a scale for each 32 elements (quantize_blocks.cuh).
 // A row is held by `Threads` threads: 8 or 32 lanes of a warp, or (kWholeBlock) a block; thread t has vectors t, t + threads, …
 #pragma once
 
 #include "fp8.cuh"
 #include "launch.cuh"
+#include "quantize_blocks.cuh"
 #include "quantize_tensor.cuh"
 #include "reduce.cuh"
 #include "steps.cuh"
@@ -49,27 +51,32 @@ __device__ __forceinline__ float row_sum(float value, float* shared) {
 template <int Threads, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, typename In, int E, int U>
 __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const RowPlace<Threads>& at, const Consts& consts,
                                              uint32_t* shared, int64_t cols, ScaleT* scale_of_row, uint8_t* out) {
-  Amax<In> amax;
-#pragma unroll
-  for (int u = 0; u < U; ++u) amax.merge(y[u]);
-  uint32_t bits = amax.float_bits();
-  if constexpr (Threads == kWholeBlock) {
-    bits = block_max(bits, shared);
+  if constexpr (kIsMx<ScaleProgram>) {
+    const bool active = at.row >= 0;
+    quantize_blocks(y, active, at.lane, at.threads, cols, ScaleProgram{}, reinterpret_cast<uint8_t*>(scale_of_row), out);
   } else {
-    bits = group_max<Threads>(bits);
-  }
-  if (at.row < 0) return;
-
-  Env env{consts, nullptr};
-  float scale[1] = {__uint_as_float(bits)};
-  ScaleProgram::apply(ScaleProgram::prepare(env), scale);
-  if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale[0]);
-  env.scale = scale[0];
-  const auto prepared = Chain::prepare(env);
+    Amax<In> amax;
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const int i = u * at.threads + at.lane;
-    if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
+    for (int u = 0; u < U; ++u) amax.merge(y[u]);
+    uint32_t bits = amax.float_bits();
+    if constexpr (Threads == kWholeBlock) {
+      bits = block_max(bits, shared);
+    } else {
+      bits = group_max<Threads>(bits);
+    }
+    if (at.row < 0) return;
+
+    Env env{consts, nullptr};
+    float scale[1] = {__uint_as_float(bits)};
+    ScaleProgram::apply(ScaleProgram::prepare(env), scale);
+    if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale[0]);
+    env.scale = scale[0];
+    const auto prepared = Chain::prepare(env);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int i = u * at.threads + at.lane;
+      if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
+    }
   }
 }
 

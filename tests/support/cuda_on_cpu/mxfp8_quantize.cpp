@@ -1,6 +1,7 @@
 // mxfp8_quantize's kernels behind a C function, for tests/kernels/test_mxfp8_quantize.py.
 #include <functional>
 
+#include "inductor_ext/quantize_blocks.cuh"
 #include "mxfp8_quantize/mxfp8_quantize.cuh"
 
 namespace {
@@ -69,4 +70,41 @@ extern "C" void mx_tile_row(const int32_t* offs, int groups, int64_t rows, int64
     const TileRow at = tile_row_of(a.offs, a.groups, a.rows, a.tile_row);
     if (threadIdx.x == 77) a.found[0] = at.first_row, a.found[1] = at.rows, a.found[2] = at.scaled;
   }, &arguments);
+}
+
+// Rows held in registers, as the kernels do that compute what they quantise: `threads` a row, 8 or 32 of a block of 64, or all of one.
+struct RowsParams {
+  const void* x;
+  uint8_t *data, *scales;
+  int64_t rows, cols;  // in vectors
+  int threads;
+};
+template <typename In, int E, int U>
+void rows_kernel(RowsParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / p.threads) + threadIdx.x / p.threads;
+  const int lane = threadIdx.x % p.threads;
+  Raw<In, E> y[U];
+  for (int u = 0; u < U; ++u) {
+    const int i = u * p.threads + lane;
+    y[u].zero();
+    if (row < p.rows && i < p.cols) y[u].load(static_cast<const In*>(p.x) + (row * p.cols + i) * E);
+  }
+  quantize_blocks(y, row < p.rows, lane, p.threads, p.cols, MxScale<mx::Rceil>{}, p.scales + row * (p.cols * E / mx::kBlock),
+                  p.data + row * p.cols * E);
+}
+template <typename In>
+void run_rows(RowsParams p, int64_t bytes) {
+  spans = {{static_cast<const char*>(p.x), static_cast<const char*>(p.x) + bytes * sizeof(In)},
+           {reinterpret_cast<const char*>(p.data), reinterpret_cast<const char*>(p.data) + bytes}};
+  const bool vectors = p.threads != 96;
+  if (vectors) p.cols /= 8;
+  const unsigned threads = vectors ? 64 : 96, blocks = static_cast<unsigned>(ceil_div(p.rows, threads / p.threads));
+  if (vectors) return cuda_on_cpu::run_grid(blocks, threads, rows_kernel<In, 8, 3>, p);
+  cuda_on_cpu::run_grid(blocks, threads, rows_kernel<In, 1, 5>, p);
+}
+extern "C" void mx_rows(int bits, const void* x, uint8_t* data, uint8_t* scales, int64_t rows, int64_t cols, int threads) {
+  const RowsParams p{x, data, scales, rows, cols, threads};
+  if (bits == 32) run_rows<float>(p, rows * cols);
+  if (bits == 16) run_rows<__half>(p, rows * cols);
+  if (bits == -16) run_rows<__nv_bfloat16>(p, rows * cols);
 }
