@@ -67,12 +67,15 @@ def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch
 
 
 def scratch_bytes(experts: int, sms: int) -> int:
-    """``scratch_bytes`` of blackwell.cuh, which checks it: 5 TMA descriptors an SM, and the arrays of all groups."""
+    """``scratch_bytes`` of blackwell.cuh, which checks it: 5 TMA descriptors an SM, and the arrays of all groups.
+
+    The first descriptor is at a multiple of 128 bytes, wherever the buffer starts.
+    """
 
     def array(size: int) -> int:
         return -(-experts * size // 64) * 64
 
-    return 5 * 128 * sms + array(12) + 8 * array(8) + 2 * array(20)
+    return 128 * (5 * sms + 1) + array(12) + 8 * array(8) + 2 * array(20)
 
 
 def scratch(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> int:

@@ -17,13 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inductor_ext
-from inductor_ext import jit
+from inductor_ext import jit, settings
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import blackwell
+from inductor_ext.kernels.mxfp8_grouped_mm import op as grouped
 from tests.support import cuda_on_cpu
 from tests.support.fakegpu import H200, fake_gpu
 from tests.support.machine_code import Built
 
+ops = torch.ops.inductor_ext
 E4, E8, BF16 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bfloat16
 GROUPS = {
     "one": [7],
@@ -201,21 +203,22 @@ def test_what_cutlass_is_given(module: Any, ends: list[int]) -> None:
     scratch = torch.zeros(size, dtype=torch.uint8)
     offs = torch.tensor(ends, dtype=torch.int32)
     module.set_up(offs, tokens, n, k, mx.grouped_shape(tokens, 1, experts)[0], sms, scratch)
-    assert not scratch[: 5 * 128 * sms].any(), "TMA descriptors are CUTLASS's to write"
-    at = 5 * 128 * sms
+    start = -scratch.data_ptr() % 128
+    at = start + 5 * 128 * sms
+    assert not scratch[:at].any(), "TMA descriptors are CUTLASS's to write"
 
     def take(columns: int, dtype: torch.dtype) -> Any:
         nonlocal at
         used = experts * columns * dtype.itemsize
         found = scratch[at : at + used].view(dtype).view(experts, columns).tolist()
-        at = mx.round_up(at + used, 64)
+        at += mx.round_up(used, 64)
         return found
 
     shapes = take(3, torch.int32)
     w, x, w_scale, x_scale, out = (take(1, torch.int64) for _ in range(5))
     w_stride, x_stride, out_stride = (take(1, torch.int64) for _ in range(3))
     w_layout, x_layout = (take(5, torch.int32) for _ in range(2))
-    assert at == size
+    assert at == start + size - 128
     tiles = 2  # along K
     for group, place in enumerate(places(ends, n, k, 2)):
         assert shapes[group] == [n, place[0], k]
@@ -239,6 +242,74 @@ def test_errors_name_the_argument(module: Any) -> None:
         module.run(x, scales, w, scales, offs, out, scratch)
     with pytest.raises(ValueError, match=r"scratch: wanted shape \[\d+\], found \[0\]"):
         module.set_up(offs, 4, 64, 128, 260, 148, scratch)
+
+
+# ---- on a GPU, which none has been so far ----------------------------------------------------------------------------
+
+
+def _is_blackwell() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (10, 0)
+
+
+needs_blackwell = pytest.mark.skipif(not _is_blackwell(), reason="needs a GPU of compute capability 10.0")
+
+
+def problem(ends: list[int], n: int, k: int, seed: int = 0) -> tuple[list[Any], torch.Tensor]:
+    """Arguments up to ``offs``, on a CPU, and the product."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, offs = ends[-1] + 11, torch.tensor(ends, dtype=torch.int32)
+    x = torch.randn(tokens, k, generator=generator).bfloat16()
+    w = torch.randn(len(ends), n, k, generator=generator).bfloat16()
+    given = [*ops.mxfp8_quantize(x, offs, "rceil", True), *ops.mxfp8_quantize(w, None, "rceil", True), offs]
+    return given, ops.mxfp8_grouped_mm(*given, torch.float32, True)
+
+
+def assert_is_product(out: torch.Tensor, wanted: torch.Tensor, rows: int) -> None:
+    """fp32 sums in another order, rounded to out's dtype; rows of no group as they were, which was 7."""
+    torch.testing.assert_close(out[:rows].float().cpu(), wanted[:rows], rtol=2**-7, atol=2**-7)
+    assert (out[rows:] == 7).all()
+
+
+@pytest.mark.gpu
+@needs_blackwell
+@pytest.mark.parametrize("out_dtype", list(blackwell.OUT_TYPES), ids=str)
+@pytest.mark.parametrize("tile", list(blackwell.ARGUMENTS))
+def test_products_of_every_tile(tile: str, out_dtype: torch.dtype) -> None:
+    key = blackwell.TARGET, (tile, out_dtype)
+    run = grouped.OP.kernel.bind(jit.load(grouped.OP.spec_of_key(key, blackwell.TARGET), settings.current()), key)
+    for ends in GROUPS.values():
+        for n, k in ((264, 160), (512, 1024)):
+            given, wanted = problem(ends, n, k)
+            out = torch.full(wanted.shape, 7, dtype=out_dtype, device="cuda")
+            run(*(each.cuda() for each in given), out_dtype, True, out)
+            assert_is_product(out, wanted, ends[-1])
+
+
+@pytest.mark.gpu
+@needs_blackwell
+def test_streams_and_graphs_share_no_scratch() -> None:
+    """Each of four streams has a graph of the op and calls of its own, all at once."""
+    cases = [problem(ends, 512, 1024, seed) for seed, ends in enumerate(([64, 128], [0, 300], [5, 5], [200, 1000]))]
+    given = [[each.cuda() for each in arguments] for arguments, _ in cases]
+    graphs, eager = [], []
+    call = lambda arguments, out: ops.mxfp8_grouped_mm.out(*arguments, BF16, True, out=out)  # noqa: E731
+    outs = [[torch.full(wanted.shape, 7, dtype=BF16, device="cuda") for _ in range(2)] for _, wanted in cases]
+    for arguments, (one, _) in zip(given, outs):
+        call(arguments, one)  # loads the kernel
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            call(arguments, one)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, arguments, (_, two) in zip(graphs, given, outs):
+            eager.append(torch.cuda.Stream())
+            with torch.cuda.stream(eager[-1]):
+                graph.replay()
+                call(arguments, two)
+    torch.cuda.synchronize()
+    for (arguments, wanted), pair in zip(cases, outs):
+        for out in pair:
+            assert_is_product(out, wanted, int(arguments[-1][-1]))
 
 
 # ---- which kernel ----------------------------------------------------------------------------------------------------
