@@ -4,14 +4,14 @@ A tile is named ``hopper:<output channels>x<tokens>`` (``hopper.cuh``). None of 
 has run on a CPU (tests/kernels/test_mxfp8_grouped_mm_hopper.py). `TILES` follows from arithmetic, and waits to be measured
 (``benchmarks/kernels/mxfp8_grouped_mm.py --tune``):
 
-* Weights are read once where an expert's tokens fit one tile, so tiles are wider than a group is on average: twice as wide where
-  it has few tokens, since groups then differ most (random routing: mean 4, 2 % of the groups above 8).
-* Every tile reads its tokens again. 64 tokens in bf16 are 16 KB for 128 of K, 64 rows of weights are 8: L2 gives 5.5 TB/s at most,
-  so weights at 4 TB/s leave 1.5 for tokens. That is why tiles of more tokens have more rows. A tile brings tokens in boxes of 8 to
-  32, as many as its group has.
+* Weights are read once where an expert's tokens fit one tile, so tiles are wider than a group is on average: twice as wide
+  where it has few tokens, since groups then differ most (random routing: mean 4, 2 % of the groups above 8).
+* Every tile reads its tokens again. 64 tokens in bf16 are 16 KB for 128 of K, 64 rows of weights are 8: L2 gives 5.5 TB/s at
+  most, so weights at 4 TB/s leave 1.5 for tokens. That is why tiles of more tokens have more rows. A tile brings its tokens in
+  boxes of 8 to 32, as many as its group has.
 * 64 × 8 and 64 × 16 run twice on an SM: one token of Qwen3-30B-A3B is 192 tiles of 64 rows, for 264 places.
-* 256 × 128 asks L2 for 64 KB in 2 048 cycles of the tensor cores: 32 bytes a cycle, about what an SM gets. MXFP8 tokens take 128
-  rows only, as their bf16 copy lies beside them in shared memory.
+* 256 × 128 asks L2 for 64 KB in 2 048 cycles of the tensor cores: 32 bytes a cycle, about what an SM gets. MXFP8 tokens take
+  128 rows only, as their bf16 copy lies beside them in shared memory.
 """
 
 from __future__ import annotations

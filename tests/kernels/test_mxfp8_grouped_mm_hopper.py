@@ -1,0 +1,288 @@
+"""mxfp8_grouped_mm's kernels for compute capability 9.0 without a GPU: their source run on the CPU, their arithmetic, their
+machine code, and which tile is chosen."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from inductor_ext import jit
+from inductor_ext.kernels import mx
+from inductor_ext.kernels.mxfp8_grouped_mm import hopper
+from inductor_ext.kernels.mxfp8_grouped_mm import op as grouped
+from inductor_ext.kernels.mxfp8_grouped_mm.op import OP
+from tests.support.equal import assert_same_bytes
+from tests.support.hopper_on_cpu import Kernel
+from tests.support.machine_code import Built
+
+BF16, FP16, FP32, E4, E8 = torch.bfloat16, torch.float16, torch.float32, mx.DATA, mx.SCALE
+TILES = {
+    "64x8": ("hopper:64x8", BF16, BF16),
+    "128x32": ("hopper:128x32", BF16, FP32),
+    "256x128": ("hopper:256x128", BF16, BF16),
+    "mxfp8": ("hopper:128x64", E4, FP16),
+}
+
+
+@pytest.fixture(scope="module", params=list(TILES))
+def tile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(key, kernel, output channels and tokens of the tile)"""
+    key = TILES[request.param]
+    channels, tokens = map(int, key[0].partition(":")[2].split("x"))
+    return key, Kernel(key, tmp_path_factory.mktemp("hopper")), channels, tokens
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    return Kernel(("hopper:64x8", BF16, FP32), tmp_path_factory.mktemp("narrow"))
+
+
+def operands(counts: list[int], tokens: int, n: int, k: int, x_dtype: torch.dtype, seed: int = 0) -> list[Any]:
+    """x, x_scale, w, w_scale, offs; blocks differ in size, so that a scale of the wrong block shows."""
+    torch.manual_seed(seed)
+    spread = lambda shape, most: torch.exp2(torch.randint(-most, most, shape).float())  # noqa: E731
+    blocks = len(counts), n, k // mx.BLOCK, 1
+    w, w_scale = mx.quantize((torch.randn(*blocks[:3], mx.BLOCK) * spread(blocks, 6)).flatten(-2), "rceil")
+    x = (torch.randn(tokens, k // mx.BLOCK, mx.BLOCK) * spread((tokens, k // mx.BLOCK, 1), 3)).flatten(-2)
+    offs = torch.tensor(counts, dtype=torch.int32).cumsum(0).int()
+    return [*(mx.quantize(x, "rceil") if x_dtype is E4 else (x.to(x_dtype), None)), w, w_scale, offs]
+
+
+def run(kernel: Kernel, given: list[Any], out_dtype: torch.dtype, **options: Any) -> torch.Tensor:
+    """Between two rows that must not be written; rows of no group are NaN before and after."""
+    tokens, n = given[0].shape[0], given[2].shape[1]
+    buffer = torch.full((tokens + 2, n), torch.nan, dtype=out_dtype)
+    kernel(*given, buffer[1:-1], **options)
+    assert buffer[[0, -1]].isnan().all(), "written outside of out"
+    return buffer[1:-1]
+
+
+def check(key: Any, kernel: Kernel, given: list[Any], **options: Any) -> None:
+    x, x_scale, w, w_scale, offs = given
+    found = run(kernel, given, key[2], **options)
+    wanted = torch.full_like(found, torch.nan)
+    grouped.reference_into(x, x_scale, w, w_scale, offs, key[2], False, wanted)
+    rows = int(offs[-1])
+    assert found[rows:].isnan().all(), "rows of no group were written"
+    error = (found[:rows].double() - wanted[:rows].double()).norm() / wanted[:rows].double().norm().clamp_min(1e-30)
+    assert error < {BF16: 5e-4, FP16: 1e-4, FP32: 2e-6}[key[2]]
+
+
+# ---- the source, on the CPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "k", [32, 96, 128, 352, 768], ids=["one block", "less than a stage", "a stage", "odd rows of scales", "six stages"]
+)
+def test_against_the_reference(tile: Any, k: int) -> None:
+    """Groups that are empty, of one token, of a quarter, half and all of a tile, and more; N that is no multiple of a tile."""
+    key, kernel, channels, tokens = tile
+    counts = [1, 0, tokens + 1, tokens // 4, 0, 0, tokens // 2, tokens // 2 + 1, tokens]
+    check(key, kernel, operands(counts, sum(counts), channels + 40, k, key[1]))
+
+
+def test_rows_of_no_group_stay_as_they_are(tile: Any) -> None:
+    key, kernel, _, tokens = tile
+    check(key, kernel, operands([3, 2], tokens + 9, 64, 64, key[1]))
+    check(key, kernel, operands([0, 0, 0], 4, 64, 64, key[1]))
+
+
+def test_all_tokens_on_one_expert(tile: Any) -> None:
+    key, kernel, _, tokens = tile
+    check(key, kernel, operands([0] * 40 + [3 * tokens + 2] + [0] * 87, 3 * tokens + 2, 8, 64, key[1]), sms=1)
+
+
+def test_more_rounds_than_stages(tile: Any) -> None:
+    """The ring goes round many times, over several tiles and with all SMs in turn."""
+    key, kernel, channels, tokens = tile
+    check(key, kernel, operands([tokens, tokens], 2 * tokens, 2 * channels, 1280, key[1]), sms=1)
+
+
+def test_no_token(tile: Any) -> None:
+    key, kernel, _, _ = tile
+    given = operands([0, 0], 0, 16, 64, key[1])
+    assert run(kernel, given, key[2]).shape == (0, 16)
+
+
+def test_rows_with_a_pitch(tile: Any) -> None:
+    key, kernel, _, tokens = tile
+    given = operands([tokens // 2, 3], tokens, 24, 64, key[1])
+    wide = torch.zeros(tokens, 96).to(key[1])
+    wide[:, 16:80] = given[0]
+    given[0] = wide[:, 16:80]
+    check(key, kernel, given)
+
+
+@pytest.mark.parametrize("ends", [[-4, 3, 9], [5, 2, 9], [2, 40, 50]], ids=["negative", "descending", "past the last row"])
+def test_a_wrong_offs_writes_nothing_outside(narrow: Kernel, ends: list[int]) -> None:
+    """What is in the rows is not defined; that memory outside is left alone is."""
+    given = operands([3, 3, 3], 9, 16, 64, BF16)
+    given[4] = torch.tensor(ends, dtype=torch.int32)
+    run(narrow, given, FP32)
+
+
+def test_1024_experts(narrow: Kernel) -> None:
+    counts = [0] * 1024
+    counts[0], counts[31], counts[32], counts[1023] = 1, 9, 2, 3
+    check(("", BF16, FP32), narrow, operands(counts, 15, 8, 32, BF16), sms=1)
+
+
+# ---- FP8 to bf16 -----------------------------------------------------------------------------------------------------
+
+EVERY = torch.arange(256, dtype=torch.uint8)
+
+
+def products() -> tuple[torch.Tensor, torch.Tensor]:
+    """All 256 scales by all 256 e4m3, as the kernel's four steps make them (in PyTorch), and in double."""
+    value, scale = EVERY.view(E4), grouped._power_of_two(EVERY.view(E8))
+    steps = value.half().float().bfloat16() * scale.bfloat16()[:, None]
+    return steps, value.double() * scale.double()[:, None]
+
+
+def test_the_steps_give_the_product_rounded_once() -> None:
+    steps, exact = products()
+    assert_same_bytes(steps, exact.float().bfloat16())  # fp32 holds every one but those that are 2^128 and more: infinite
+
+
+def test_the_product_is_a_bf16_for_every_scale_of_the_range_that_the_kernel_states() -> None:
+    steps, exact = products()
+    stated = (EVERY.int() >= 127 - 124) & (EVERY.int() <= 127 + 119)
+    numbers = ~exact[stated].isnan()
+    assert numbers.any() and torch.equal(steps[stated].double()[numbers], exact[stated][numbers])
+    assert steps[255].isnan().all(), "a NaN scale"
+    assert steps[:, 0x7F].isnan().all() and steps[:, 0xFF].isnan().all(), "a NaN element"
+    assert not steps[stated][:, (EVERY & 0x7F) != 0x7F].isnan().any()
+
+
+def test_every_scale_and_element_through_the_kernel(narrow: Kernel) -> None:
+    """One token that is 1 in each place of K in turn takes the weights out one by one. N = 256 rows have a scale each."""
+    wanted = products()[1].float().bfloat16().float()
+    for first in range(0, 256, 32):
+        w = torch.zeros(1, 256, 32, dtype=torch.uint8)
+        w[0] = EVERY[first : first + 32]
+        x = torch.eye(32, dtype=BF16)
+        given = [x, None, w.view(E4), EVERY.reshape(1, 256, 1).view(E8), torch.tensor([32], dtype=torch.int32)]
+        found = run(narrow, given, FP32).t()
+        part = wanted[:, first : first + 32]
+        # 0 · NaN and 0 · infinity: a row with either is NaN wherever it is not that element alone.
+        finite = part.isfinite().all(1)
+        assert torch.equal(found[finite], part[finite])
+        assert found[part.isnan().any(1)].isnan().all()
+
+
+def test_nan_and_infinity_of_tokens(narrow: Kernel) -> None:
+    given = operands([4, 4], 8, 16, 64, BF16)
+    given[0][1, 5], given[0][2, 6], given[0][6, 40] = torch.nan, torch.inf, -torch.inf
+    found = run(narrow, given, FP32)
+    assert found[1].isnan().all() and not found[2].isfinite().any() and not found[6].isfinite().any()
+    assert found[[0, 3, 4, 5, 7]].isfinite().all(), "a token reached another one's row"
+
+
+# ---- which tile ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "tokens", "experts", "name"),
+    [
+        (BF16, 8, 128, "64x8"),
+        (BF16, 512, 128, "64x8"),
+        (BF16, 513, 128, "64x16"),
+        (BF16, 128, 8, "128x32"),
+        (BF16, 4096, 128, "256x64"),
+        (BF16, 32768, 128, "256x128"),
+        (E4, 32768, 128, "128x128"),
+        (BF16, 0, 0, "64x8"),
+    ],
+)
+def test_the_tile_follows_the_tokens_a_group(x_dtype: torch.dtype, tokens: int, experts: int, name: str) -> None:
+    assert hopper.tile(x_dtype, tokens, experts) == f"hopper:{name}"
+
+
+def test_a_key_for_any_number_of_tokens_is_among_the_keys() -> None:
+    for x_dtype in hopper.X_TYPES:
+        names = {hopper.tile(x_dtype, tokens, 8) for tokens in (0, 1, 30, 60, 100, 200, 300, 400, 10_000)}
+        assert names == {name for _, name in hopper.TILES[x_dtype]} <= set(hopper.ALL_TILES[x_dtype])
+
+
+def test_what_has_no_kernel() -> None:
+    x, x_scale, w, w_scale, _ = operands([4, 4], 8, 16, 64, BF16)
+    assert hopper.unsupported(x, x_scale, w, BF16, False) is None
+    wide = torch.empty(1025, 8, 32, device="meta")
+    for call, wanted in (
+        ((x, x_scale, w, BF16, True), "plain scales"),
+        ((x.half(), x_scale, w, BF16, False), "x in bfloat16 or MXFP8"),
+        ((x, x_scale, w[:, :12], BF16, False), "N to be a multiple of 8"),
+        ((x, x_scale, wide, BF16, False), "at most 1024 experts"),
+    ):
+        refused = hopper.unsupported(*call)
+        assert refused is not None and refused[0].startswith(wanted)
+        assert hopper.key(*call[:3], w_scale, None, *call[3:]) is None
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["64x8", "256x128"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    spec: jit.JitSpec = OP.examples(hopper.TARGET)[request.param]
+    return Built(spec, tmp_path_factory.mktemp("code") / "kernel")
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_weights_go_from_registers_to_the_tensor_cores(built: Built) -> None:
+    found = set(re.findall(r"wgmma\.mma_async\S*", built.ptx))
+    assert found and all(".bf16.bf16" in each and ".m64n" in each for each in found)
+    # A register list as the A operand, and a descriptor as B: not two descriptors.
+    assert re.search(r"wgmma\.mma_async[^;]*\}\s*,\s*\{\s*%r\d+(?:,\s*%r\d+){3}\s*\}\s*,\s*%rd\d+", built.ptx)
+    if built.sass:
+        assert built.instructions("HGMMA") and not built.instructions("HMMA|IGMMA|QGMMA")
+        assert built.instructions("UTMALDG.3D") and built.instructions("LDGSTS")
+        assert re.search(r"F2FP\.F16\.E4M3\.UNPACK_B", built.sass)
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_nothing_spills_and_nothing_waits_too_long(built: Built) -> None:
+    assert ".local" not in built.ptx
+    assert built.instructions("STL|LDL") == []
+    if built.sass:  # every wgmma but the last may run on while the next weights are converted
+        assert len(re.findall(r"DEPBAR\.LE gsb0, 0x1", built.sass)) >= len(re.findall(r"DEPBAR\.LE gsb0, 0x0", built.sass))
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_offs_is_read_after_the_kernel_ahead_has_ended(built: Built) -> None:
+    assert "griddepcontrol.launch_dependents" in built.ptx
+    before = built.ptx.partition("griddepcontrol.wait")[0]
+    assert not re.search(r"ld\.global|cp\.async", before)
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_errors_name_the_argument(built: Built) -> None:
+    """The host function, as far as it gets with tensors of a CPU."""
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(str(built.binary))
+    given = operands([4, 4], 8, 16, 64, BF16)
+    out = torch.empty(8, 16, dtype=BF16)
+    with pytest.raises(ValueError, match="x: wanted a CUDA tensor"):
+        module.run(*given, out)
+    with pytest.raises(TypeError, match="x: wanted bfloat16, found float32"):
+        module.run(given[0].float(), *given[1:], out)
+
+
+def test_the_source_says_that_it_has_not_run() -> None:
+    """Goes when it has: with the target in `HAS_RUN`."""
+    said = "NOT RUN ON HARDWARE" in (jit.kernels_root() / hopper.SOURCE).read_text()
+    assert said != (hopper.TARGET in grouped.HAS_RUN)
+
+
+def test_tiles_that_compile_are_all_named() -> None:
+    sizes = {tuple(map(int, name.partition(":")[2].split("x"))) for name in hopper.ALL_TILES[BF16]}
+    assert sizes == set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128))) - {(64, 128)}

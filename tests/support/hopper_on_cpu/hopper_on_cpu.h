@@ -1,0 +1,310 @@
+// A compute capability 9.0 CTA on the CPU: enough of it to compile mxfp8_grouped_mm's kernel with a host compiler and run it.
+//
+// A thread is a fibre, which runs until it has to wait. What hardware does on its own is done as late as it may be, so that whoever
+// does not wait for it gets old bytes: copies (the copy engine's and cp.async) in a random order some turns later, wgmma when its
+// group is waited for, from what registers and shared memory hold then. Shared memory begins as NaN of every kind (0xff bytes).
+// A CTA in which nothing can go on is an error, as is a read outside of every tensor. Nothing is said about speed, about memory
+// ordering between threads, or about what PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, gridDim, blockDim;
+struct uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { uint16_t bits; };
+struct __nv_fp8_e4m3 { uint8_t bits; };
+struct __nv_fp8_e8m0 { uint8_t bits; };
+using std::max;
+using std::min;
+
+namespace inductor_ext {
+constexpr int kSharedBytes = 232448;
+extern __attribute__((aligned(1024))) uint8_t shared[];
+}  // namespace inductor_ext
+
+namespace hopper_on_cpu {
+
+constexpr size_t kStack = 256 << 10;
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
+
+// ---- memory -----------------------------------------------------------------------------------------------------------------
+
+struct Span {
+  const uint8_t *begin, *end;
+};
+inline std::vector<Span> spans;  // the tensors of a call
+inline void check_access(const void* p, size_t bytes, size_t alignment) {
+  const uint8_t* at = static_cast<const uint8_t*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("a misaligned access");
+  for (const Span& span : spans) {
+    if (span.begin <= at && at + bytes <= span.end) return;
+  }
+  fail("an access outside of every tensor");
+}
+inline uint32_t in_shared(const void* p) {
+  const int64_t at = static_cast<const uint8_t*>(p) - inductor_ext::shared;
+  if (at < 0 || at >= inductor_ext::kSharedBytes) fail("not an address in shared memory");
+  return static_cast<uint32_t>(at);
+}
+
+// ---- fibres -----------------------------------------------------------------------------------------------------------------
+
+struct Pending {
+  int turns;
+  std::function<void()> act;
+};
+struct Meeting {  // of some threads: who came, and how often all have
+  unsigned came = 0;
+  uint64_t times = 0;
+};
+struct Step {  // a wgmma, of one thread
+  const uint32_t* a[4];
+  uint64_t b;
+  std::vector<float*> d;
+};
+struct Cta {
+  std::vector<ucontext_t> fibres;
+  std::vector<bool> ended;
+  ucontext_t scheduler;
+  unsigned running = 0, threads = 0;
+  uint64_t progress = 0;
+  std::function<void()> body;
+  std::exception_ptr failure;
+  std::vector<Pending> pending;
+  std::map<int, Meeting> meetings;
+  std::map<uint32_t, uint64_t> barriers;             // where barriers lie; their state is in `Barrier`
+  std::vector<std::array<uint64_t, 2>> given;        // by each thread, to the others of its warp
+  std::vector<std::vector<std::vector<Step>>> issued;  // by thread: groups of wgmmas, the last one open
+  std::vector<int> unfinished;                       // cp.async of each thread
+  std::mt19937 random{7};
+};
+inline Cta* cta = nullptr;
+
+inline void yield() { swapcontext(&cta->fibres[cta->running], &cta->scheduler); }
+template <typename Condition>
+void wait_until(Condition condition) {
+  while (!condition()) yield();
+  ++cta->progress;
+}
+inline void later(std::function<void()> act) { cta->pending.push_back({1 + static_cast<int>(cta->random() % 6), std::move(act)}); }
+
+inline void start() {
+  try {
+    cta->body();
+  } catch (...) {  // it cannot leave a fibre
+    if (!cta->failure) cta->failure = std::current_exception();
+  }
+  cta->ended[cta->running] = true;
+  ++cta->progress;
+  yield();
+}
+
+inline void run_pending() {
+  std::vector<Pending> due, rest;
+  for (Pending& each : cta->pending) (--each.turns <= 0 ? due : rest).push_back(std::move(each));
+  cta->pending = std::move(rest);
+  std::shuffle(due.begin(), due.end(), cta->random);
+  for (Pending& each : due) each.act(), ++cta->progress;
+}
+
+inline void run_cta(unsigned threads, std::function<void()> body) {
+  Cta made;
+  cta = &made;
+  made.threads = threads, made.body = std::move(body);
+  made.fibres.resize(threads), made.ended.assign(threads, false), made.given.resize(threads), made.unfinished.assign(threads, 0);
+  made.issued.assign(threads, {{}});
+  std::memset(inductor_ext::shared, 0xff, inductor_ext::kSharedBytes);
+  const auto stacks = std::make_unique<char[]>(threads * kStack);
+  for (unsigned i = 0; i < threads; ++i) {
+    getcontext(&made.fibres[i]);
+    made.fibres[i].uc_stack = {&stacks[i * kStack], 0, kStack};
+    made.fibres[i].uc_link = nullptr;
+    makecontext(&made.fibres[i], start, 0);
+  }
+  uint64_t seen = ~0ull;
+  for (unsigned left = threads; left > 0 && !made.failure;) {
+    if (made.progress == seen && made.pending.empty()) fail("every thread waits for another");
+    seen = made.progress;
+    for (unsigned i = 0; i < threads; ++i) {
+      if (made.ended[i]) continue;
+      made.running = i;
+      threadIdx = dim3(i, 0, 0);
+      swapcontext(&made.scheduler, &made.fibres[i]);
+      left -= made.ended[i];
+    }
+    run_pending();
+  }
+  if (made.failure) std::rethrow_exception(made.failure);
+  if (!made.pending.empty()) fail("copies that no one waited for");
+}
+
+template <typename... Params, typename... Args>
+void run_grid(unsigned grid, unsigned threads, void (*kernel)(Params...), Args&&... args) {
+  gridDim = dim3(grid), blockDim = dim3(threads);
+  for (unsigned x = 0; x < grid; ++x) {
+    blockIdx = dim3(x, 0, 0);
+    run_cta(threads, [&] { kernel(args...); });
+  }
+}
+
+// Goes on once `count` threads are here; the last to come acts for all.
+template <typename Act>
+void meet(int where, unsigned count, Act act) {
+  Meeting& meeting = cta->meetings[where];
+  const uint64_t times = meeting.times;
+  if (++meeting.came == count) {
+    act();
+    meeting.came = 0, ++meeting.times, ++cta->progress;
+    return;
+  }
+  wait_until([&] { return meeting.times != times; });
+}
+inline void meet(int where, unsigned count) {
+  meet(where, count, [] {});
+}
+constexpr int kAll = 0, kNamed = 100, kWarp = 1000, kWarpgroup = 2000;
+inline int warp() { return static_cast<int>(threadIdx.x / 32); }
+
+// What all lanes of the warp gave. A second meeting keeps the values until all have read them.
+template <typename T>
+std::array<T, 32> exchange(T value) {
+  std::memcpy(cta->given[cta->running].data(), &value, sizeof(T));
+  const unsigned first = threadIdx.x / 32 * 32;
+  meet(kWarp + warp(), 32);
+  std::array<T, 32> all;
+  for (unsigned i = 0; i < 32; ++i) std::memcpy(&all[i], cta->given[first + i].data(), sizeof(T));
+  meet(kWarp + warp(), 32);
+  return all;
+}
+
+// ---- barriers in shared memory ----------------------------------------------------------------------------------------------
+
+struct Barrier {  // in the 8 bytes that hardware has for it
+  uint16_t wanted;
+  uint16_t left : 15, phase : 1;
+  int32_t bytes;
+
+  void init(unsigned count) { wanted = static_cast<uint16_t>(count), left = count, phase = 0, bytes = 0; }
+  void settle() {
+    if (left == 0 && bytes == 0) left = wanted, phase ^= 1;
+    ++cta->progress;
+  }
+  void arrive() {
+    if (left == 0) fail("a barrier at which more arrive than it was made for");
+    --left;
+    settle();
+  }
+};
+static_assert(sizeof(Barrier) == 8);
+inline Barrier& barrier_at(const void* p) {
+  in_shared(p);
+  return *reinterpret_cast<Barrier*>(const_cast<void*>(p));
+}
+
+// ---- wgmma ------------------------------------------------------------------------------------------------------------------
+
+inline float of_bf16(uint32_t bits) {
+  const uint32_t word = bits << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+// Byte `byte` of row `row` of a K-major operand with 128-byte swizzle: the exchange goes by the address.
+inline const uint8_t* operand_byte(uint64_t descriptor, int row, int byte) {
+  if (descriptor >> 62 != 1) fail("a descriptor without 128-byte swizzle");
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4, group = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t at = start + row / 8 * group + row % 8 * 128 + byte;
+  return inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4));
+}
+
+// The oldest group of a warpgroup: D[64, N] += A[64, 16] · B[N, 16]ᵀ for each of its steps, as PTX lays A and D out.
+inline void run_group(unsigned first) {
+  const size_t steps = cta->issued[first].front().size();
+  for (size_t s = 0; s < steps; ++s) {
+    const Step& any = cta->issued[first].front()[s];
+    const int columns = static_cast<int>(any.d.size()) * 2;
+    std::vector<float> b(columns * 16);
+    for (int n = 0; n < columns; ++n) {
+      for (int k = 0; k < 16; ++k) {
+        uint16_t bits;
+        std::memcpy(&bits, operand_byte(any.b, n, 2 * k), 2);
+        b[n * 16 + k] = of_bf16(bits);
+      }
+    }
+    float a[64][16];
+    for (unsigned t = 0; t < 128; ++t) {
+      const Step& step = cta->issued[first + t].front().at(s);
+      if (step.b != any.b || step.d.size() != any.d.size()) fail("threads of a warpgroup that issue different wgmmas");
+      for (int r = 0; r < 4; ++r) {
+        for (int e = 0; e < 2; ++e) a[t / 32 * 16 + t % 32 / 4 + r % 2 * 8][t % 4 * 2 + r / 2 * 8 + e] = of_bf16(*step.a[r] >> 16 * e & 0xffff);
+      }
+    }
+    for (unsigned t = 0; t < 128; ++t) {
+      const Step& step = cta->issued[first + t].front()[s];
+      for (int i = 0; i < columns / 2; ++i) {
+        const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        float sum = *step.d[i];
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column * 16 + k];
+        *step.d[i] = sum;
+      }
+    }
+  }
+  for (unsigned t = 0; t < 128; ++t) cta->issued[first + t].erase(cta->issued[first + t].begin());
+}
+
+}  // namespace hopper_on_cpu
+
+// ---- what CUDA has ----------------------------------------------------------------------------------------------------------
+
+inline void __syncthreads() { hopper_on_cpu::meet(hopper_on_cpu::kAll, hopper_on_cpu::cta->threads); }
+inline void __syncwarp() { hopper_on_cpu::meet(hopper_on_cpu::kWarp + hopper_on_cpu::warp(), 32); }
+template <typename T> T __shfl_up_sync(unsigned, T value, int step) {
+  const int lane = threadIdx.x % 32;
+  return hopper_on_cpu::exchange(value)[lane < step ? lane : lane - step];
+}
+template <typename T> T __shfl_sync(unsigned, T value, int from) { return hopper_on_cpu::exchange(value)[from]; }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned result = 0;
+  const auto all = hopper_on_cpu::exchange<uint32_t>(value);
+  for (int i = 0; i < 32; ++i) result |= all[i] << i;
+  return result;
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+template <typename T> T __ldg(const T* p) {
+  hopper_on_cpu::check_access(p, sizeof(T), sizeof(T));
+  return *p;
+}
