@@ -37,6 +37,8 @@ RULE_MODULES = (
     "moe_combine",
     "moe_masks",
     "quantize_once",
+    "mxfp8_grouped_mm",
+    "mxfp8_scaled_grouped_mm",
     "scaled_mm_cat",
     "scaled_mm_siblings",
     "scaled_mm_add",

@@ -119,7 +119,8 @@ def module_path(node: Node) -> str:
 def source_line(node: Node) -> str:
     """The user's line that made ``node``: the innermost frame outside PyTorch, "file.py:12 in f: code"."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    own = [frame for frame in frames if f"{torch.__name__}/_" not in frame["file"]]
+    inside = f"{torch.__name__}/_", f"{torch.__name__}/nn/functional.py"
+    own = [frame for frame in frames if not any(part in frame["file"] for part in inside)]
     if not frames:
         return ""
     frame = (own or frames)[-1]

@@ -128,8 +128,8 @@ def trace_scaled_mm_v2() -> tuple[str, ...]:
 
     torch 2.11 has no trace rule for either and breaks the graph there; the grouped one has neither a rule nor a meta kernel
     up to 2.13. Dynamo asks when it meets the function, so this is called before it traces where that is possible: by
-    ``inductor_ext.backend(…)``, `explain` and `verify`, and by the backend for the graphs after its first.
-    Can go with 2.13.
+    ``inductor_ext.backend(…)``, `explain` and `verify`, and by the backend for the graphs after its first. The grouped one has
+    no CPU kernel in any version: a plain one is added. The rest can go with 2.13.
     """
     from torch._dynamo import trace_rules
 
@@ -143,12 +143,54 @@ def trace_scaled_mm_v2() -> tuple[str, ...]:
     if hasattr(torch.ops.aten, op) and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", "Meta"):
         _meta_library().impl(op, _meta_scaled_grouped_mm_v2)
         added.append(f"meta kernel of {op}")
+    if hasattr(torch.ops.aten, op) and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", "CPU"):
+        _cpu_library().impl(op, _cpu_scaled_grouped_mm_v2)
+        added.append(f"CPU kernel of {op}")
     return tuple(added)
 
 
 @functools.cache
 def _meta_library() -> torch.library.Library:
     return torch.library.Library("aten", "IMPL", "Meta")  # what it registers lives as long as it does
+
+
+@functools.cache
+def _cpu_library() -> torch.library.Library:
+    return torch.library.Library("aten", "IMPL", "CPU")
+
+
+def _cpu_scaled_grouped_mm_v2(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: Any,
+    recipe_a: Any,
+    swizzle_a: Any,
+    scale_b: Any,
+    recipe_b: Any,
+    swizzle_b: Any,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    contraction_dim: Any = (),
+    use_fast_accum: bool = False,
+) -> torch.Tensor:
+    """MXFP8 and row-wise, by groups of a's rows: such models can be tried and verified without a GPU."""
+    tiles = [1 in swizzle for swizzle in (swizzle_a, swizzle_b)]
+    recipes, dtype = [list(recipe_a), list(recipe_b)], out_dtype or torch.bfloat16
+    grouped = a.dim() == 2 and b.dim() == 3 and offs is not None and bias is None and not contraction_dim
+    if not grouped or recipes not in ([[1], [1]], [[3], [3]]) or tiles[0] != tiles[1]:
+        wanted = "1x32 blocks or row-wise scales, a [T, K], b [E, K, N], offs and no bias"
+        raise NotImplementedError(f"_scaled_grouped_mm_v2 on a CPU: wanted {wanted}")
+    if recipes[0] == [3]:
+        weight = b.transpose(-2, -1).contiguous()
+        return torch.ops.inductor_ext.mxfp8_grouped_mm(a, scale_a[0], weight, scale_b[0], offs, dtype, tiles[0])
+    assert offs is not None
+    out, start = a.new_zeros((a.shape[0], b.shape[2]), dtype=dtype), 0
+    for expert, end in enumerate(offs.tolist()):
+        scale = scale_a[0][start:end, None] * scale_b[0][expert][None]
+        out[start:end] = (a[start:end].float() @ b[expert].float() * scale).to(dtype)
+        start = end
+    return out
 
 
 def _meta_scaled_grouped_mm_v2(

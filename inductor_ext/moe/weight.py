@@ -7,9 +7,9 @@ offs=offs)``. Eagerly that dequantises (exactly: a product of an e4m3 number and
 PyTorch's grouped product; with ``activations="mxfp8"`` x is rounded to MXFP8 first (`mxfp8_round`). torch.compile traces just
 that, so that every backend can compile it; the rule ``mxfp8_grouped_mm`` gives it a kernel that reads MXFP8.
 
-Everything else that reads it dequantises, with one warning an operator, since that takes a bf16 copy. What writes to it, and a
-cast to another dtype, are errors: quantise again instead. It moves, copies, saves and loads like a parameter (`torch.load` of
-it needs ``import inductor_ext``). It has no gradient of its own; gradients flow through it to x.
+Everything else that reads it dequantises, with one warning an operator, since that takes a bf16 copy. Writing to it and casting
+it to another dtype are errors: quantise again instead, or take ``dequantize()``. It moves, copies, saves and loads like a
+parameter (`torch.load` of it needs ``import inductor_ext``). It has no gradient; gradients flow through it to x.
 
 The scales are kept as uint8: Triton has no e8m0. ``swizzled`` scales, [E, ceil128(N) · ceil4(K/32)], lie as tensor cores of
 compute capability 10.0 read them.
@@ -219,7 +219,8 @@ def _each(func: Any, args: Any, kwargs: Any) -> Any:
 def _to(func: Any, args: Any, kwargs: Any) -> Any:
     dtype = kwargs.get("dtype")
     if dtype not in (None, torch.bfloat16):
-        advice = "quantise the bf16 model again, or take weight.dequantize()"
+        # A plain tensor would do for t.half(), but model.half() is the same call, and on some torch versions keeps this class.
+        advice = "take weight.dequantize() first, or quantise another model"
         raise TypeError(f"MXFP8Weight: dtype: wanted bfloat16, which quantised weights stand for, found {dtype}; {advice}")
     rest = {name: value for name, value in kwargs.items() if name not in ("dtype", "memory_format")}
     return args[0]._with(lambda inner: func(inner, **rest))

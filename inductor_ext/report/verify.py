@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import registry, settings
 from inductor_ext.errors import VerifyError
+from inductor_ext.moe import MXFP8Weight
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.explain import cloned, compiled_with, run_passes
 from inductor_ext.rule import TOLERANCE
@@ -247,7 +248,7 @@ def _inductor_only(options: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(tree)
+    leaves = [leaf.dequantize() if isinstance(leaf, MXFP8Weight) else leaf for leaf in pytree.tree_leaves(tree)]
     found = [leaf.detach().double() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
     return [value.nan_to_num() for value in found]
 

@@ -149,7 +149,7 @@ def test_a_whole_module_is_saved() -> None:
 
 def test_a_bf16_checkpoint_is_not_quantised_silently() -> None:
     experts = Experts(MXFP8Weight.quantize(bf16()))
-    with pytest.raises(RuntimeError, match="wanted quantised weights to copy from, found .*; load the checkpoint"):
+    with pytest.raises(RuntimeError, match=r"wanted quantised weights to copy from, found .*; load the checkpoint"):
         experts.load_state_dict({"weight": bf16()})
     with pytest.raises(RuntimeError, match="wanted swizzled=False, as the weight that is written has, found True"):
         experts.load_state_dict({"weight": MXFP8Weight.quantize(bf16(), swizzled=True)})
@@ -166,8 +166,10 @@ def test_it_moves() -> None:
 def test_a_cast_to_bf16_is_none_and_to_anything_else_an_error() -> None:
     experts = Experts(MXFP8Weight.quantize(bf16()))
     assert isinstance(experts.bfloat16().weight, MXFP8Weight)
-    with pytest.raises(TypeError, match=r"dtype: wanted bfloat16, which quantised weights stand for, found torch\.float16"):
-        experts.half()
+    for cast in (experts.half, experts.float, experts.weight.double, lambda: experts.weight.to(torch.float16)):
+        with pytest.raises(TypeError, match=r"dtype: wanted bfloat16, which quantised weights stand for, found torch\.float"):
+            cast()
+    assert isinstance(experts.weight, MXFP8Weight) and experts.weight.dtype is BF16
 
 
 def test_other_operators_take_the_bf16_weight_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import settings
 from inductor_ext.backend import compile_graph
+from inductor_ext.moe import MXFP8Weight
 from inductor_ext.report.events import GraphReport, Refusal
 from inductor_ext.report.explain import cloned
 
@@ -54,4 +55,5 @@ def run_copies(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> list[torch.Te
     """Tensors returned by ``fn`` and then, as it left them, copies of its arguments."""
     copies = cloned(inputs)
     outputs = fn(*copies)
-    return [leaf.detach() for leaf in pytree.tree_leaves((outputs, copies)) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf.detach() for leaf in pytree.tree_leaves((outputs, copies)) if isinstance(leaf, torch.Tensor)]
+    return [leaf.dequantize() if isinstance(leaf, MXFP8Weight) else leaf for leaf in leaves]

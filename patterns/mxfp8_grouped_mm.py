@@ -1,0 +1,146 @@
+"""mxfp8_grouped_mm: a grouped product whose weight was quantised (`inductor_ext.quantize_moe_`) reads it as MXFP8.
+
+    _grouped_mm(x, bf16(data) * 2^(scale - 127), offs)               →   inductor_ext.mxfp8_grouped_mm(x, None, data, scale, …)
+    _grouped_mm(mxfp8_round(x), bf16(data) * 2^(scale - 127), offs)  →   … of inductor_ext.mxfp8_quantize(x, …)
+
+The dequantisation, which `MXFP8Weight` brings into the graph, goes: no bf16 copy of the weight is made. A bf16 weight is never
+quantised here. On a GPU the rule waits for ``always`` until the kernel has run there (``HAS_RUN``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import aten, describe, erase_dead, is_call, value_of
+from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
+from inductor_ext.moe import MXFP8Weight
+from inductor_ext.patterns.support import grouped_product, mx_weight
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+
+BF16 = torch.bfloat16
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if is_call(node, aten._grouped_mm.default)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    return grouped_product.match(trace(node), context)
+
+
+def trace(node: Node) -> grouped_product.Grouped | Failure:
+    given = grouped_product.arguments(node)
+    failure = grouped_product.unlike(node, given)
+    if failure is not None:
+        return failure
+    weight = mx_weight.trace(given["mat2"])
+    if weight is None:
+        wanted = "a weight in MXFP8: inductor_ext.quantize_moe_(model) makes it, and says what it costs"
+        return Failure(node, "the weight is not quantised", wanted, describe(given["mat2"]))
+    if isinstance(weight, Failure):
+        return Failure(node, weight.reason, weight.wanted, weight.found)
+    x, rounding = given["self"], ""
+    if is_call(x, ROUND.overload):
+        x, rounding = x.args
+    out_dtype = given["out_dtype"] or value_of(node).dtype
+    return grouped_product.Grouped(
+        node, x, None, weight.data, weight.scale, given["offs"], out_dtype, weight.swizzled, rounding
+    )
+
+
+def replace(match: Match) -> None:
+    graph = match.node.graph
+    with graph.inserting_before(match.node):
+        made = grouped_product.insert(graph, match.data)
+    match.node.replace_all_uses_with(made)
+    erase_dead(match.node)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _offs(device: str, *ends: int) -> torch.Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def _quantised(device: str, *, k: int = 64, ends: tuple[int, ...] = (3, 3, 10, 12), **options: Any) -> tuple[Any, ...]:
+    """x [12, K], a quantised weight [4, 48, K], offs with an empty expert."""
+    w = (torch.randn(4, 48, k) * 0.1).bfloat16()
+    weight = MXFP8Weight.quantize(w.mT.contiguous() if options.get("transposed") else w, **options)
+    if device != "cpu":  # under a FakeTensorMode too
+        weight = weight.to(device)
+    return torch.randn(12, k, device=device).bfloat16(), weight, _offs(device, *ends)
+
+
+def _product(x: Any, w: Any, offs: Any) -> torch.Tensor:
+    return torch._grouped_mm(x, w.transpose(-2, -1), offs)
+
+
+def _experts(x: Any, w: Any, offs: Any, down: Any) -> torch.Tensor:
+    gate, up = torch.nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=offs).chunk(2, -1)
+    return torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(-2, -1), offs=offs)
+
+
+def _two(device: str) -> tuple[Any, ...]:
+    x, _, offs = _quantised(device, k=32)
+    weight = MXFP8Weight.quantize((torch.randn(4, 32, 96) * 0.1).bfloat16())
+    wide = MXFP8Weight.quantize((torch.randn(4, 192, 32) * 0.1).bfloat16())
+    return x, *((wide, offs, weight) if device == "cpu" else (wide.to(device), offs, weight.to(device)))
+
+
+def _bf16(device: str) -> tuple[Any, ...]:
+    x, _, offs = _quantised(device)
+    return x, torch.randn(4, 48, 64, device=device).bfloat16(), offs
+
+
+def _static_weight(device: str) -> tuple[Any, ...]:
+    """As a model's own weights are, even where every size is dynamic."""
+    x, w, offs = _quantised(device)
+    for each in (w, w._data, w._scale, offs):
+        torch._dynamo.mark_static(each)
+    return x, w, offs
+
+
+def _always(name: str, fn: Any, inputs: Any = None, **options: Any) -> Example:
+    return Example(name, fn, inputs or _quantised, mode="always", **options)
+
+
+def _near(name: str, reason: str, fn: Any, inputs: Any = None) -> Example:
+    return _always(name, fn, inputs, reason=reason)
+
+
+MATCHES = (
+    _always("weights_only", _product, _quantised),
+    _always("functional", lambda x, w, o: torch.nn.functional.grouped_mm(x, w.mT, offs=o), _quantised),
+    _always("activations_too", _product, lambda d: _quantised(d, activations="mxfp8")),
+    _always("floor", _product, lambda d: _quantised(d, activations="mxfp8", rounding="floor")),
+    _always("transposed_in_memory", lambda x, w, o: torch._grouped_mm(x, w, o), lambda d: _quantised(d, transposed=True)),
+    _always("experts", _experts, _two, count=2),
+    _always("dynamic_rows", _product, _static_weight, dynamic=True),
+)
+
+NEAR_MISSES = (
+    _near("bf16_weight", "the weight is not quantised", _product, _bf16),
+    _near("changed_weight", "the weight is not quantised", lambda x, w, o: _product(x, w + 1, o)),
+    _near("batched", "what the groups divide", lambda x, w, o: torch._grouped_mm(x.view(4, 3, -1), w.transpose(-2, -1))),
+    _near("summed_over_n", "the weight is quantised along N", lambda x, w, o: torch._grouped_mm(x[:, :48], w, o)),
+    _near("columns", "x is not row-major", lambda x, w, o: _product(x[:8].t().contiguous().t(), w, o)),
+)
+
+RULE = Rule(
+    name="mxfp8_grouped_mm",
+    doc="a grouped product with a quantised weight → our kernel, which reads MXFP8, into a planned buffer",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    exact=False,
+    cost=grouped_product.COST,
+    tolerance=5e-2,  # a whole model: a quantisation of activations enlarges the rounding of the product before it
+    matches=MATCHES,
+    near_misses=NEAR_MISSES,
+)

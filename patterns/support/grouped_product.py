@@ -1,0 +1,151 @@
+"""What the rules for grouped products with MXFP8 weights share: the product, what the op cannot do, and the call."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import aten, call, describe, known_equal, value_of
+from inductor_ext.kernels import mx
+from inductor_ext.kernels.mxfp8_grouped_mm.op import HAS_RUN, OP, OUT_DTYPES, X_DTYPES, unsupported
+from inductor_ext.kernels.mxfp8_quantize.op import OP as QUANTIZE
+from inductor_ext.patterns.support import has_run
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.rule import Call, Context, Match, Refusal
+
+COST = "products are exact, sums in fp32 taken in another order"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """x [T, K] · w [E, N, K], by groups. ``rounding``: x is to be quantised so first; ``transposed``: w is [E, K, N]."""
+
+    node: Node
+    x: Node
+    x_scale: Node | None
+    w: Node
+    w_scale: Node
+    offs: Node
+    out_dtype: torch.dtype
+    swizzled: bool
+    rounding: str = ""
+    transposed: bool = False
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    named = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+    for argument, value in zip(node.target._schema.arguments, node.args):
+        named[argument.name] = value
+    return {**named, **node.kwargs}
+
+
+def unlike(node: Node, given: dict[str, Any]) -> Failure | None:
+    """Groups or options that the op does not have."""
+    x, w = value_of(given["self"]), value_of(given["mat2"])
+    if x.dim() != 2 or w.dim() != 3:
+        wanted = "rows [T, K] in groups, and a weight [E, K, N] for each"
+        return Failure(node, "what the groups divide", wanted, f"{describe(given['self'])} and {describe(given['mat2'])}")
+    if given["offs"] is None:
+        return Failure(node, "offs is missing", "the ends of the groups, int32 [E]", "None")
+    if given["bias"] is not None:
+        return Failure(node, "bias is given", "None, as torch wants it", describe(given["bias"]))
+    if given["out_dtype"] not in (None, *OUT_DTYPES):
+        return Failure(node, "output dtype", "bfloat16, float16 or float32", str(given["out_dtype"]))
+    return None
+
+
+def unfit(found: Grouped) -> Failure | None:
+    """Operands that the op cannot read."""
+    x, w, offs = value_of(found.x), _weight(found), value_of(found.offs)
+    if not all(isinstance(size, int) for size in w.shape):
+        return Failure(found.node, "E, N or K is symbolic", "numbers; only T may change between calls", describe(found.w))
+    if w.shape[2] % mx.BLOCK:
+        return Failure(found.node, "K is not a multiple of 32", "a multiple of 32", f"K {w.shape[2]} of {describe(found.w)}")
+    if x.dtype not in (*X_DTYPES, mx.DATA):
+        return Failure(found.node, "dtype of x", "bfloat16, float16 or float8_e4m3fn", describe(found.x))
+    pitch = x.stride(0) * x.element_size()
+    if not known_equal(x.stride(1), 1) or not known_equal(pitch % 16, 0):
+        wanted = "unit stride along K, and rows at multiples of 16 bytes"
+        return Failure(found.node, "x is not row-major", wanted, f"{describe(found.x)} strides {list(x.stride())}")
+    if offs.dtype is not torch.int32 or not offs.is_contiguous():
+        return Failure(found.node, "offs", f"int32 [{w.shape[0]}], contiguous", describe(found.offs))
+    return None
+
+
+def match(found: Grouped | Failure, context: Context, fails: str = "") -> Match | Refusal:
+    """The rewrite of a product, or why it stays.
+
+    ``fails`` says why PyTorch's own kernel cannot run here, if so. Then even a product for which there is no kernel of ours is
+    rewritten: the op runs PyTorch's bf16 one on dequantised operands.
+    """
+    failure = found if isinstance(found, Failure) else unfit(found)
+    if failure is not None or isinstance(found, Failure):
+        assert failure is not None
+        return context.refuse(failure.node, failure.reason, wanted=failure.wanted, found=failure.found)
+    made = _values(found)
+    x, x_scale, w, _, _, out_dtype, swizzled = made[-1].args
+    try:
+        _fake(OP.fake, made[-1].args, x)
+    except (TypeError, ValueError) as error:
+        argument, wanted, given = _parts(str(error))
+        return context.refuse(found.node, argument, wanted=wanted, found=given)
+    missing = unsupported(x, x_scale, w, out_dtype, swizzled)
+    if missing is not None and not fails:
+        return context.refuse(found.node, "no kernel for this GPU does it", wanted=missing[0], found=missing[1])
+    refused = has_run.refusal(found.node, context, x.device, HAS_RUN) if missing is None else None
+    if refused is not None:
+        return refused
+    experts, n, k = w.shape
+    kinds = str(value_of(found.x).dtype)[6:] + (f" to MXFP8 ({found.rounding})" if found.rounding else "")
+    layout = "swizzled" if swizzled else "plain"
+    detail = f"{experts} experts of {n} x {k}, x {kinds}, {layout} scales"
+    if missing is not None:
+        why = f"{fails}; PyTorch's bf16 product of the dequantised operands runs instead: ours wants {missing[0]}"
+        return Match(found.node, made, detail, why, found)
+    return Match(found.node, made, detail, "weights are read as MXFP8, half the bytes of bf16", found)
+
+
+def insert(graph: Graph, found: Grouped) -> Node:
+    """The call, at the graph's insertion point."""
+    x, x_scale = found.x, found.x_scale
+    if found.rounding:
+        offs = found.offs if found.swizzled else None
+        quantized = call(graph, QUANTIZE.overload, x, offs, found.rounding, found.swizzled, like=found.node)
+        x, x_scale = (call(graph, operator.getitem, quantized, i, like=found.node) for i in range(2))
+    w = call(graph, aten.permute.default, found.w, [0, 2, 1], like=found.node) if found.transposed else found.w
+    rest = (w, found.w_scale, found.offs, found.out_dtype, found.swizzled)
+    return call(graph, OP.overload, x, x_scale, *rest, like=found.node)
+
+
+def _values(found: Grouped) -> tuple[Call, ...]:
+    """The calls with fake tensors."""
+    x, x_scale, w_scale, offs = (value_of(each) for each in (found.x, found.x_scale, found.w_scale, found.offs))
+    rest = (_weight(found), w_scale, offs, found.out_dtype, found.swizzled)
+    if not found.rounding:
+        return (Call(OP, (x, x_scale, *rest)),)
+    first = (x, offs if found.swizzled else None, found.rounding, found.swizzled)
+    return Call(QUANTIZE, first), Call(OP, (*_fake(QUANTIZE.fake, first, x), *rest))
+
+
+def _weight(found: Grouped) -> Any:
+    """The fake [E, N, K]."""
+    value = value_of(found.w)
+    return _fake(torch.Tensor.transpose, (value, -2, -1), value) if found.transposed else value
+
+
+def _parts(message: str) -> tuple[str, str, str]:
+    """Argument, wanted and found of one of the op's errors: ``mxfp8_grouped_mm: w_scale: wanted …, found …``."""
+    argument, _, rest = message.removeprefix(f"{OP.name}: ").partition(": wanted ")
+    wanted, _, found = rest.rpartition(", found ")
+    return argument, wanted, found
+
+
+def _fake(function: Callable[..., Any], args: Any, like: Any) -> Any:
+    with like.fake_mode:
+        return function(*args)
