@@ -2,7 +2,7 @@
 
     GEMM          qkv, o, gate and up, down as four products: the longer of 2·M·N·K / peak and of bytes / bandwidth
     attention     2·2·H·D·(L·(L + 1) / 2) operations a text (causal), or reading q, k, v and writing the
-                  output, whichever is longer
+                  output, whichever is longer; decoding: reading the FP8 K and V of all of its context
     memory-bound  one pass over memory for: residual + RMSNorm + quantise (twice a layer), QK-norm and RoPE in place, the
                   attention output's quantisation, SiLU·mul + quantise; once a step the embedding and the last norm
 
@@ -57,6 +57,10 @@ def _gemms(shape: ModelShape, rows: int, fp8: str, rates: Rates) -> float:
 
 
 def _attention(shape: ModelShape, workload: Workload, rates: Rates) -> float:
+    if workload.context:
+        pairs = workload.items * workload.context
+        moved = pairs * 2 * shape.kv_heads * shape.head_dim
+        return max(4 * shape.heads * shape.head_dim * pairs / rates.attention_flops, moved / rates.bandwidth)
     lengths = workload.lengths if workload.packed else (max(workload.lengths),) * workload.items
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     moved = 2 * workload.rows * 2 * (shape.heads + shape.kv_heads) * shape.head_dim

@@ -91,5 +91,5 @@ class Job:
         given["side"] = Side(**given["side"])
         given["shape"] = ModelShape(**given["shape"])
         lengths = tuple(given["workload"]["lengths"])
-        given["workload"] = Workload(lengths, given["workload"]["packed"])
+        given["workload"] = Workload(lengths, given["workload"]["packed"], given["workload"]["context"])
         return Job(**given)

@@ -26,6 +26,7 @@ import torch
 from inductor_ext import settings
 from inductor_ext.bench import model as models
 from inductor_ext.bench import quantize
+from inductor_ext.bench.cache import decode_cache
 from inductor_ext.bench.channel import Channel
 from inductor_ext.bench.sides import Job
 from inductor_ext.bench.workload import Inputs
@@ -40,6 +41,10 @@ class Worker:
         self.job = job
         self.cuda = job.device == "cuda"
         self.rewrites: dict[str, int] = {}
+        self.cache: Inputs = {}
+        if job.workload.context:
+            made = decode_cache(job.shape, job.workload.items, job.workload.context, job.device)
+            self.cache = {"past_key_values": made, "use_cache": True}
         if job.reference and job.cosine_inputs:
             self.save("reference", self._build("sdpa"), "sdpa")
         self.inputs = self.texts(0, job.attention)
@@ -81,7 +86,7 @@ class Worker:
         found = work.inputs(self.job.shape.vocab, device, FIRST_SEED + index)
         if attention != "sdpa" and work.packed:
             found.update(work.bounds(device), **({"padded": False} if attention == models.OURS else {}))
-        return found
+        return {**found, **self.cache}
 
     def step(self) -> Any:
         return self.model(**self.inputs)

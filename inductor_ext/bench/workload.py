@@ -6,6 +6,10 @@ Three layouts of ``items`` texts with ``lengths`` tokens:
     padded    input_ids [B, max L], attention_mask [B, max L]        padding on the right
     packed    input_ids [1, sum L], position_ids [1, sum L]          positions start again at each text
 
+or, with a ``context``, one more token of each of ``items`` texts that have filled a KV cache (``cache.py``) but for one row:
+
+    decode    input_ids [B, 1], position_ids [1, 1]
+
 Token ids are random, and the same for the same seed.
 """
 
@@ -26,14 +30,18 @@ Inputs = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Lengths of the texts of one step; ``packed`` puts them end to end in one row."""
+    """Lengths of the texts of one step; ``packed`` puts them end to end in one row. ``context``: tokens each has then seen."""
 
     lengths: tuple[int, ...]
     packed: bool = False
+    context: int = 0
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise SettingError(f"lengths: wanted whole numbers from 1 up, found {list(self.lengths)}")
+        if self.context and (set(self.lengths) != {1} or self.packed or self.context < 2):
+            found = f"{self.context} tokens, lengths {list(self.lengths)}"
+            raise SettingError(f"context: wanted 2 tokens or more, and one new one a text, found {found}")
 
     @property
     def items(self) -> int:
@@ -54,6 +62,8 @@ class Workload:
         return not self.packed and len(set(self.lengths)) > 1
 
     def __str__(self) -> str:
+        if self.context:
+            return f"decoding {self.items} sequences of {self.context} tokens, FP8 KV cache"
         if len(set(self.lengths)) == 1:
             what = f"{self.items} × {self.lengths[0]} tokens"
         else:
@@ -66,7 +76,9 @@ class Workload:
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.rows) if self.packed else (self.items, max(self.lengths))
         found = {"input_ids": torch.randint(0, vocab, shape, generator=generator)}
-        if self.packed:
+        if self.context:
+            found["position_ids"] = torch.tensor([[self.context - 1]])
+        elif self.packed:
             found["position_ids"] = torch.cat([torch.arange(length) for length in self.lengths])[None]
         elif self.padded:
             found["attention_mask"] = (torch.arange(shape[1])[None] < torch.tensor(self.lengths)[:, None]).long()
@@ -94,6 +106,7 @@ class Workload:
             "items": self.items,
             "tokens": self.tokens,
             "rows": self.rows,
+            "context": self.context,
         }
 
 

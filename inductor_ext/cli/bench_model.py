@@ -34,6 +34,9 @@ def model(
         str, typer.Option(help='Instead of --length: "512,128,…", or "lognormal:mean=200,sigma=0.6,max=2048" (--batch texts).')
     ] = "",
     pack: Annotated[bool, typer.Option("--pack", help="Put the texts end to end in one row, without padding.")] = False,
+    decode: Annotated[
+        int, typer.Option(help="Instead of --length: decode one token of --batch sequences of so many, FP8 KV cache.")
+    ] = 0,
     side_names: Annotated[str, typer.Option("--sides", help=f"Some of {','.join(sides.SIDES)}.")] = "stock,ours",
     rules: Annotated[str, typer.Option(help='Modes of rules on our sides: "name=auto|always|off,…".')] = "",
     ablate: Annotated[bool, typer.Option("--ablate", help="Instead of --sides: our rules, one more a side.")] = False,
@@ -72,7 +75,7 @@ def model(
             raise SettingError(f"--fp8: wanted one of {', '.join(RECIPES)}, found {fp8!r}")
         modes = parse_rules(rules)
         known, shape = models.named(name or ("Qwen3-0.6B" if where == "cuda" else "tiny"), layers)
-        workload = _workload(batch, length, lengths, pack, where)
+        workload = _workload(batch, length, lengths, pack, decode, where)
         chosen = sides.parse_sides("ours" if ablate else side_names, modes)
         attentions = (attention or (models.OURS if pack else "sdpa"), stock_attention)
         plan = Plan(known, shape, workload, chosen, fp8, where, *attentions, replays, rounds, cosine_inputs, together, limit)
@@ -106,7 +109,11 @@ def _device(device: str | None) -> str:
     return found
 
 
-def _workload(batch: int | None, length: int | None, lengths: str, pack: bool, device: str) -> Workload:
+def _workload(batch: int | None, length: int | None, lengths: str, pack: bool, decode: int, device: str) -> Workload:
+    if decode:
+        if length is not None or lengths or pack:
+            raise SettingError("--decode takes the place of --length, --lengths and --pack")
+        return Workload((1,) * (batch or BATCH[device]), context=decode)
     if not lengths:
         return Workload((length or LENGTH[device],) * (batch or BATCH[device]), pack)
     if length is not None or (batch is not None and ":" not in lengths):

@@ -9,6 +9,7 @@ asks, so static, dynamic and KV-cache rules share it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -300,13 +301,11 @@ def collapses_to_rows(tensor: torch.Tensor) -> bool:
     """Whether a tensor is [R, C] with unit stride in C and one pitch for all rows: what row kernels read without a copy."""
     if tensor.dim() == 0:
         return False
-    sizes, strides = list(tensor.shape), list(tensor.stride())
-    if not known_equal(strides[-1], 1):
+    if not known_equal(tensor.stride(-1), 1):
         return False
-    for dim in range(len(sizes) - 3, -1, -1):
-        if not known_equal(sizes[dim], 1) and not known_equal(strides[dim], strides[dim + 1] * sizes[dim + 1]):
-            return False
-    return True
+    leading = zip(tensor.shape[:-1], tensor.stride()[:-1])
+    sized = [(size, stride) for size, stride in leading if not known_equal(size, 1)]  # one index: its stride leads nowhere
+    return all(known_equal(above, size * stride) for (_, above), (size, stride) in itertools.pairwise(sized))
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

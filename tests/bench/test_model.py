@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from inductor_ext import registry
 from inductor_ext.bench import model as models
 from inductor_ext.bench import quantize, sides
+from inductor_ext.bench.cache import decode_cache
 from inductor_ext.bench.channel import Channel
 from inductor_ext.bench.run import Plan, run
 from inductor_ext.bench.sides import Job, Side
@@ -28,6 +29,39 @@ WORK = Workload((8, 8))
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_decoded_token_sees_the_whole_cache_and_its_own_row() -> None:
+    """Against the same model and an ordinary cache that holds the same rows, in fp32: FP8 rounds the token's own row alone."""
+    transformers = pytest.importorskip("transformers")
+    shape, items, context = TINY, 3, 16
+    model = models.build(shape, "cpu", dtype=torch.float32)
+    pool = decode_cache(shape, items, context, "cpu")
+    plain = transformers.DynamicCache()
+    for index, layer in enumerate(pool.layers):
+        rows = [layer._read(each, torch.float32)[:, :, : context - 1] for each in (layer.keys, layer.values)]
+        plain.update(*rows, index)
+    inputs = Workload((1,) * items, context=context).inputs(shape.vocab, "cpu", 1)
+    wanted = model(**inputs, past_key_values=plain, use_cache=True).last_hidden_state
+    found = [model(**inputs, past_key_values=pool, use_cache=True).last_hidden_state for _ in range(2)]
+    assert torch.equal(*found), "a step can be repeated"
+    assert cosine(found[0], wanted) > 0.999
+    assert not torch.equal(pool.layers[0].keys, decode_cache(shape, items, context, "cpu").layers[0].keys), "a row was stored"
+
+
+def test_a_decoding_step_is_rewritten() -> None:
+    """One token a sequence: [B, 1, C] tensors, whose middle stride says nothing about their rows."""
+    work, ours = Workload((1,) * 3, context=16), sides.parse_sides("ours", {})
+    result = run(Plan("tiny", TINY, work, ours, replays=1, rounds=1, cosine_inputs=0))
+    (side,) = result["sides"]
+    assert not side["error"], side["error"]
+    expected = {"downcast_fp8": 1, "rms_norm_quantize": 2, "act_mul_quantize": 1, "fp8_quantize": 1, "qk_norm_rope": 1}
+    assert {name: side["rewrites"].get(name) for name in expected} == expected
+    assert result["workload"]["context"] == 16
 
 
 # ---- models and recipes ----------------------------------------------------------------------------------------------

@@ -29,6 +29,17 @@ def test_padded() -> None:
     assert work.last_tokens(hidden).flatten().tolist() == [1.0, 7.0]
 
 
+def test_decoding() -> None:
+    work = Workload((1, 1, 1), context=8)
+    inputs = work.inputs(100, "cpu", seed=1)
+    assert inputs["input_ids"].shape == (3, 1) and inputs["position_ids"].tolist() == [[7]]
+    assert (work.items, work.tokens, work.rows, work.padded) == (3, 3, 3, False)
+    assert str(work) == "decoding 3 sequences of 8 tokens, FP8 KV cache"
+    for lengths, context in (((1, 2), 8), ((1, 1), 1)):
+        with pytest.raises(SettingError, match="context: wanted 2 tokens or more, and one new one a text"):
+            Workload(lengths, context=context)
+
+
 def test_packed() -> None:
     work = Workload((2, 4), packed=True)
     inputs = work.inputs(100, "cpu", seed=1)

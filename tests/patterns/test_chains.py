@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import inductor_ext
+from inductor_ext.patterns.support import fp8_chain
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
 from tests.support.fakegpu import fake_cuda_inputs
@@ -229,3 +230,23 @@ def test_numbers_and_host_scales_fit_the_kernels_constants() -> None:
         after = report.graphs[0].after
         assert after.count("mul:") - after.count("mul:s0") == numbers
         assert ("mul:s0" in after) is (count == 7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "rows"),
+    [
+        ((3, 5, 8), (40, 8, 1), True),
+        ((3, 5, 8), (80, 16, 1), True),  # columns of a wider buffer
+        ((3, 1, 8), (32, 8, 1), True),  # one token a sequence: the stride of its only index leads nowhere
+        ((3, 1, 8), (32, 999, 1), True),
+        ((1, 5, 8), (7, 16, 1), True),
+        ((3, 1, 5, 8), (80, 3, 16, 1), True),
+        ((3, 1, 5, 8), (96, 3, 16, 1), False),
+        ((3, 5, 8), (96, 16, 1), False),
+        ((3, 8), (1, 3), False),
+        ((8,), (1,), True),
+        ((), (), False),
+    ],
+)
+def test_what_collapses_to_rows(shape: tuple[int, ...], strides: tuple[int, ...], rows: bool) -> None:
+    assert fp8_chain.collapses_to_rows(torch.empty(2000).as_strided(shape, strides)) is rows
