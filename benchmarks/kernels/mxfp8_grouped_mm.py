@@ -1,0 +1,324 @@
+"""mxfp8_grouped_mm against PyTorch's grouped products, in bf16 and in row-wise FP8, for the experts of two models.
+
+    python benchmarks/kernels/mxfp8_grouped_mm.py --json benchmarks/results/h200/mxfp8_grouped_mm.json    (--quick: six points)
+    python benchmarks/kernels/mxfp8_grouped_mm.py --tune           every tile at every point, the fastest by tokens a group
+    compute-sanitizer python benchmarks/kernels/mxfp8_grouped_mm.py --sanitize
+
+Both matmuls of an expert of Qwen3-30B-A3B and of Mixtral-8x7B, uniform random routing. Every point is compared with fp64 of the
+dequantised operands first. Times are CUDA-graph replays, in turn, medians of three rounds. Weights are cold in L2: where the
+experts hit would fit it, each call of a graph hits others. TB/s count the weights of the experts hit, in the dtype that a side
+reads. ``ours`` has x in bf16, ``ours, x`` in MXFP8 (quantised beforehand, as for row-wise FP8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import timing
+from inductor_ext import jit, registry, settings
+from inductor_ext.kernels import mx
+from inductor_ext.kernels.mxfp8_grouped_mm import hopper
+from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, dequantize
+
+BF16, FP32, E4 = torch.bfloat16, torch.float32, mx.DATA
+ROUNDS = 3
+TOKENS = (1, 8, 64, 512, 4096, 16384)
+#: experts, hidden, intermediate, experts a token
+MODELS = {"Qwen3-30B-A3B": (128, 2048, 768, 8), "Mixtral-8x7B": (8, 4096, 14336, 2)}
+QUICK = (("Qwen3-30B-A3B", 1), ("Qwen3-30B-A3B", 64), ("Qwen3-30B-A3B", 4096), ("Mixtral-8x7B", 8), ("Mixtral-8x7B", 4096))
+LIMIT = 3e-3  # ‖out - fp64‖ / ‖fp64‖: bf16 rounds to 1.7e-3 on average
+Run = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One matmul's weights, [E, N, K]."""
+
+    model: str
+    which: str
+    top_k: int
+    bf16: torch.Tensor
+    data: torch.Tensor
+    scale: torch.Tensor
+    rowwise: torch.Tensor
+    rowwise_scale: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+    """What one call reads and writes besides weights."""
+
+    offs: torch.Tensor
+    x: torch.Tensor
+    mx_x: torch.Tensor
+    mx_scale: torch.Tensor
+    rowwise_x: torch.Tensor
+    rowwise_scale: torch.Tensor
+    out: torch.Tensor
+
+
+def to_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
+    return (x.float() / scale).to(E4), scale.squeeze(-1)
+
+
+def by_expert(x: torch.Tensor, convert: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """An expert at a time: fp32 copies of all of Mixtral's weights would take 15 GB."""
+    pairs = [convert(each) for each in x]
+    return tuple(
+        torch.stack([each.view(torch.uint8) if each.itemsize == 1 else each for each in part]).view(part[0].dtype)
+        for part in zip(*pairs)
+    )
+
+
+def weights(model: str, which: str) -> Weights:
+    experts, hidden, intermediate, top_k = MODELS[model]
+    n, k = (2 * intermediate, hidden) if which == "first" else (hidden, intermediate)
+    bf16 = torch.empty(experts, n, k, device="cuda", dtype=BF16).normal_(std=0.02)
+    quantised = by_expert(bf16, lambda w: mx.quantize(w, "rceil"))
+    return Weights(model, which, top_k, bf16, *quantised, *by_expert(bf16, to_rowwise))
+
+
+def make_sets(w: Weights, tokens: int) -> list[Set]:
+    """Routings that hit other experts from call to call; one is enough where the experts hit are many times L2."""
+    experts, n, k = w.data.shape
+    torch.manual_seed(tokens)
+    picks = torch.stack([torch.randperm(experts, device="cuda")[: w.top_k] for _ in range(tokens)]).flatten()
+    hit = len(picks.unique())
+    count = min(timing.sets_for(hit * n * k), max(experts // w.top_k, 1), 16)
+    made = []
+    for shift in range(max(count, 2)):
+        counts = torch.bincount((picks + shift * w.top_k) % experts, minlength=experts)
+        rows = tokens * w.top_k
+        x = torch.randn(rows, k, device="cuda", dtype=BF16)
+        offs, out = counts.cumsum(0).int(), torch.empty(rows, n, device="cuda", dtype=BF16)
+        made.append(Set(offs, x, *mx.quantize(x, "rceil"), *to_rowwise(x), out))
+    return made
+
+
+# ---- sides -----------------------------------------------------------------------------------------------------------
+
+
+def stock(w: Weights, s: Set) -> Run:
+    right = w.bf16.transpose(-2, -1)
+    return lambda: torch._grouped_mm(s.x, right, offs=s.offs)
+
+
+def rowwise(w: Weights, s: Set) -> Run:
+    right = w.rowwise.transpose(-2, -1)
+    scales = s.rowwise_scale, w.rowwise_scale
+    return lambda: torch._scaled_grouped_mm(s.rowwise_x, right, *scales, offs=s.offs, out_dtype=BF16, use_fast_accum=True)
+
+
+def arguments(w: Weights, s: Set, scaled: bool) -> tuple[Any, ...]:
+    x, scale = (s.mx_x, s.mx_scale) if scaled else (s.x, None)
+    return x, scale, w.data, w.scale, s.offs, BF16, False
+
+
+def ours(w: Weights, s: Set, scaled: bool) -> Run:
+    """What a compiled graph calls."""
+    given = arguments(w, s, scaled)
+    return lambda: OP._call(*given, out=s.out)
+
+
+def with_tile(module: Any, key: Any, w: Weights, s: Set, scaled: bool) -> Run:
+    run, given = hopper.bind(module, key), arguments(w, s, scaled)
+    return lambda: run(*given, s.out)
+
+
+def build(keys: Sequence[Any]) -> dict[Any, Any]:
+    """The kernels of `hopper`'s keys, in parallel. The first failure ends the run."""
+    arch = jit.current_arch(settings.current()) or ""
+    if arch != hopper.TARGET:
+        raise SystemExit(f"these kernels are for {hopper.TARGET}, found {arch or 'no GPU'}")
+    specs = {key: OP.spec_of_key((arch, key), arch) for key in keys}
+    made = jit.prepare(list(specs.values()))
+    failed = [each for each in made.values() if isinstance(each, Exception)]
+    if failed:
+        raise SystemExit(f"{len(failed)} kernels were not built, first: {failed[0]}")
+    return {key: made[spec] for key, spec in specs.items()}
+
+
+# ---- correctness -----------------------------------------------------------------------------------------------------
+
+
+def error(w: Weights, s: Set, scaled: bool) -> float:
+    """‖out - fp64‖ / ‖fp64‖ over all rows."""
+    x = dequantize(s.mx_x, s.mx_scale, torch.float64) if scaled else s.x.double()
+    ends, wrong, whole = s.offs.tolist(), 0.0, 0.0
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends)):
+        if start == end:
+            continue
+        wanted = x[start:end] @ dequantize(w.data[expert], w.scale[expert], torch.float64).t()
+        wrong += float((s.out[start:end].double() - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return (wrong / max(whole, 1e-300)) ** 0.5
+
+
+def check(run: Run, w: Weights, s: Set, scaled: bool) -> float:
+    s.out.fill_(torch.nan)
+    run()
+    return error(w, s, scaled)
+
+
+def wrong_at(found: float) -> bool:
+    return not found < LIMIT  # NaN is wrong too
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(w: Weights, tokens: int) -> dict[str, Any]:
+    sets = make_sets(w, tokens)
+    experts, n, k = w.data.shape
+    rows, hit = tokens * w.top_k, int((sets[0].offs.diff(prepend=sets[0].offs.new_zeros(1)) > 0).sum())
+    row: dict[str, Any] = {"model": w.model, "which": w.which, "tokens": tokens, "rows": rows, "n": n, "k": k, "hit": hit}
+    sides: dict[str, list[Run]] = {"bf16": [stock(w, s) for s in sets], "fp8": [rowwise(w, s) for s in sets]}
+    for name, scaled in (("ours", False), ("ours_x", True)):
+        sides[name] = [ours(w, s, scaled) for s in sets]
+        row[f"{name}_tile"] = hopper.tile(E4 if scaled else BF16, rows, experts)
+        row[f"{name}_error"] = max(check(run, w, s, scaled) for run, s in list(zip(sides[name], sets))[:2])
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, calls in sides.items():
+            times[name].append(timing.graph_time(calls, replays=7, least_calls=8) * 1e6)
+    for name, found in times.items():
+        us = statistics.median(found)
+        row[f"{name}_us"] = round(us, 2)
+        row[f"{name}_tbs"] = round(hit * n * k * (2 if name == "bf16" else 1) / us * 1e-6, 3)
+        row[f"{name}_tflops"] = round(2 * rows * n * k / us * 1e-6, 1)
+    for name in ("ours", "ours_x"):
+        row[f"{name}_ratio"] = round(statistics.median(a / b for a, b in zip(times["bf16"], times[name])), 3)
+        row[f"{name}_ratio_fp8"] = round(statistics.median(a / b for a, b in zip(times["fp8"], times[name])), 3)
+    return row
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    times = "bf16 µs", "fp8 µs", "ours µs", "TB/s", "TFLOP/s", "× bf16", "× fp8", "ours, x µs", "× bf16"
+    table = Table("model", "N×K", "tokens", *times)
+    for r in rows:
+        wrong = " WRONG" if wrong_at(r["ours_error"]) else ""
+        wrong_x = " WRONG" if wrong_at(r["ours_x_error"]) else ""
+        first = r["model"][:7], f"{r['n']}×{r['k']}", str(r["tokens"]), f"{r['bf16_us']:.1f}", f"{r['fp8_us']:.1f}"
+        own = f"{r['ours_us']:.1f}{wrong}", f"{r['ours_tbs']:.2f}", f"{r['ours_tflops']:.0f}"
+        ratios = f"{r['ours_ratio']:.2f}", f"{r['ours_ratio_fp8']:.2f}"
+        table.add_row(*first, *own, *ratios, f"{r['ours_x_us']:.1f}{wrong_x}", f"{r['ours_x_ratio']:.2f}")
+    console.print(table)
+
+
+# ---- every tile ------------------------------------------------------------------------------------------------------
+
+
+def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[str, Any]]:
+    keys = [(name, x_dtype, BF16) for x_dtype, names in hopper.ALL_TILES.items() for name in names]
+    modules, rows = build(keys), []
+    for (model, which), group in itertools.groupby(points, key=lambda point: point[:2]):
+        w = weights(model, which)
+        for _, _, tokens in group:
+            sets = make_sets(w, tokens)
+            mean = tokens * w.top_k / w.data.shape[0]
+            for scaled in (False, True):
+                found = {}
+                for key in keys:
+                    narrow = int(key[0].rpartition("x")[2]) * 16 < mean  # reads its weights sixteen times: not worth the time
+                    if (key[1] is E4) != scaled or narrow:
+                        continue
+                    calls = [with_tile(modules[key], key, w, s, scaled) for s in sets]
+                    if wrong_at(check(calls[0], w, sets[0], scaled)):
+                        console.print(f"WRONG: {key[0]} {key[1]} {model} {which} {tokens}")
+                        continue
+                    found[key[0]] = round(timing.graph_time(calls, replays=5, least_calls=4) * 1e6, 2)
+                chosen = hopper.tile(E4 if scaled else BF16, tokens * w.top_k, w.data.shape[0])
+                row = {"model": model, "which": which, "tokens": tokens, "mean": mean, "scaled": scaled}
+                rows.append({**row, "us": found, "chosen": chosen})
+            del sets
+        del w
+        torch.cuda.empty_cache()
+    for scaled in (False, True):
+        columns = "tokens a group", "matmul", "fastest", "second", "third", "chosen now"
+        table = Table(*columns, title="x in MXFP8" if scaled else "x in bf16")
+        for row in sorted((row for row in rows if row["scaled"] == scaled), key=lambda row: row["mean"]):
+            ordered = sorted(row["us"].items(), key=lambda item: item[1])
+            best = [f"{name[7:]} {us:.1f}" for name, us in ordered[:3]] + [""] * (3 - len(ordered[:3]))
+            now = f"{row['chosen'][7:]} {row['us'].get(row['chosen'], float('nan')):.1f}"
+            table.add_row(f"{row['mean']:.2f}", f"{row['model'][:7]} {row['which']}", *best, now)
+        console.print(table)
+    return rows
+
+
+# ---- for compute-sanitizer -------------------------------------------------------------------------------------------
+
+
+def sanitize() -> None:
+    """Every tile once, small. Operands come from the host, so that initcheck sees every byte written."""
+    keys = [(name, x_dtype, BF16) for x_dtype, names in hopper.ALL_TILES.items() for name in names]
+    keys += [("hopper:128x32", BF16, torch.float16), ("hopper:256x128", BF16, FP32)]
+    modules = build(keys)
+    for key in keys:
+        tokens = int(key[0].rpartition("x")[2])
+        for n, k in ((72, 96), (264, 256)):
+            counts = [3, 0, tokens + 1, tokens // 4 + 1]
+            rows = sum(counts) + 2
+            w, w_scale = (each.cuda() for each in mx.quantize(torch.randn(4, n, k), "rceil"))
+            x, scale = torch.randn(rows, k), None
+            if key[1] is E4:
+                x, scale = (each.cuda() for each in mx.quantize(x, "rceil"))
+            else:
+                x = x.to(BF16).cuda()
+            offs, out = torch.tensor(counts).cumsum(0).int().cuda(), torch.zeros(rows, n, dtype=key[2]).cuda()
+            hopper.bind(modules[key], key)(x, scale, w, w_scale, offs, key[2], False, out)
+    torch.cuda.synchronize()
+    print("sanitize: ran")
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few points.")] = False,
+    tune_tiles: Annotated[bool, typer.Option("--tune", help="Time every tile.")] = False,
+    small: Annotated[bool, typer.Option("--sanitize", help="Run every tile once, small, and time nothing.")] = False,
+) -> None:
+    registry.ops()
+    console = Console(width=150)
+    if small:
+        sanitize()
+        return
+    points = [
+        (model, which, tokens)
+        for model, which in itertools.product(MODELS, ("first", "second"))
+        for tokens in TOKENS
+        if not quick or (model, tokens) in QUICK
+    ]
+    if tune_tiles:
+        found = tune(console, points)
+        if json is not None:
+            timing.write_json(json, {"tiles": found})
+        return
+    build([(name, dtype, BF16) for dtype, names in hopper.TILES.items() for _, name in names])
+    rows = []
+    for (model, which), group in itertools.groupby(points, key=lambda point: point[:2]):
+        w = weights(model, which)
+        rows += [measure(w, tokens) for _, _, tokens in group]
+        del w
+        torch.cuda.empty_cache()
+    if json is not None:
+        timing.write_json(json, {"rows": rows})
+    show(console, rows)
+    if any(wrong_at(row[name]) for row in rows for name in ("ours_error", "ours_x_error")):
+        raise SystemExit("wrong results: see the table")
+
+
+if __name__ == "__main__":
+    typer.run(main)
