@@ -117,6 +117,21 @@ def test_rows_with_a_pitch(tile: Any) -> None:
     check(key, kernel, given)
 
 
+def test_the_scales_of_the_next_row_do_not_count(tile: Any) -> None:
+    """K = 96: a row has three scales, and what is copied for its stage ends with the next row's first one, here a NaN."""
+    key, kernel, _, _ = tile
+    given = operands([4, 5], 9, 16, 96, key[1])
+    _, x_scale, _, w_scale, _ = given
+    w_scale.view(torch.uint8)[:, 3, 0] = 255
+    if x_scale is not None:
+        x_scale.view(torch.uint8)[6, 0] = 255
+    wanted = torch.zeros(9, 16, dtype=torch.bool)
+    wanted[:, 3] = True
+    wanted[6] = x_scale is not None
+    wanted[6, 3] = True
+    assert torch.equal(run(kernel, given, key[2]).isnan(), wanted)
+
+
 @pytest.mark.parametrize("ends", [[-4, 3, 9], [5, 2, 9], [2, 40, 50]], ids=["negative", "descending", "past the last row"])
 def test_a_wrong_offs_writes_nothing_outside(narrow: Kernel, ends: list[int]) -> None:
     """What is in the rows is not defined; that memory outside is left alone is."""

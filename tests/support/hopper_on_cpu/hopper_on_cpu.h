@@ -1,8 +1,8 @@
 // A compute capability 9.0 CTA on the CPU: enough of it to compile mxfp8_grouped_mm's kernel with a host compiler and run it.
 //
-// A thread is a fibre, which runs until it has to wait. What hardware does on its own is done as late as it may be, so that whoever
+// A thread is a fibre, which runs until it has to wait; turns are taken in a random order. What hardware does on its own is done as late as it may be, so that whoever
 // does not wait for it gets old bytes: copies (the copy engine's and cp.async) in a random order some turns later, wgmma when its
-// group is waited for, from what registers and shared memory hold then. Shared memory begins as NaN of every kind (0xff bytes).
+// group is waited for; an operand of it that is not then what it was at its issue is an error. Shared memory begins as NaN of every kind (0xff bytes).
 // A CTA in which nothing can go on is an error, as is a read outside of every tensor. Nothing is said about speed, about memory
 // ordering between threads, or about what PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
 #pragma once
@@ -18,6 +18,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -94,6 +95,7 @@ struct Step {  // a wgmma, of one thread
   const uint32_t* a[4];
   uint64_t b;
   std::vector<float*> d;
+  std::vector<uint16_t> operands;  // both, as they were when it was issued
 };
 struct Cta {
   std::vector<ucontext_t> fibres;
@@ -154,11 +156,14 @@ inline void run_cta(unsigned threads, std::function<void()> body) {
     made.fibres[i].uc_link = nullptr;
     makecontext(&made.fibres[i], start, 0);
   }
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
   uint64_t seen = ~0ull;
   for (unsigned left = threads; left > 0 && !made.failure;) {
     if (made.progress == seen && made.pending.empty()) fail("every thread waits for another");
     seen = made.progress;
-    for (unsigned i = 0; i < threads; ++i) {
+    std::shuffle(order.begin(), order.end(), made.random);
+    for (unsigned i : order) {
       if (made.ended[i]) continue;
       made.running = i;
       threadIdx = dim3(i, 0, 0);
@@ -251,6 +256,20 @@ inline const uint8_t* operand_byte(uint64_t descriptor, int row, int byte) {
   return inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4));
 }
 
+// A of this thread and, by the first of the warpgroup, all of B: what a wgmma reads must not change from its issue to its end.
+inline std::vector<uint16_t> operands_of(const Step& step, bool first) {
+  std::vector<uint16_t> found;
+  for (const uint32_t* word : step.a) found.push_back(*word & 0xffff), found.push_back(*word >> 16);
+  for (int n = 0; first && n < static_cast<int>(step.d.size()) * 2; ++n) {
+    for (int k = 0; k < 16; ++k) {
+      uint16_t bits;
+      std::memcpy(&bits, operand_byte(step.b, n, 2 * k), 2);
+      found.push_back(bits);
+    }
+  }
+  return found;
+}
+
 // The oldest group of a warpgroup: D[64, N] += A[64, 16] · B[N, 16]ᵀ for each of its steps, as PTX lays A and D out.
 inline void run_group(unsigned first) {
   const size_t steps = cta->issued[first].front().size();
@@ -269,6 +288,7 @@ inline void run_group(unsigned first) {
     for (unsigned t = 0; t < 128; ++t) {
       const Step& step = cta->issued[first + t].front().at(s);
       if (step.b != any.b || step.d.size() != any.d.size()) fail("threads of a warpgroup that issue different wgmmas");
+      if (step.operands != operands_of(step, t == 0)) fail("an operand of a wgmma that changed while it ran");
       for (int r = 0; r < 4; ++r) {
         for (int e = 0; e < 2; ++e) a[t / 32 * 16 + t % 32 / 4 + r % 2 * 8][t % 4 * 2 + r / 2 * 8 + e] = of_bf16(*step.a[r] >> 16 * e & 0xffff);
       }

@@ -80,12 +80,13 @@ enum class ScaleOut { Zero, One };
 struct Fma {
   template <typename... D>
   static void fma(const uint32_t& a0, const uint32_t& a1, const uint32_t& a2, const uint32_t& a3, uint64_t b, D&&... d_and_scale) {
-    record({{&a0, &a1, &a2, &a3}, b, {}}, d_and_scale...);
+    record({{&a0, &a1, &a2, &a3}, b, {}, {}}, d_and_scale...);
   }
 
  private:
   static void record(hopper_on_cpu::Step step, const ScaleOut& scale) {
     if (scale != ScaleOut::One) hopper_on_cpu::fail("wgmma: only adding");
+    step.operands = hopper_on_cpu::operands_of(step, threadIdx.x % 128 == 0);
     hopper_on_cpu::cta->issued[threadIdx.x].back().push_back(std::move(step));
   }
   template <typename... D>

@@ -1,0 +1,249 @@
+"""mxfp8_grouped_mm on a GPU of compute capability 9.0: every tile against fp64, edges, and the ways a kernel is really called.
+
+    pytest -m gpu tests/kernels/test_mxfp8_grouped_mm_gpu.py
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from inductor_ext import jit, registry, settings
+from inductor_ext.kernels import mx
+from inductor_ext.kernels.mxfp8_grouped_mm import hopper
+from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, _power_of_two, dequantize
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16, FP32, E4, U8 = torch.bfloat16, torch.float16, torch.float32, mx.DATA, torch.uint8
+LIMIT = {BF16: 3e-3, FP16: 5e-4, FP32: 5e-5}  # ‖out - fp64‖ / ‖fp64‖
+KEYS = [(name, x_dtype, BF16) for x_dtype, names in hopper.ALL_TILES.items() for name in names]
+KEYS += [("hopper:64x8", BF16, FP32), ("hopper:128x32", BF16, FP16), ("hopper:256x128", BF16, FP32)]
+KEYS += [("hopper:128x128", E4, FP32)]
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[Any, Any]:
+    registry.ops()
+    options = settings.current(progress=False)
+    arch = jit.current_arch(options)
+    if arch != hopper.TARGET:
+        pytest.skip(f"the kernels tested here are for {hopper.TARGET}, found {arch}")
+    specs = {key: OP.spec_of_key((arch, key), arch) for key in KEYS}
+    made = jit.prepare(list(specs.values()))
+    failed = [module for module in made.values() if isinstance(module, Exception)]
+    assert not failed, failed[0]
+    return {key: made[spec] for key, spec in specs.items()}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_and_not_fallbacks(caplog: pytest.LogCaptureFixture) -> Any:
+    yield
+    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+
+
+def counts_of(kind: str, tokens: int, experts: int) -> list[int]:
+    """How many tokens each expert has."""
+    if kind == "one":
+        return [tokens if e == experts // 2 else 0 for e in range(experts)]
+    if kind == "short":  # the last third belongs to no expert
+        tokens -= tokens // 3
+    made = torch.Generator().manual_seed(tokens + experts)
+    picks = torch.randint(0, experts, (tokens,), generator=made)
+    if kind == "sparse":
+        picks = picks // 16 * 16
+    return torch.bincount(picks, minlength=experts).tolist()
+
+
+def operands(counts: list[int], tokens: int, n: int, k: int, x_dtype: torch.dtype) -> list[Any]:
+    """x, x_scale, w, w_scale, offs; blocks differ in size, so that a scale of the wrong block shows."""
+    made = torch.Generator("cuda").manual_seed(n * k + tokens)
+    blocks = len(counts), n, k // mx.BLOCK
+
+    def random(*shape: int, most: int) -> torch.Tensor:
+        sizes = torch.exp2(torch.randint(-most, most, (*shape, 1), device="cuda", generator=made).float())
+        return (torch.randn(*shape, mx.BLOCK, device="cuda", generator=made) * sizes).flatten(-2)
+
+    w, w_scale = mx.quantize(random(*blocks, most=6), "rceil")
+    x = random(tokens, k // mx.BLOCK, most=3)
+    offs = torch.tensor(counts, dtype=torch.int32).cumsum(0).int().cuda()
+    return [*(mx.quantize(x, "rceil") if x_dtype is E4 else (x.to(x_dtype), None)), w, w_scale, offs]
+
+
+def exact(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any) -> torch.Tensor:
+    """NaN in rows of no group."""
+    left = x.double() if x_scale is None else dequantize(x, x_scale, torch.float64)
+    wanted = torch.full((x.shape[0], w.shape[1]), torch.nan, device="cuda", dtype=torch.float64)
+    ends = offs.tolist()
+    for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends)):
+        if start < end:
+            wanted[start:end] = left[start:end] @ dequantize(w[e], w_scale[e], torch.float64).t()
+    return wanted
+
+
+def run(module: Any, key: Any, given: list[Any]) -> torch.Tensor:
+    """Into the middle of a buffer of NaN: what is not written shows, and what is written outside."""
+    tokens, n = given[0].shape[0], given[2].shape[1]
+    buffer = torch.full((tokens + 2, n), torch.nan, device="cuda", dtype=key[2])
+    hopper.bind(module, key)(*given, key[2], False, buffer[1:-1])
+    assert buffer[0].isnan().all() and buffer[-1].isnan().all(), "written outside of out"
+    return buffer[1:-1]
+
+
+def check(module: Any, key: Any, given: list[Any], what: Any = "") -> None:
+    found, wanted, rows = run(module, key, given).double(), exact(*given), int(given[4][-1])
+    assert found[rows:].isnan().all(), f"rows of no group were written: {what}"
+    error = (found[:rows] - wanted[:rows]).norm() / wanted[:rows].norm().clamp_min(1e-30)
+    assert rows == 0 or error < LIMIT[key[2]], (what, float(error))
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]}-{key[1]}-{key[2]}".replace("torch.", ""))
+def test_every_tile_against_fp64(modules: dict[Any, Any], key: Any) -> None:
+    """Around the tile's edges; K of less than a stage, with odd rows of scales, and of more stages than the ring has."""
+    channels, tokens = map(int, key[0].partition(":")[2].split("x"))
+    counts = [1, 0, tokens + 1, tokens // 4, 0, tokens // 2, tokens // 2 + 1, tokens]
+    for n, k in itertools.product((8, 64, channels + 40), (32, 96, 768, 2048)):
+        check(modules[key], key, operands(counts, sum(counts) + 3, n, k, key[1]), (n, k))
+
+
+@pytest.mark.parametrize("x_dtype", [BF16, E4], ids=["bf16", "mxfp8"])
+@pytest.mark.parametrize("kind", ["uniform", "one", "sparse", "short"])
+def test_distributions(modules: dict[Any, Any], kind: str, x_dtype: torch.dtype) -> None:
+    """With the tile that a call takes."""
+    for tokens, experts, (n, k) in itertools.product((0, 1, 7, 64, 513, 4096), (1, 8, 128), ((64, 96), (1536, 768))):
+        key = hopper.tile(x_dtype, tokens, experts), x_dtype, BF16
+        given = operands(counts_of(kind, tokens, experts), tokens, n, k, x_dtype)
+        check(modules[key], key, given, (tokens, experts, n, k))
+
+
+def test_the_models_that_are_measured(modules: dict[Any, Any]) -> None:
+    for experts, n, k, tokens in ((128, 1536, 2048, 512), (128, 2048, 768, 8), (8, 28672, 4096, 128), (8, 4096, 14336, 16)):
+        key = hopper.tile(BF16, tokens, experts), BF16, BF16
+        check(modules[key], key, operands(counts_of("uniform", tokens, experts), tokens, n, k, BF16), (n, k, tokens))
+
+
+def test_every_scale_and_element(modules: dict[Any, Any]) -> None:
+    """The instructions that convert, where the CPU has only their definitions: 256 scales by 256 elements, one by one."""
+    every = torch.arange(256, dtype=U8, device="cuda")
+    values, scales = every.view(E4).double(), _power_of_two(every.view(mx.SCALE)).double()
+    key = "hopper:64x8", BF16, FP32
+    one = torch.tensor([1], dtype=torch.int32, device="cuda")
+    x = torch.zeros(1, 32, device="cuda", dtype=BF16)
+    x[0, 5] = 1.0
+    for element in range(256):
+        w = torch.zeros(1, 256, 32, dtype=U8, device="cuda")
+        w[:, :, 5] = element
+        found = run(modules[key], key, [x, None, w.view(E4), every.reshape(1, 256, 1).view(mx.SCALE), one])[0]
+        wanted = (values[element] * scales).float().bfloat16().float()
+        same = (found == wanted) | (found.isnan() & wanted.isnan())
+        assert same.all(), (element, every[~same].tolist()[:8], found[~same][:8].tolist(), wanted[~same][:8].tolist())
+
+
+def test_nan_and_infinity_stay_in_their_rows(modules: dict[Any, Any]) -> None:
+    for key in (("hopper:64x8", BF16, BF16), ("hopper:256x128", BF16, BF16)):
+        given = operands([4, 0, 5], 9, 72, 96, BF16)
+        given[0][1, 5], given[0][2, 6] = torch.nan, torch.inf
+        given[3].view(U8)[2, 3, 0] = 255
+        found = run(modules[key], key, given)
+        assert found[1].isnan().all() and not found[2].isfinite().any()
+        assert found[4:, 3].isnan().all()
+        found[1:3], found[4:, 3] = 0, 0
+        assert found.isfinite().all()
+
+
+def test_rows_with_a_pitch(modules: dict[Any, Any]) -> None:
+    key = "hopper:64x8", BF16, BF16
+    given = operands([3, 2], 6, 64, 96, BF16)
+    wide = torch.zeros(6, 160, device="cuda", dtype=BF16)
+    wide[:, 32:128] = given[0]
+    check(modules[key], key, [wide[:, 32:128], *given[1:]])
+
+
+def test_offs_out_of_order_or_range_writes_nothing_outside(modules: dict[Any, Any]) -> None:
+    wrong = [-4, 3, 9], [5, 2, 9], [2, 4000, 2**31 - 1]
+    for key, ends in itertools.product((KEYS[0], ("hopper:256x128", BF16, BF16)), wrong):
+        given = operands([3, 3, 3], 9, 64, 96, BF16)
+        given[4] = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        run(modules[key], key, given)
+    torch.cuda.synchronize()
+
+
+# ---- through the op --------------------------------------------------------------------------------------------------
+
+
+def through_the_op(given: list[Any], out: torch.Tensor) -> None:
+    torch.ops.inductor_ext.mxfp8_grouped_mm.out(*given, BF16, False, out=out)
+
+
+def near(found: torch.Tensor, given: list[Any]) -> bool:
+    wanted, rows = exact(*given), int(given[4][-1])
+    return bool((found[:rows].double() - wanted[:rows]).norm() < LIMIT[BF16] * wanted[:rows].norm())
+
+
+def test_the_op_takes_these_kernels(modules: dict[Any, Any]) -> None:
+    given = operands(counts_of("uniform", 64, 8), 64, 64, 768, BF16)
+    expected = (hopper.TARGET, ("hopper:64x16", BF16, BF16))
+    assert OP.kernel is not None and OP.kernel.key(*given, BF16, False) == expected
+    assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*given, BF16, False), given)
+    bytes_for_scales = [*given[:3], given[3].view(U8), given[4]]
+    assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*bytes_for_scales, BF16, False), given)
+
+
+def test_another_stream(modules: dict[Any, Any]) -> None:
+    """The kernel waits for what is ahead of it in its own stream, also where it starts before that has ended."""
+    given = operands(counts_of("uniform", 64, 8), 64, 64, 768, BF16)
+    x, out = given[0].clone(), torch.empty(64, 64, device="cuda", dtype=BF16)
+    stream = torch.cuda.Stream()
+    for _ in range(20):
+        x.zero_()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000)
+            x.copy_(given[0])
+            through_the_op([x, *given[1:]], out)
+        stream.synchronize()
+        assert near(out, given)
+
+
+def test_a_cuda_graph_with_offs_that_change(modules: dict[Any, Any]) -> None:
+    given = operands(counts_of("uniform", 64, 8), 64, 64, 768, BF16)
+    out = torch.empty(64, 64, device="cuda", dtype=BF16)
+    through_the_op(given, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        through_the_op(given, out)
+    for kind in ("one", "short", "uniform", "sparse"):
+        given[4].copy_(torch.tensor(counts_of(kind, 64, 8), dtype=torch.int32).cumsum(0))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert near(out, given) and out[int(given[4][-1]) :].isnan().all(), kind
+
+
+def test_the_same_bytes_every_time(modules: dict[Any, Any]) -> None:
+    given = operands(counts_of("uniform", 4096, 128), 4096, 1536, 768, BF16)
+    first, again = (torch.zeros(4096, 1536, device="cuda", dtype=BF16) for _ in range(2))
+    through_the_op(given, first)
+    for _ in range(10):
+        through_the_op(given, again)
+        assert torch.equal(first, again)
+
+
+def test_errors_name_the_argument(modules: dict[Any, Any]) -> None:
+    x, _, w, w_scale, offs = operands([4, 4], 8, 16, 64, BF16)
+    out = torch.empty(8, 16, device="cuda", dtype=BF16)
+    launch = modules[KEYS[0]].run
+    for given, message in (
+        ((x, None, w[:, :12].contiguous(), w_scale, offs, out), "w: wanted .* N a multiple of 8"),
+        ((x, None, w, w_scale[:, :, :1].contiguous(), offs, out), r"w_scale: wanted shape \[E = 2"),
+        ((x, w_scale[0], w, w_scale, offs, out), "x_scale: wanted None for bfloat16 x, found a tensor"),
+        ((x, None, w, w_scale, offs[:1], out), r"offs: wanted shape \[E = 2"),
+        ((x, None, w, w_scale, offs.long(), out), "offs: wanted int32, found int64"),
+        ((x, None, w, w_scale, offs, out[:4]), r"out: wanted shape \[T = 8"),
+        ((x.t().contiguous().t(), None, w, w_scale, offs, out), "x: wanted strides"),
+        ((x, None, w, w_scale, offs, torch.empty(8, 17, device="cuda", dtype=BF16)[:, :16]), "out: wanted rows that start"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            launch(*given)
