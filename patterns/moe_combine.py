@@ -190,14 +190,9 @@ def _unsupported(found: Combine, context: Context) -> Refusal | None:
     if not known_equal(y.stride(1), 1):
         strides = f"{describe(found.y)} strides {list(y.stride())}"
         return context.refuse(node, "input layout", wanted="rows of unit stride", found=strides)
-    if not context.forced:
-        if not known_equal(y.shape[0], value_of(found.inverse).shape[0]):
-            wanted, shown = f"an index for each of {y.shape[0]} rows", describe(found.inverse)
-            return context.refuse(node, "the gather is not of all rows, once each", wanted=wanted, found=shown)
-        if not is_opaque(found.y):
-            wanted = "a graph input, a grouped matmul or another opaque kernel as producer"
-            shown = describe(found.y)
-            return context.refuse(node, "Inductor computes the rows where it reads them", wanted=wanted, found=shown)
+    if not context.forced and not is_opaque(found.y):
+        wanted = "a graph input, a grouped matmul or another opaque kernel as producer"
+        return context.refuse(node, "Inductor computes the rows where it reads them", wanted=wanted, found=describe(found.y))
     return has_run.refusal(node, context, y.device, HAS_RUN)
 
 
@@ -328,6 +323,11 @@ RULE = Rule(
         _match("weights_after", _after),
         _match("no_weights", _unweighted),
         _match("given_order", _given_order, _with_order),
+        _match(
+            "some_rows_of_a_larger_buffer",  # what came back from other ranks
+            lambda y, w, places: (y[places.view(-1)].view(-1, K, H) * w.view(-1, K, 1)).sum(dim=1),
+            lambda device: (torch.randn(T * K * 2, H, device=device).bfloat16(), *_with_order(device)[1:]),
+        ),
     ),
     near_misses=(
         Example(
@@ -353,12 +353,6 @@ RULE = Rule(
             lambda y, w, ids: y.t()[_sorted(ids)[2]].view(T, K, H).sum(dim=1),
             lambda device: (torch.randn(H, T * K, device=device).bfloat16(), *_inputs(device)[1:]),
             reason="input layout",
-        ),
-        Example(
-            "rows_gathered_twice",
-            lambda y, w, ids: y[ids.view(-1)].view(T, K, H).sum(dim=1),
-            lambda device: (torch.randn(E + 1, H, device=device).bfloat16(), *_inputs(device)[1:]),
-            reason="the gather is not of all rows, once each",
         ),
         Example(
             "rows_are_computed_by_inductor",
