@@ -132,7 +132,7 @@ def passes_only(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) ->
     """An ``inner_compile`` that stops after the post-grad passes; the graph then runs as it came, eagerly."""
     original = copy.deepcopy(gm)
     run_passes(gm, example_inputs, **kwargs)
-    return original.forward
+    return torch_compat.EagerInterpreter(original).run
 
 
 def run_passes(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from inductor_ext import registry, settings
+from inductor_ext import registry, settings, torch_compat
 from inductor_ext.errors import VerifyError
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.report.events import GraphReport
@@ -133,7 +133,7 @@ def verify(
 
         def run(*inputs: Any) -> Any:
             checks.extend(_compare_stages(seen, report, inputs))
-            return original.forward(*inputs)
+            return torch_compat.EagerInterpreter(original).run(*inputs)
 
         return run
 
@@ -149,8 +149,15 @@ def verify(
     ) as run:
         run(*cloned(args), **cloned(kwargs))
     written = not any(registry.rule_named(check.rule).drops_writes for check in checks)
+    end_to_end = end_to_end and not _loses_context(graphs)
     distances = _end_to_end(model, args, kwargs, chosen, options, mode, dynamic, written) if end_to_end else None
     return Verification(checks, distances, graphs)
+
+
+def _loses_context(graphs: list[GraphReport]) -> bool:
+    """Whether the stock model cannot run on this GPU, so that there is nothing to compare end to end: see `torch_compat`."""
+    on_gpu = torch.cuda.is_available() and torch_compat.loses_context(torch.device("cuda"))
+    return on_gpu and any("aten._scaled_grouped_mm_v2" in graph.before for graph in graphs)
 
 
 def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -179,7 +186,7 @@ def _run(graph: torch.fx.GraphModule, inputs: Any) -> tuple[list[Any], list[Any]
     """Outputs, and inputs as they are then, after running a graph node by node on copies."""
     copies = cloned(list(inputs))
     with torch.no_grad():
-        outputs = torch.fx.Interpreter(graph).run(*copies)
+        outputs = torch_compat.EagerInterpreter(graph).run(*copies)
     outputs, copies = ([v for v in pytree.tree_leaves(tree) if isinstance(v, torch.Tensor)] for tree in (outputs, copies))
     return outputs, copies
 
