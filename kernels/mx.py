@@ -99,8 +99,9 @@ def swizzled_offset(row: torch.Tensor, col: torch.Tensor, cols: int) -> torch.Te
 def swizzle(scales: torch.Tensor, offs: torch.Tensor | None = None) -> torch.Tensor:
     """Plain scales swizzled: [T, C] as one group or, with ``offs``, as groups of rows; [E, N, C] as E groups, [E, bytes]."""
     if scales.dim() == 3:
-        each = [swizzle(group).flatten() for group in scales]
-        return torch.stack(each) if each else scales.new_empty(0, _bytes(swizzled_shape(*scales.shape[1:])))
+        if scales.shape[0] == 0:
+            return scales.new_empty(0, _bytes(swizzled_shape(*scales.shape[1:])))
+        return torch.stack([swizzle(group).view(torch.uint8).flatten() for group in scales]).view(SCALE)
     rows, cols = scales.shape
     shape = swizzled_shape(rows, cols) if offs is None else grouped_shape(rows, cols, offs.shape[0])
     made = torch.zeros(_bytes(shape) + 1, dtype=torch.uint8, device=scales.device)  # one more for rows of no group
