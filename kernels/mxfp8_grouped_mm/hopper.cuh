@@ -4,7 +4,8 @@
 //
 //   out[t, n] = sum_k x[t, k] * 2^sx[t, k / 32] * w[e, n, k] * 2^sw[e, n, k / 32]     rows t of expert e, see op.py
 //
-// NOT RUN ON HARDWARE YET: it compiles, its index functions and its machine code are tested, and that is all that is known.
+// NOT RUN ON HARDWARE YET. Its source runs on a CPU in the tests (tests/support/hopper_on_cpu), its machine code was looked at, and
+// that is all that is known: no number below is a measurement of it.
 //
 //   consumers      one warpgroup for W = 64 rows of weights, two for 128 and 256. Weights are the M side (swapped operands), since M
 //                  is 64 and an expert often has fewer tokens than that; N tokens are the columns, 8 to 128 of them
@@ -12,9 +13,10 @@
 //   converters     one warpgroup, where x is MXFP8 too: writes the tokens of a stage as bf16 beside where they came
 //
 // Bytes: weights are read once where an expert's tokens fit one tile, and 128 KB of them or more are on their way to an SM at any
-// time; 4 TB/s take 30. Instructions: at 4 TB/s an SM (132 of them, 1.7 GHz) gets 17.8 weights a clock. Two weights cost a 16-bit
-// load, FP8 to fp16 (exact, NaN stays NaN, subnormals are normal there), two widenings to fp32, one narrowing to bf16, one product
-// with the scale: 6 instructions of 32 lanes for 64 weights, so 1.7 of the 4 that an SM issues a clock; the two that run at half
+// time where they bound the speed; 4 TB/s take 30. Instructions: at 4 TB/s an SM (132 of them, 1.7 GHz) gets 17.8 weights a clock.
+// Two weights cost a 16-bit load, FP8 to fp16 (exact, NaN stays NaN, subnormals are normal there), two widenings to fp32, one
+// narrowing to bf16, one product with the scale: 6 instructions of 32 lanes for 64 weights, so 1.7 of the 4 that an SM issues a
+// clock, and 2.8 with all that is around them (sm_90a: about 320 instructions a warp and a stage of 64 rows); the two that run at half
 // rate take 0.56 of their 2. Moving the e4m3 bits into place instead ((b & 0x7f) << 4, times 2^(120 + s)) is not cheaper once NaN
 // (0x7f becomes 480) and scales above 2^7 (a factor that overflows) are right: 5 to 6 as well.
 // K keeps its order, so that bf16 tokens come straight from memory by the copy engine. A permutation that gives a thread 16
@@ -168,7 +170,7 @@ __device__ __forceinline__ void fence_registers(uint32_t (&a)[N][M]) {
   }
 }
 
-// The ring as all roles see it.
+// The ring of stages as all roles see it.
 struct GroupedRing {
   uint8_t* stages;
   uint8_t* scales;

@@ -1,10 +1,11 @@
 // A compute capability 9.0 CTA on the CPU: enough of it to compile mxfp8_grouped_mm's kernel with a host compiler and run it.
 //
-// A thread is a fibre, which runs until it has to wait; turns are taken in a random order. What hardware does on its own is done as late as it may be, so that whoever
-// does not wait for it gets old bytes: copies (the copy engine's and cp.async) in a random order some turns later, wgmma when its
-// group is waited for; an operand of it that is not then what it was at its issue is an error. Shared memory begins as NaN of every kind (0xff bytes).
-// A CTA in which nothing can go on is an error, as is a read outside of every tensor. Nothing is said about speed, about memory
-// ordering between threads, or about what PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
+// A thread is a fibre, which runs until it has to wait; turns are taken in a random order, and warps stay behind for a while. What
+// hardware does on its own is done as late as it may be, so that whoever does not wait for it gets old bytes: copies (the copy
+// engine's and cp.async) in a random order some turns later, wgmma when its group is waited for; an operand of it that is not then
+// what it was at its issue is an error. So is a CTA in which nothing can go on, and a read outside of every tensor. Shared memory
+// begins as 0xff bytes, NaN in every format. Nothing is said about speed, about memory ordering between threads, or about what
+// PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
 #pragma once
 
 #include <ucontext.h>
@@ -158,13 +159,17 @@ inline void run_cta(unsigned threads, std::function<void()> body) {
   }
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
+  std::vector<bool> stalled(threads / 32);
+  int quiet = 0;
   uint64_t seen = ~0ull;
   for (unsigned left = threads; left > 0 && !made.failure;) {
-    if (made.progress == seen && made.pending.empty()) fail("every thread waits for another");
+    quiet = made.progress == seen && made.pending.empty() ? quiet + 1 : 0;
+    if (quiet == 64) fail("every thread waits for another");
     seen = made.progress;
+    for (unsigned warp = 0; warp < stalled.size(); ++warp) stalled[warp] = stalled[warp] ? made.random() % 4 != 0 : made.random() % 8 == 0;
     std::shuffle(order.begin(), order.end(), made.random);
     for (unsigned i : order) {
-      if (made.ended[i]) continue;
+      if (made.ended[i] || stalled[i / 32]) continue;
       made.running = i;
       threadIdx = dim3(i, 0, 0);
       swapcontext(&made.scheduler, &made.fibres[i]);
