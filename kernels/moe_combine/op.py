@@ -139,6 +139,5 @@ OP = Op(
         exports=exports,
         bind=bind,
         examples=moe,
-        presets={"moe": moe},
     ),
 )
