@@ -139,3 +139,14 @@ def test_errors_of_the_model_come_through() -> None:
 
     with pytest.raises(KeyError, match="no such layer"):
         inductor_ext.explain(broken, torch.randn(2))
+
+
+def test_a_graph_with_a_tensor_that_the_function_makes() -> None:
+    """Such a constant is a real tensor among fake ones, which cannot be copied."""
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x.exp() * torch.tensor([1.0, 2.0])
+
+    x = torch.randn(3, 2)
+    assert inductor_ext.explain(scaled, x).graphs[0].before.count("mul") == 1
+    assert inductor_ext.verify(scaled, x, end_to_end=False).ok

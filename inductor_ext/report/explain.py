@@ -130,9 +130,16 @@ def compiled_with(
 
 def passes_only(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Callable[..., Any]:
     """An ``inner_compile`` that stops after the post-grad passes; the graph then runs as it came, eagerly."""
-    original = copy.deepcopy(gm)
+    original = copied(gm)
     run_passes(gm, example_inputs, **kwargs)
     return torch_compat.EagerInterpreter(original).run
+
+
+def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy that shares the graph's constants: under the fake mode that Inductor sets, real tensors cannot be copied."""
+    constants = [each for module in gm.modules() for each in vars(module).values() if isinstance(each, torch.Tensor)]
+    constants += [*gm.parameters(), *gm.buffers()]
+    return copy.deepcopy(gm, {id(each): each for each in constants})
 
 
 def run_passes(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> None:

@@ -11,7 +11,6 @@ Two questions are answered on the caller's own inputs:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from inductor_ext import registry, settings, torch_compat
 from inductor_ext.errors import VerifyError
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.report.events import GraphReport
-from inductor_ext.report.explain import cloned, compiled_with, run_passes
+from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
 from inductor_ext.rule import TOLERANCE
 
 
@@ -126,7 +125,7 @@ def verify(
         stages.append((rule, torch.fx.GraphModule(graph.owning_module or {}, copy_graph(graph))))
 
     def compile_stages(gm: torch.fx.GraphModule, example_inputs: Any, **keywords: Any) -> Callable[..., Any]:
-        original = copy.deepcopy(gm)
+        original = copied(gm)
         run_passes(gm, example_inputs, **keywords)
         seen, report = list(stages), graphs[-1]
         stages.clear()
