@@ -22,11 +22,14 @@ def _examples(arch: str) -> list[jit.JitSpec]:
 #: The tile family, which adds residuals, is Hopper's; on another GPU the rule refuses and the op runs PyTorch's operators.
 HOPPER_ONLY = {"scaled_mm_add"}
 
+#: Ops that say something in a graph and are computed, where nothing replaces them, by another op and PyTorch.
+COMPOSED = {"mxfp8_round"}
+
 
 def test_every_op_has_an_example_and_a_source() -> None:
     for op in registry.ops():
         if op.kernel is None:
-            assert op.library is not None, f"{op.name} has neither kernels nor another library's"
+            assert op.library is not None or op.name in COMPOSED, f"{op.name} has neither kernels nor another library's"
             continue
         for arch in ("sm_90a", "sm_100a") if op.name not in HOPPER_ONLY else ("sm_90a",):
             assert op.examples(arch), f"{op.name} for {arch}"
