@@ -2,6 +2,7 @@
 
     _grouped_mm(x, bf16(data) * 2^(scale - 127), offs)               →   inductor_ext.mxfp8_grouped_mm(x, None, data, scale, …)
     _grouped_mm(mxfp8_round(x), bf16(data) * 2^(scale - 127), offs)  →   … of inductor_ext.mxfp8_quantize(x, …)
+    _grouped_mm(bf16(q), bf16(data) * 2^(scale - 127), offs) * s     →   … of q [T, K] e4m3 and s [T, 1] float32
 
 The dequantisation, which `MXFP8Weight` brings into the graph, goes: no bf16 copy of the weight is made. A bf16 weight is never
 quantised here. On a GPU the rule waits for ``always`` until the kernel has run there (``HAS_RUN``).
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, describe, erase_dead, is_call, value_of
+from inductor_ext.graph import CONVERT, aten, describe, erase_dead, is_call, known_equal, value_of
+from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.patterns.support import grouped_product, mx_weight
@@ -48,9 +50,31 @@ def trace(node: Node) -> grouped_product.Grouped | Failure:
     if is_call(x, ROUND.overload):
         x, rounding = x.args
     out_dtype = given["out_dtype"] or value_of(node).dtype
-    return grouped_product.Grouped(
-        node, x, None, weight.data, weight.scale, given["offs"], out_dtype, weight.swizzled, rounding
-    )
+    operands = weight.data, weight.scale, given["offs"]
+    scaled = _scaled_rows(node, x)
+    if scaled is not None:
+        last, data, scale = scaled
+        return grouped_product.Grouped(last, data, scale, *operands, value_of(last).dtype, weight.swizzled)
+    return grouped_product.Grouped(node, x, None, *operands, out_dtype, weight.swizzled, rounding)
+
+
+def _scaled_rows(node: Node, x: Node) -> tuple[Node, Node, Node] | None:
+    """Where x is FP8 whose scale, one a row, multiplies the product: the scaled product in ``node``'s dtype, data, scale."""
+    if not is_call(x, CONVERT) or value_of(x.args[0]).dtype is not mx.DATA or len(node.users) != 1:
+        return None
+    product, last = node, next(iter(node.users))
+    if is_call(last, CONVERT) and last.args[1] is torch.float32 and len(last.users) == 1:
+        product, last = last, next(iter(last.users))
+    if not is_call(last, aten.mul.Tensor) or len(last.users) != 1:
+        return None
+    scale = next((each for each in last.args if each is not product), None)
+    rounded = next(iter(last.users))
+    if not isinstance(scale, Node) or not is_call(rounded, CONVERT) or rounded.args[1] is not value_of(node).dtype:
+        return None
+    of_row = value_of(scale)
+    if of_row.dtype is not torch.float32 or of_row.dim() != 2 or not known_equal(of_row.shape[1], 1):
+        return None
+    return (rounded, x.args[0], scale) if known_equal(of_row.shape[0], value_of(x).shape[0]) else None
 
 
 def replace(match: Match) -> None:
@@ -118,6 +142,7 @@ MATCHES = (
     _always("weights_only", _product, _quantised),
     _always("functional", lambda x, w, o: torch.nn.functional.grouped_mm(x, w.mT, offs=o), _quantised),
     _always("activations_too", _product, lambda d: _quantised(d, activations="mxfp8")),
+    _always("fp8_rows", _product, lambda d: _quantised(d, activations="fp8")),
     _always("floor", _product, lambda d: _quantised(d, activations="mxfp8", rounding="floor")),
     _always("transposed_in_memory", lambda x, w, o: torch._grouped_mm(x, w, o), lambda d: _quantised(d, transposed=True)),
     _always("experts", _experts, _two, count=2),

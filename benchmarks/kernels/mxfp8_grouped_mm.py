@@ -7,7 +7,8 @@
 Both matmuls of an expert of Qwen3-30B-A3B and of Mixtral-8x7B, uniform random routing. Every point is compared with fp64 of the
 dequantised operands first. Times are CUDA-graph replays, in turn, medians of three rounds. Weights are cold in L2: where the
 experts hit would fit it, each call of a graph hits others. TB/s count the weights of the experts hit, in the dtype that a side
-reads. ``ours`` has x in bf16, ``ours, x`` in MXFP8 (quantised beforehand, as for row-wise FP8).
+reads. ``ours`` has x in bf16, ``ours, mx`` in MXFP8 and ``ours, fp8`` in FP8 with a scale a row (quantised beforehand, as for
+row-wise FP8).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ TOKENS = (1, 8, 64, 512, 4096, 16384)
 MODELS = {"Qwen3-30B-A3B": (128, 2048, 768, 8), "Mixtral-8x7B": (8, 4096, 14336, 2)}
 QUICK = (("Qwen3-30B-A3B", 1), ("Qwen3-30B-A3B", 64), ("Qwen3-30B-A3B", 4096), ("Mixtral-8x7B", 8), ("Mixtral-8x7B", 4096))
 LIMIT = 3e-3  # ‖out - fp64‖ / ‖fp64‖: bf16 rounds to 1.7e-3 on average
+#: Our sides, and what x is in each.
+OURS = {"ours": "bf16", "ours_mx": "mxfp8", "ours_fp8": "fp8"}
 Run = Callable[[], Any]
 
 
@@ -120,19 +123,20 @@ def rowwise(w: Weights, s: Set) -> Run:
     return lambda: torch._scaled_grouped_mm(s.rowwise_x, right, *scales, offs=s.offs, out_dtype=BF16, use_fast_accum=True)
 
 
-def arguments(w: Weights, s: Set, scaled: bool) -> tuple[Any, ...]:
-    x, scale = (s.mx_x, s.mx_scale) if scaled else (s.x, None)
+def arguments(w: Weights, s: Set, kind: str) -> tuple[Any, ...]:
+    of_kind = {"bf16": (s.x, None), "mxfp8": (s.mx_x, s.mx_scale), "fp8": (s.rowwise_x, s.rowwise_scale[:, None])}
+    x, scale = of_kind[kind]
     return x, scale, w.data, w.scale, s.offs, BF16, False
 
 
-def ours(w: Weights, s: Set, scaled: bool) -> Run:
+def ours(w: Weights, s: Set, kind: str) -> Run:
     """What a compiled graph calls."""
-    given = arguments(w, s, scaled)
+    given = arguments(w, s, kind)
     return lambda: OP._call(*given, out=s.out)
 
 
-def with_tile(module: Any, key: Any, w: Weights, s: Set, scaled: bool) -> Run:
-    run, given = hopper.bind(module, key), arguments(w, s, scaled)
+def with_tile(module: Any, key: Any, w: Weights, s: Set, kind: str) -> Run:
+    run, given = hopper.bind(module, key), arguments(w, s, kind)
     return lambda: run(*given, s.out)
 
 
@@ -152,9 +156,15 @@ def build(keys: Sequence[Any]) -> dict[Any, Any]:
 # ---- correctness -----------------------------------------------------------------------------------------------------
 
 
-def error(w: Weights, s: Set, scaled: bool) -> float:
+def error(w: Weights, s: Set, kind: str) -> float:
     """‖out - fp64‖ / ‖fp64‖ over all rows."""
-    x = dequantize(s.mx_x, s.mx_scale, torch.float64) if scaled else s.x.double()
+    x, scale, *_ = arguments(w, s, kind)
+    if scale is None:
+        x = x.double()
+    elif kind == "mxfp8":
+        x = dequantize(x, scale, torch.float64)
+    else:
+        x = x.double() * scale.double()
     ends, wrong, whole = s.offs.tolist(), 0.0, 0.0
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends)):
         if start == end:
@@ -165,10 +175,10 @@ def error(w: Weights, s: Set, scaled: bool) -> float:
     return (wrong / max(whole, 1e-300)) ** 0.5
 
 
-def check(run: Run, w: Weights, s: Set, scaled: bool) -> float:
+def check(run: Run, w: Weights, s: Set, kind: str) -> float:
     s.out.fill_(torch.nan)
     run()
-    return error(w, s, scaled)
+    return error(w, s, kind)
 
 
 def wrong_at(found: float) -> bool:
@@ -184,10 +194,10 @@ def measure(w: Weights, tokens: int) -> dict[str, Any]:
     rows, hit = tokens * w.top_k, int((sets[0].offs.diff(prepend=sets[0].offs.new_zeros(1)) > 0).sum())
     row: dict[str, Any] = {"model": w.model, "which": w.which, "tokens": tokens, "rows": rows, "n": n, "k": k, "hit": hit}
     sides: dict[str, list[Run]] = {"bf16": [stock(w, s) for s in sets], "fp8": [rowwise(w, s) for s in sets]}
-    for name, scaled in (("ours", False), ("ours_x", True)):
-        sides[name] = [ours(w, s, scaled) for s in sets]
-        row[f"{name}_tile"] = hopper.tile(E4 if scaled else BF16, rows, experts)
-        row[f"{name}_error"] = max(check(run, w, s, scaled) for run, s in list(zip(sides[name], sets))[:2])
+    for name, kind in OURS.items():
+        sides[name] = [ours(w, s, kind) for s in sets]
+        row[f"{name}_tile"] = hopper.tile(kind, rows, experts)
+        row[f"{name}_error"] = max(check(run, w, s, kind) for run, s in list(zip(sides[name], sets))[:2])
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):
         for name, calls in sides.items():
@@ -197,22 +207,22 @@ def measure(w: Weights, tokens: int) -> dict[str, Any]:
         row[f"{name}_us"] = round(us, 2)
         row[f"{name}_tbs"] = round(hit * n * k * (2 if name == "bf16" else 1) / us * 1e-6, 3)
         row[f"{name}_tflops"] = round(2 * rows * n * k / us * 1e-6, 1)
-    for name in ("ours", "ours_x"):
+    for name in OURS:
         row[f"{name}_ratio"] = round(statistics.median(a / b for a, b in zip(times["bf16"], times[name])), 3)
         row[f"{name}_ratio_fp8"] = round(statistics.median(a / b for a, b in zip(times["fp8"], times[name])), 3)
     return row
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    times = "bf16 µs", "fp8 µs", "ours µs", "TB/s", "TFLOP/s", "× bf16", "× fp8", "ours, x µs", "× bf16"
-    table = Table("model", "N×K", "tokens", *times)
+    own = [f"{name.replace('_', ', ')} {what}" for name in OURS for what in ("µs", "TB/s", "TFLOP/s", "× bf16", "× fp8")]
+    table = Table("model", "N×K", "tokens", "bf16 µs", "fp8 µs", *own)
     for r in rows:
-        wrong = " WRONG" if wrong_at(r["ours_error"]) else ""
-        wrong_x = " WRONG" if wrong_at(r["ours_x_error"]) else ""
-        first = r["model"][:7], f"{r['n']}×{r['k']}", str(r["tokens"]), f"{r['bf16_us']:.1f}", f"{r['fp8_us']:.1f}"
-        own = f"{r['ours_us']:.1f}{wrong}", f"{r['ours_tbs']:.2f}", f"{r['ours_tflops']:.0f}"
-        ratios = f"{r['ours_ratio']:.2f}", f"{r['ours_ratio_fp8']:.2f}"
-        table.add_row(*first, *own, *ratios, f"{r['ours_x_us']:.1f}{wrong_x}", f"{r['ours_x_ratio']:.2f}")
+        cells = [r["model"][:7], f"{r['n']}×{r['k']}", str(r["tokens"]), f"{r['bf16_us']:.1f}", f"{r['fp8_us']:.1f}"]
+        for name in OURS:
+            wrong = " WRONG" if wrong_at(r[f"{name}_error"]) else ""
+            cells += [f"{r[f'{name}_us']:.1f}{wrong}", f"{r[f'{name}_tbs']:.2f}", f"{r[f'{name}_tflops']:.0f}"]
+            cells += [f"{r[f'{name}_ratio']:.2f}", f"{r[f'{name}_ratio_fp8']:.2f}"]
+        table.add_row(*cells)
     console.print(table)
 
 
@@ -220,34 +230,34 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[str, Any]]:
-    keys = [(name, x_dtype, BF16) for x_dtype, names in hopper.ALL_TILES.items() for name in names]
+    keys = [(name, kind, BF16) for kind, names in hopper.ALL_TILES.items() for name in names]
     modules, rows = build(keys), []
     for (model, which), group in itertools.groupby(points, key=lambda point: point[:2]):
         w = weights(model, which)
         for _, _, tokens in group:
             sets = make_sets(w, tokens)
             mean = tokens * w.top_k / w.data.shape[0]
-            for scaled in (False, True):
+            for kind in hopper.KINDS:
                 found = {}
                 for key in keys:
                     narrow = int(key[0].rpartition("x")[2]) * 16 < mean  # reads its weights sixteen times: not worth the time
-                    if (key[1] is E4) != scaled or narrow:
+                    if key[1] != kind or narrow:
                         continue
-                    calls = [with_tile(modules[key], key, w, s, scaled) for s in sets]
-                    if wrong_at(check(calls[0], w, sets[0], scaled)):
+                    calls = [with_tile(modules[key], key, w, s, kind) for s in sets]
+                    if wrong_at(check(calls[0], w, sets[0], kind)):
                         console.print(f"WRONG: {key[0]} {key[1]} {model} {which} {tokens}")
                         continue
                     found[key[0]] = round(timing.graph_time(calls, replays=5, least_calls=4) * 1e6, 2)
-                chosen = hopper.tile(E4 if scaled else BF16, tokens * w.top_k, w.data.shape[0])
-                row = {"model": model, "which": which, "tokens": tokens, "mean": mean, "scaled": scaled}
+                chosen = hopper.tile(kind, tokens * w.top_k, w.data.shape[0])
+                row = {"model": model, "which": which, "tokens": tokens, "mean": mean, "kind": kind}
                 rows.append({**row, "us": found, "chosen": chosen})
             del sets
         del w
         torch.cuda.empty_cache()
-    for scaled in (False, True):
+    for kind in hopper.KINDS:
         columns = "tokens a group", "matmul", "fastest", "second", "third", "chosen now"
-        table = Table(*columns, title="x in MXFP8" if scaled else "x in bf16")
-        for row in sorted((row for row in rows if row["scaled"] == scaled), key=lambda row: row["mean"]):
+        table = Table(*columns, title=f"x in {kind}")
+        for row in sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["mean"]):
             ordered = sorted(row["us"].items(), key=lambda item: item[1])
             best = [f"{name[7:]} {us:.1f}" for name, us in ordered[:3]] + [""] * (3 - len(ordered[:3]))
             now = f"{row['chosen'][7:]} {row['us'].get(row['chosen'], float('nan')):.1f}"
@@ -261,8 +271,8 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
 
 def sanitize() -> None:
     """Every tile once, small. Operands come from the host, so that initcheck sees every byte written."""
-    keys = [(name, x_dtype, BF16) for x_dtype, names in hopper.ALL_TILES.items() for name in names]
-    keys += [("hopper:128x32", BF16, torch.float16), ("hopper:256x128", BF16, FP32)]
+    keys = [(name, kind, BF16) for kind, names in hopper.ALL_TILES.items() for name in names]
+    keys += [("hopper:128x32", "bf16", torch.float16), ("hopper:256x128", "bf16", FP32), ("hopper:128x128", "fp8", FP32)]
     modules = build(keys)
     for key in keys:
         tokens = int(key[0].rpartition("x")[2])
@@ -271,8 +281,10 @@ def sanitize() -> None:
             rows = sum(counts) + 2
             w, w_scale = (each.cuda() for each in mx.quantize(torch.randn(4, n, k), "rceil"))
             x, scale = torch.randn(rows, k), None
-            if key[1] is E4:
+            if key[1] == "mxfp8":
                 x, scale = (each.cuda() for each in mx.quantize(x, "rceil"))
+            elif key[1] == "fp8":
+                x, scale = (each.cuda() for each in (x.to(E4), torch.rand(rows, 1)))
             else:
                 x = x.to(BF16).cuda()
             offs, out = torch.tensor(counts).cumsum(0).int().cuda(), torch.zeros(rows, n, dtype=key[2]).cuda()
@@ -291,7 +303,7 @@ def main(
     small: Annotated[bool, typer.Option("--sanitize", help="Run every tile once, small, and time nothing.")] = False,
 ) -> None:
     registry.ops()
-    console = Console(width=150)
+    console = Console(width=200)
     if small:
         sanitize()
         return
@@ -306,7 +318,7 @@ def main(
         if json is not None:
             timing.write_json(json, {"tiles": found})
         return
-    build([(name, dtype, BF16) for dtype, names in hopper.TILES.items() for _, name in names])
+    build([(name, kind, BF16) for kind, names in hopper.TILES.items() for _, name in names])
     rows = []
     for (model, which), group in itertools.groupby(points, key=lambda point: point[:2]):
         w = weights(model, which)
@@ -316,7 +328,7 @@ def main(
     if json is not None:
         timing.write_json(json, {"rows": rows})
     show(console, rows)
-    if any(wrong_at(row[name]) for row in rows for name in ("ours_error", "ours_x_error")):
+    if any(wrong_at(row[name]) for row in rows for name in (f"{each}_error" for each in OURS)):
         raise SystemExit("wrong results: see the table")
 
 

@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--tokens", default="16,4096")
-    parser.add_argument("--activations", default="bf16", choices=("auto", "bf16", "mxfp8"))
+    parser.add_argument("--activations", default="bf16", choices=("auto", "bf16", "fp8", "mxfp8"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out")
     options = parser.parse_args()

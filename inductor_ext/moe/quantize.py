@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from inductor_ext.errors import SettingError
-from inductor_ext.moe.weight import BLOCK, MXFP8Weight
+from inductor_ext.moe.weight import ACTIVATIONS, BLOCK, MXFP8Weight
 
 AUTO = "auto"
 #: How a weight lies in memory, with K what is summed over. ``grouped_mm`` takes [E, K, N]: the first kind is transposed for it.
@@ -104,17 +104,18 @@ def quantize_moe_(
 ) -> MoEReport:
     """Quantise the experts' weights of ``model`` to MXFP8, in place; returns, and prints if ``show``, what it cost.
 
-    ``activations``: "bf16" leaves them as they are; "mxfp8" quantises them too, before each product, which tensor cores of
-    compute capability 10.0 multiply at once. "auto" is "mxfp8" there and "bf16" elsewhere: more accurate, and no slower where
-    there is no MX tensor core. ``rounding`` of scales: "rceil" (cuBLAS's) or "floor" (OCP MX 1.0).
+    ``activations``: "bf16" leaves them as they are. "mxfp8" quantises them too, before each product, which tensor cores of
+    compute capability 10.0 multiply at once. "fp8" quantises them with one scale a row, for the FP8 tensor cores of compute
+    capability 9.0. "auto" is "mxfp8" on 10.0 and "bf16", which is more accurate, elsewhere. ``rounding`` of MX scales: "rceil"
+    (cuBLAS's) or "floor" (OCP MX 1.0).
 
     Which weights: those of Hugging Face's experts, whose layout they say themselves, where the model runs them by
     ``grouped_mm``; and parameters whose names match a pattern in ``weights``, which gives their layout, "[E, N, K]" where the
     code transposes them for ``grouped_mm`` and "[E, K, N]" where it does not. ``swizzled`` keeps scales as compute capability
     10.0 reads them (None: where activations are MXFP8 and the device is one).
     """
-    if activations not in (AUTO, "bf16", "mxfp8"):
-        raise SettingError(f"activations: wanted auto, bf16 or mxfp8, found {activations!r}")
+    if activations not in (AUTO, *ACTIVATIONS):
+        raise SettingError(f"activations: wanted auto, {', '.join(ACTIVATIONS)}, found {activations!r}")
     if rounding not in ("rceil", "floor"):
         raise SettingError(f"rounding: wanted rceil or floor, found {rounding!r}")
     named = dict(weights or {})

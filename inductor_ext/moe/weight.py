@@ -4,8 +4,9 @@
 
 It says that it is bf16, of w's shape and strides, and may be transposed: it is for ``grouped_mm(x, w.transpose(-2, -1),
 offs=offs)``. Eagerly that dequantises (exactly: a product of an e4m3 number and a power of two is a bf16 number) and calls
-PyTorch's grouped product; with ``activations="mxfp8"`` x is rounded to MXFP8 first (`mxfp8_round`). torch.compile traces just
-that, so that every backend can compile it; the rule ``mxfp8_grouped_mm`` gives it a kernel that reads MXFP8.
+PyTorch's grouped product; with ``activations="mxfp8"`` x is rounded to MXFP8 first (`mxfp8_round`), and with "fp8" to e4m3 with
+one scale a row, which multiplies the product. torch.compile traces just that, so that every backend can compile it; the rule
+``mxfp8_grouped_mm`` gives it a kernel that reads MXFP8.
 
 Everything else that reads it dequantises, with one warning an operator, since that takes a bf16 copy. Writing to it and casting
 it to another dtype are errors: quantise again instead, or take ``dequantize()``. It moves, copies, saves and loads like a
@@ -28,7 +29,7 @@ log = logging.getLogger("inductor_ext")
 
 aten = torch.ops.aten
 BLOCK = 32
-ACTIVATIONS = ("bf16", "mxfp8")
+ACTIVATIONS = ("bf16", "fp8", "mxfp8")
 _warned: set[str] = set()
 
 
@@ -181,7 +182,7 @@ def check(weight: torch.Tensor, transposed: bool, activations: str, rounding: st
     if not weight.numel() or k % BLOCK:
         raise ValueError(f"MXFP8Weight: weight: wanted {shown}, K a multiple of {BLOCK}, found shape {list(weight.shape)}")
     if activations not in ACTIVATIONS:
-        raise ValueError(f"MXFP8Weight: activations: wanted bf16 or mxfp8, found {activations!r}")
+        raise ValueError(f"MXFP8Weight: activations: wanted {', '.join(ACTIVATIONS)}, found {activations!r}")
     if rounding not in ("rceil", "floor"):
         raise ValueError(f"MXFP8Weight: rounding: wanted rceil or floor, found {rounding!r}")
 
@@ -191,9 +192,19 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight, *rest = args
     if not isinstance(weight, MXFP8Weight) or isinstance(x, MXFP8Weight):
         return NotImplemented
-    if weight._transposed and weight._activations == "mxfp8" and x.dim() == 2:
-        x = torch.ops.inductor_ext.mxfp8_round(x, weight._rounding)
-    return func(x, weight.dequantize(), *rest, **kwargs)
+    if not weight._transposed or weight._activations == "bf16" or x.dim() != 2:
+        return func(x, weight.dequantize(), *rest, **kwargs)
+    if weight._activations == "mxfp8":
+        return func(torch.ops.inductor_ext.mxfp8_round(x, weight._rounding), weight.dequantize(), *rest, **kwargs)
+    data, scale = by_rows(x)
+    made = func(data.to(torch.bfloat16), weight.dequantize(), *rest, **kwargs)
+    return (made * scale).to(made.dtype)
+
+
+def by_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] as e4m3 [T, K] and float32 [T, 1]: x ≈ data · scale, the largest of a row being 448."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
 
 def _transpose(func: Any, args: Any, kwargs: Any) -> Any:

@@ -34,6 +34,8 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
     """What is wanted and what was found instead where no kernel of these can serve a call; None where one can."""
     if x_scale is None:
         return "x in MXFP8 too: tensor cores multiply it with MXFP8 weights, and bf16 they do not", f"{x.dtype} without x_scale"
+    if x_scale.dtype is torch.float32:
+        return "x in MXFP8: a scale for 32 elements along K", "one for each row"
     if not swizzled:
         return "scales in tiles of 128 x 4, as tensor cores of compute capability 10.0 read them", "plain scales"
     multiple = 16 // out_dtype.itemsize

@@ -1,6 +1,7 @@
 // mxfp8_grouped_mm for compute capability 9.0, which has no tensor core for MX: weights stay FP8 in memory and in shared memory, and
-// become bf16, their scale with them, on the way into wgmma's registers. One persistent, warp-specialised kernel for few and for
-// many rows an expert.
+// become bf16, their scale with them, on the way into wgmma's registers (`hopper_bf16.cuh`); or, where x is FP8 with a scale a row,
+// FP8 tensor cores multiply, and each product of 32 is scaled when it is added (`hopper_fp8.cuh`). One persistent, warp-specialised
+// kernel for few and for many rows an expert.
 //
 //   out[t, n] = sum_k x[t, k] * 2^sx[t, k / 32] * w[e, n, k] * 2^sw[e, n, k / 32]     rows t of expert e, see op.py
 //
@@ -29,237 +30,13 @@
 
 #include <algorithm>
 
-#include "inductor_ext/hopper.cuh"
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
-#include "inductor_ext/tensor_map.cuh"
-#include "mxfp8_grouped_mm/hopper_layout.cuh"
-#include "mxfp8_grouped_mm/hopper_math.cuh"
+#include "mxfp8_grouped_mm/hopper_bf16.cuh"
+#include "mxfp8_grouped_mm/hopper_common.cuh"
+#include "mxfp8_grouped_mm/hopper_fp8.cuh"
 
 namespace inductor_ext {
-
-constexpr int kGroupedMaxStages = 16;
-constexpr int kGroupedSharedOfTwo = 112 * 1024;  // bytes of shared memory for each of two CTAs of an SM
-constexpr int kGroupedMaxExperts = 1024;
-constexpr uint64_t kEvictFirst = 0x12F0000000000000;
-
-template <typename X, typename Out, int W, int N>
-struct GroupedShape {
-  static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128, "of 8 to 128 tokens");
-  static constexpr bool kScaledX = sizeof(X) == 1;
-  static constexpr int kGroups = W == 64 ? 1 : 2;                    // of consumers
-  static constexpr int kBlocks = W / (kGroups * grouped::kGroupRows);  // of 64 rows that each has
-  static constexpr int kCtas = W == 64 || (W == 128 && N <= 32 && !kScaledX) ? 2 : 1;  // of an SM
-  static constexpr bool kMovesRegisters = kCtas == 1;  // from the producer, then a whole warpgroup, to the consumers
-  static constexpr int kConsumers = kGroups * grouped::kGroupThreads;
-  static constexpr int kConverters = kScaledX ? grouped::kGroupThreads : 0;
-  static constexpr int kThreads = kConsumers + kConverters + (kMovesRegisters ? grouped::kGroupThreads : 32);
-  static constexpr int kConsumerRegisters = kScaledX ? 176 : 208, kConverterRegisters = 80, kProducerRegisters = kScaledX ? 80 : 88;
-  static constexpr int kChannels = W;
-  static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
-  static constexpr int kWeights = W * grouped::kStageK;
-  static constexpr int kTokens = N * grouped::kStageK * 2;
-  static constexpr int kRaw = kScaledX ? N * grouped::kStageK : 0;  // tokens as they come, e4m3
-  static constexpr int kStage = kWeights + kTokens + kRaw;
-  static constexpr int kScales = (W + (kScaledX ? N : 0)) * grouped::kScaleSlot;  // bytes a stage
-  static constexpr int kSize = static_cast<int>(sizeof(Out));
-  static constexpr int kMostStaged = kSize == 2 ? 32 : 16;  // tokens of the output that are staged at a time
-  static constexpr int kStagedTokens = N < kMostStaged ? N : kMostStaged;
-  static constexpr int kStaged = kStagedTokens * grouped::staged_pitch(kSize);  // bytes of each group of consumers
-  static constexpr int kTogether = N >= 128 ? 2 : 4;  // wgmmas issued together: registers for two such sets of weights
-  static constexpr int fixed(int experts) { return kGroups * kStaged + 3 * kGroupedMaxStages * 8 + (2 * experts + 1) * 4; }
-  static constexpr int stages(int experts) {
-    const int budget = kCtas == 2 ? kGroupedSharedOfTwo : kSharedLimit;
-    const int fit = (budget - fixed(experts)) / (kStage + kScales);
-    return fit < kGroupedMaxStages ? fit : kGroupedMaxStages;
-  }
-  static constexpr int bytes(int experts) { return stages(experts) * (kStage + kScales) + fixed(experts); }
-  static_assert(kStage % 1024 == 0 && kScales % 16 == 0 && kStaged % 16 == 0);
-  static_assert((kSharedLimit - kGroups * kStaged - 8192 - 512) / (kStage + kScales) >= 3, "the tile leaves no room for a pipeline");
-};
-
-struct GroupedParams {
-  CUtensorMap w, x;
-  const uint8_t* w_scale;  // [E, N, K / 32]
-  const uint8_t* x_scale;  // [T, K / 32], or null
-  const int32_t* offs;
-  void* out;
-  int64_t out_pitch;  // elements
-  int experts, tokens, channels, k;
-  int stages;
-  int group;          // tiles of tokens that are taken together
-  bool whole_words;   // the four scales that a row has of a stage are one aligned word
-};
-
-// ---- the schedule -----------------------------------------------------------------------------------------------------------
-
-struct GroupedTile {
-  int expert, token, valid, channel;  // first token and channel; tokens of the tile
-  bool alone;                         // the only tile of tokens that reads these weights
-};
-
-// In shared memory: the tiles before each expert and, at [experts], of all; each expert's end.
-struct GroupedSchedule {
-  int* first;
-  int* ends;
-  int experts, channel_tiles, group;
-
-  // By a whole warp. `expert` is the caller's place in the list, which only moves on.
-  template <int TileTokens, int TileChannels>
-  __device__ __forceinline__ GroupedTile tile(int index, int& expert) const {
-    const int lane = threadIdx.x % 32;
-    for (int passed = 32; passed == 32; expert += passed) {
-      const int next = expert + 1 + lane;
-      passed = __popc(__ballot_sync(~0u, next <= experts && first[next] <= index));
-    }
-    const int begin = expert > 0 ? ends[expert - 1] : 0, rows = grouped::rows_between(begin, ends[expert]);
-    const int token_tiles = grouped::ceil_of(rows, TileTokens);
-    const grouped::Place place = grouped::place_of(index - first[expert], token_tiles, channel_tiles, group);
-    const int token = place.token_tile * TileTokens;
-    return {expert, begin + token, min(rows - token, TileTokens), place.channel_tile * TileChannels, token_tiles == 1};
-  }
-
-  // By one warp, after `ends` is there.
-  template <int TileTokens>
-  __device__ __forceinline__ void make() const {
-    const int lane = threadIdx.x % 32;
-    int before = 0;
-    for (int base = 0; base < experts; base += 32) {
-      const int e = base + lane;
-      int count = 0;
-      if (e < experts) count = grouped::tiles_of(grouped::rows_between(e > 0 ? ends[e - 1] : 0, ends[e]), TileTokens, channel_tiles);
-      int sum = count;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += below;
-      }
-      if (e < experts) first[e] = before + sum - count;
-      before += __shfl_sync(~0u, sum, 31);
-    }
-    if (lane == 0) first[experts] = before;
-  }
-};
-
-// ---- wgmma with weights from registers --------------------------------------------------------------------------------------
-
-// D[64, N] += A[64, 16] · B[N, 16]ᵀ, both bf16; A in registers, as PTX lays m64k16 out: (row i, half of K high) at [2 * high + i].
-template <int N>
-struct GroupedWgmma {
-  using Atom = decltype(cute::SM90::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
-                                                         cute::Shape<cute::Int<64>, cute::Int<N>, cute::Int<16>>>());
-  template <int D>
-  static __device__ __forceinline__ void step(const uint32_t (&a)[4], uint64_t b, float (&d)[D]) {
-    call(a, b, d, std::make_index_sequence<N / 2>());
-  }
-
- private:
-  template <int D, size_t... I>
-  static __device__ __forceinline__ void call(const uint32_t (&a)[4], uint64_t b, float (&d)[D], std::index_sequence<I...>) {
-    Atom::fma(a[0], a[1], a[2], a[3], b, d[I]..., cute::SM90::GMMA::ScaleOut::One);
-  }
-};
-
-template <int N, int M>
-__device__ __forceinline__ void fence_registers(uint32_t (&a)[N][M]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-#pragma unroll
-    for (int j = 0; j < M; ++j) cute::warpgroup_fence_operand(a[i][j]);
-  }
-}
-
-// The ring of stages as all roles see it.
-struct GroupedRing {
-  uint8_t* stages;
-  uint8_t* scales;
-  uint64_t* full;   // weights, tokens and scales are there
-  uint64_t* ready;  // the tokens are bf16, where they did not come as such
-  uint64_t* empty;
-  int count;
-};
-
-// One tile's sums over all of K, in the first Columns / 2 of each block of d.
-template <typename Shape, int N, int Columns>
-__device__ __forceinline__ void multiply(float (&d)[Shape::kBlocks][N / 2], const GroupedRing& ring, Slot& slot, const GroupedParams& p,
-                                         const GroupedTile& tile) {
-  constexpr int kTogether = Shape::kTogether, kSets = grouped::kSteps / kTogether, kBlocks = Shape::kBlocks;
-  const int thread = threadIdx.x % grouped::kGroupThreads;
-  const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
-  const int row = row0 + grouped::fragment_row(thread, 0);
-  int first = row0 * grouped::kStageK + grouped::weights_of(thread), first_scale = row * grouped::kScaleSlot;
-  int leads = threadIdx.x % 32 == 0;
-  keep(first), keep(first_scale), keep(leads);
-  const bool leader = leads != 0;
-  const int per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
-  // All rows of a thread are multiples of 8 apart, so that their scales begin alike in their words.
-  const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.w_scale), tile.expert, p.channels, tile.channel + row, per_row);
-  uint32_t a[2][kTogether][4];
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) d[b][i] = 0.f;
-  }
-  int previous = -1;
-  for (int at = 0; at < stages; ++at) {
-    FullBarrier::wait(ring.full + slot.index, slot.phase);
-    const int weights = slot.index * Shape::kStage + first;
-    const uint8_t* scales = ring.scales + (slot.index * Shape::kScales + first_scale);
-    const uint32_t there = grouped::scales_there(per_row, at);
-    uint32_t words[kBlocks][2], edges[kBlocks][2];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 slot = *reinterpret_cast<const uint2*>(scales + (b * grouped::kGroupRows + 8 * i) * grouped::kScaleSlot);
-        words[b][i] = grouped::scales_in(slot.x, slot.y, shift) & there;
-        edges[b][i] = grouped::edges_of(words[b][i]);
-      }
-    }
-    const uint64_t tokens = operand(ring.stages + (slot.index * Shape::kStage + Shape::kWeights));
-    if (Shape::kScaledX) FullBarrier::wait(ring.ready + slot.index, slot.phase);
-#pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        // The wgmmas before these run while these ones' weights are converted, into the other half of `a`.
-        constexpr int kHalves = 2;
-        const int half = (set * kBlocks + b) % kHalves;
-#pragma unroll
-        for (int s = 0; s < kTogether; ++s) {
-          const int step = set * kTogether + s;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t factor = grouped::factor_in(words[b][i], edges[b][i], step / 2);
-#pragma unroll
-            for (int high = 0; high < 2; ++high) {
-              const int from = grouped::weights_at(weights, step, i, high) + b * grouped::kGroupRows * grouped::kStageK;
-              a[half][s][2 * high + i] = scaled_pair(*reinterpret_cast<const uint16_t*>(ring.stages + from), factor);
-            }
-          }
-        }
-        fence_registers(a[half]);
-        fence_registers(d[b]);
-        cute::warpgroup_arrive();
-#pragma unroll
-        for (int s = 0; s < kTogether; ++s) {
-          GroupedWgmma<Columns>::step(a[half][s], tokens + (grouped::token_step(N, set * kTogether + s) >> 4), d[b]);
-        }
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<1>();
-        fence_registers(a[half ^ 1]);  // in use until here
-        if (set == 0 && b == 0 && previous >= 0 && leader) EmptyBarrier::arrive(ring.empty + previous);
-      }
-    }
-    previous = slot.index;
-    slot.advance(ring.count);
-  }
-  cute::warpgroup_wait<0>();
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
-  if (previous >= 0 && leader) EmptyBarrier::arrive(ring.empty + previous);
-}
 
 // 64 channels of a tile from `channel` on, through shared memory: wgmma has channels as rows, the output has tokens.
 template <typename Shape, typename Out, int N>
@@ -321,6 +98,17 @@ __device__ __forceinline__ void copy_scales(uint8_t* to, int slots, const uint8_
   }
 }
 
+// A scale for each token of a tile. Those past its end get zeros: their columns are not stored.
+template <int N>
+__device__ __forceinline__ void copy_row_scales(uint8_t* to, const uint8_t* base, const GroupedTile& tile) {
+#pragma unroll
+  for (int token = threadIdx.x % 32; token < N; token += 32) {
+    const bool there = token < tile.valid;
+    const uint8_t* from = base + (static_cast<int64_t>(tile.token) + (there ? token : 0)) * 4;
+    copy_word(cute::cast_smem_ptr_to_uint(to + token * 4), from, there ? 4 : 0);
+  }
+}
+
 template <typename Shape, int N>
 __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
   constexpr int kBox = Shape::kBoxTokens;
@@ -334,7 +122,7 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
     const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
     const int boxes = grouped::ceil_of(tile.valid, kBox);
-    const uint32_t bytes = Shape::kWeights + boxes * kBox * grouped::kStageK * (Shape::kScaledX ? 1 : 2);
+    const uint32_t bytes = Shape::kWeights + boxes * kBox * grouped::kStageK * Shape::kSizeOfX;
     const uint64_t hint = tile.alone ? kEvictFirst : kEvictNormal;
     const int64_t scale_row = static_cast<int64_t>(tile.expert) * p.channels + tile.channel;
     const int scale_rows = min(Shape::kChannels, p.channels - tile.channel);
@@ -347,20 +135,23 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
         const int k = at * grouped::kStageK;
         FullBarrier::arrive_and_expect_tx(full, bytes);
         cute::SM90_TMA_LOAD_3D::copy(&p.w, full, hint, stage, k, tile.channel, tile.expert);
-        uint8_t* to = stage + Shape::kWeights + (Shape::kScaledX ? Shape::kTokens : 0);
+        uint8_t* to = stage + Shape::kWeights + (Shape::kMx ? Shape::kTokens : 0);
         for (int box = 0; box < boxes; ++box) {
           const int token = tile.token + box * kBox;
           uint8_t* rows = to + box * kBox * 128;
           load_tile(&p.x, full, rows, k, token);
-          if (!Shape::kScaledX) load_tile(&p.x, full, rows + N * 128, k + 64, token);
+          if (Shape::kSizeOfX == 2) load_tile(&p.x, full, rows + N * 128, k + 64, token);
         }
       }
       __syncwarp();
       uint8_t* scales = ring.scales + slot.index * Shape::kScales;
       copy_scales(scales, Shape::kChannels, p.w_scale, w_end, scale_row, scale_rows, per_row, at, p.whole_words);
-      if constexpr (Shape::kScaledX) {
+      if constexpr (Shape::kMx) {
         uint8_t* to = scales + Shape::kChannels * grouped::kScaleSlot;
         copy_scales(to, boxes * kBox, p.x_scale, x_end, tile.token, token_rows, per_row, at, p.whole_words);
+      }
+      if constexpr (Shape::kFp8) {  // the tokens' own, which are needed once all of K is summed
+        if (at + 1 == stages) copy_row_scales<N>(scales + Shape::kChannels * grouped::kScaleSlot, p.x_scale, tile);
       }
       cutlass::arch::cpasync_barrier_arrive_noinc(full);
       slot.advance(ring.count);
@@ -369,47 +160,14 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
   allow_next_kernel();
 }
 
-// MXFP8 tokens to bf16, stage after stage.
-template <typename Shape, int N>
-__device__ __forceinline__ void convert(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
-  const int thread = threadIdx.x % grouped::kGroupThreads, stages = grouped::ceil_of(p.k, grouped::kStageK);
-  const int per_row = p.k / grouped::kBlock, tiles = schedule.first[p.experts];
-  Slot slot;
-  int expert = 0;
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
-    const int loaded = grouped::ceil_of(tile.valid, Shape::kBoxTokens) * Shape::kBoxTokens;
-    for (int at = 0; at < stages; ++at) {
-      FullBarrier::wait(ring.full + slot.index, slot.phase);
-      uint8_t* to = ring.stages + slot.index * Shape::kStage + Shape::kWeights;
-      const uint8_t* from = to + Shape::kTokens;
-      const uint8_t* scales = ring.scales + slot.index * Shape::kScales + Shape::kChannels * grouped::kScaleSlot;
-      const uint32_t there = grouped::scales_there(per_row, at);
-#pragma unroll 2
-      for (int i = thread; i < loaded * 8; i += grouped::kGroupThreads) {
-        const int token = i / 8, sixteen = i % 8;
-        const uint4 raw = *reinterpret_cast<const uint4*>(from + grouped::swizzled(token, sixteen * 16));
-        const uint2 slot = *reinterpret_cast<const uint2*>(scales + token * grouped::kScaleSlot);
-        const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.x_scale), 0, 0, tile.token + token, per_row);
-        const uint32_t factor = grouped::factor_of((grouped::scales_in(slot.x, slot.y, shift) & there) >> 8 * (sixteen / 2) & 0xff);
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-        uint4 pieces[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t low = words[2 * half], high = words[2 * half + 1];
-          pieces[half] = make_uint4(scaled_pair(low & 0xffff, factor), scaled_pair(low >> 16, factor),
-                                    scaled_pair(high & 0xffff, factor), scaled_pair(high >> 16, factor));
-        }
-        // The upper 64 of K begin at the same banks as the lower: their two pieces go in the other order.
-        const int one = sixteen / 4;
-        *reinterpret_cast<uint4*>(to + grouped::token_piece(N, token, 2 * sixteen + one)) = one ? pieces[1] : pieces[0];
-        *reinterpret_cast<uint4*>(to + grouped::token_piece(N, token, 2 * sixteen + 1 - one)) = one ? pieces[0] : pieces[1];
-      }
-      cutlass::arch::fence_view_async_shared();  // wgmma reads what was written here
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(ring.ready + slot.index);
-      slot.advance(ring.count);
-    }
+// One tile's sums over all of K, in the first Columns / 2 of each block of d.
+template <typename Shape, int N, int Columns>
+__device__ __forceinline__ void sums(float (&d)[Shape::kBlocks][N / 2], const GroupedRing& ring, Slot& slot, const GroupedParams& p,
+                                     const GroupedTile& tile) {
+  if constexpr (Shape::kFp8) {
+    multiply_fp8<Shape, N, Columns>(d, ring, slot, p, tile);
+  } else {
+    multiply_bf16<Shape, N, Columns>(d, ring, slot, p, tile);
   }
 }
 
@@ -424,12 +182,12 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
     const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
     const int columns = grouped::columns_for(tile.valid, N);
     if (columns == N) {
-      multiply<Shape, N, N>(d, ring, slot, p, tile);
+      sums<Shape, N, N>(d, ring, slot, p, tile);
     } else if constexpr (N >= 64) {
       if (columns == N / 2) {
-        multiply<Shape, N, N / 2>(d, ring, slot, p, tile);
+        sums<Shape, N, N / 2>(d, ring, slot, p, tile);
       } else {
-        multiply<Shape, N, N / 4>(d, ring, slot, p, tile);
+        sums<Shape, N, N / 4>(d, ring, slot, p, tile);
       }
     }
 #pragma unroll
@@ -442,10 +200,10 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------------
 
-template <typename X, typename Out, int W, int N>
-__global__ void __launch_bounds__(GroupedShape<X, Out, W, N>::kThreads, GroupedShape<X, Out, W, N>::kCtas)
+template <GroupedX Kind, typename Out, int W, int N>
+__global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N>::kThreads, GroupedShape<Kind, Out, W, N>::kCtas)
     mxfp8_grouped_mm_kernel(const __grid_constant__ GroupedParams p) {
-  using Shape = GroupedShape<X, Out, W, N>;
+  using Shape = GroupedShape<Kind, Out, W, N>;
   extern __shared__ __align__(1024) uint8_t shared[];
   GroupedRing ring;
   ring.count = p.stages;
@@ -483,9 +241,9 @@ __global__ void __launch_bounds__(GroupedShape<X, Out, W, N>::kThreads, GroupedS
   if (warp >= kProducer) {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
     if (warp == kProducer) produce<Shape, N>(p, schedule, ring);
-  } else if (Shape::kScaledX && warp >= Shape::kConsumers / 32) {
+  } else if (Shape::kMx && warp >= Shape::kConsumers / 32) {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<Shape::kConverterRegisters>();
-    if constexpr (Shape::kScaledX) convert<Shape, N>(p, schedule, ring);
+    if constexpr (Shape::kMx) convert<Shape, N>(p, schedule, ring);
   } else {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     consume<Shape, Out, N>(p, schedule, ring, staged);
@@ -495,9 +253,10 @@ __global__ void __launch_bounds__(GroupedShape<X, Out, W, N>::kThreads, GroupedS
 // ---- host -------------------------------------------------------------------------------------------------------------------
 
 // A tile is W output channels by N tokens. Everything is checked before anything is launched.
-template <typename X, typename Out, int W, int N>
+template <GroupedX Kind, typename Out, int W, int N>
 struct Mxfp8GroupedMm {
-  using Shape = GroupedShape<X, Out, W, N>;
+  using Shape = GroupedShape<Kind, Out, W, N>;
+  using X = std::conditional_t<Kind == GroupedX::kBf16, __nv_bfloat16, __nv_fp8_e4m3>;
 
   static void run(TensorView x, Optional<TensorView> x_scale, TensorView w, TensorView w_scale, TensorView offs, TensorView out) {
     Symbol tokens("T"), experts("E"), channels("N"), k("K");
@@ -507,12 +266,14 @@ struct Mxfp8GroupedMm {
     check_sizes(experts.value(), channels.value(), k.value(), w);
     const int64_t per_row = k.value() / grouped::kBlock;
     TensorMatcher({experts, channels, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(w_scale, "w_scale");
-    if (x_scale.has_value() != Shape::kScaledX) {
-      TVM_FFI_THROW(ValueError) << "x_scale: wanted " << (Shape::kScaledX ? "the scales of x" : "None") << " for "
+    if (x_scale.has_value() != (Kind != GroupedX::kBf16)) {
+      TVM_FFI_THROW(ValueError) << "x_scale: wanted " << (Kind != GroupedX::kBf16 ? "the scales of x" : "None") << " for "
                                 << dtype_name(DTypeOf<X>::value) << " x, found " << (x_scale.has_value() ? "a tensor" : "None");
     }
-    if (x_scale.has_value()) {
+    if constexpr (Shape::kMx) {
       TensorMatcher({tokens, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(*x_scale, "x_scale");
+    } else if constexpr (Shape::kFp8) {
+      TensorMatcher({tokens, 1}).dtype<float>().contiguous().device(device).verify(*x_scale, "x_scale");
     }
     TensorMatcher({experts}).dtype<int32_t>().contiguous().device(device).verify(offs, "offs");
     TensorMatcher({tokens, channels}).dtype<Out>().strides({kAny, 1}).device(device).verify(out, "out");
@@ -528,7 +289,7 @@ struct Mxfp8GroupedMm {
     GroupedParams p;
     encode<3>(&p.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(w), {k.value(), channels.value(), experts.value()},
               {k.value(), k.value() * channels.value()}, {grouped::kStageK, Shape::kChannels, 1});
-    if constexpr (Shape::kScaledX) {
+    if constexpr (Shape::kSizeOfX == 1) {
       encode(&p.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(x), tokens.value(), k.value(), x_pitch, Shape::kBoxTokens, 128);
     } else {
       encode(&p.x, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data(x), tokens.value(), k.value(), x_pitch * 2, Shape::kBoxTokens, 64);
@@ -541,7 +302,7 @@ struct Mxfp8GroupedMm {
     p.channels = static_cast<int>(channels.value()), p.k = static_cast<int>(k.value());
     p.stages = Shape::stages(p.experts);
     p.group = std::max(1, 1024 / N);
-    p.whole_words = p.k % grouped::kStageK == 0 && aligned(p.w_scale, 4) && aligned(p.x_scale, 4);
+    p.whole_words = p.k % grouped::kStageK == 0 && aligned(p.w_scale, 4) && (!Shape::kMx || aligned(p.x_scale, 4));
     launch(p, device.id());
   }
 
@@ -566,7 +327,7 @@ struct Mxfp8GroupedMm {
     const int64_t token_tiles = p.tokens / N + std::min(p.experts, p.tokens);  // the most there can be
     const int64_t tiles = token_tiles * ceil_div(p.channels, Shape::kChannels);
     if (tiles >= (int64_t{1} << 31)) TVM_FFI_THROW(ValueError) << "x: wanted fewer than 2^31 tiles of " << N << " rows, found " << tiles;
-    auto* kernel = mxfp8_grouped_mm_kernel<X, Out, W, N>;
+    auto* kernel = mxfp8_grouped_mm_kernel<Kind, Out, W, N>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit), "cudaFuncSetAttribute");

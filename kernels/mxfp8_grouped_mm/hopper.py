@@ -12,6 +12,8 @@ has run on a CPU (tests/kernels/test_mxfp8_grouped_mm_hopper.py). `TILES` follow
 * 64 × 8 and 64 × 16 run twice on an SM: one token of Qwen3-30B-A3B is 192 tiles of 64 rows, for 264 places.
 * 256 × 128 asks L2 for 64 KB in 2 048 cycles of the tensor cores: 32 bytes a cycle, about what an SM gets. MXFP8 tokens take
   128 rows only, as their bf16 copy lies beside them in shared memory.
+* FP8 tokens are multiplied in half the cycles: 48 KB in 1 024 for 256 × 128, whose sums leave room for one product beside them;
+  128 × 128 has room for two, and asks for 32 KB in 512.
 """
 
 from __future__ import annotations
@@ -24,33 +26,42 @@ import torch
 TARGET = "sm_90a"
 SOURCE = "mxfp8_grouped_mm/hopper.cuh"
 DATA = torch.float8_e4m3fn
-X_TYPES = {torch.bfloat16: "__nv_bfloat16", DATA: "__nv_fp8_e4m3"}
+#: What x may be, and its name in C++: bf16; e4m3 with a scale for 32 elements along K; e4m3 with one fp32 scale a row.
+KINDS = {"bf16": "kBf16", "mxfp8": "kMxfp8", "fp8": "kFp8"}
 OUT_TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
 MAX_EXPERTS = 1024
 MAX_SIZE = 1 << 24
 
-#: (tokens a group on average, up to which it is taken; tile), by dtype of x
-TILES: dict[torch.dtype, tuple[tuple[float, str], ...]] = {
-    torch.bfloat16: (
+#: (tokens a group on average, up to which it is taken; tile), by kind of x
+TILES: dict[str, tuple[tuple[float, str], ...]] = {
+    "bf16": (
         (4, "hopper:64x8"),
         (10, "hopper:64x16"),
         (20, "hopper:128x32"),
         (48, "hopper:256x64"),
         (float("inf"), "hopper:256x128"),
     ),
-    DATA: (
+    "mxfp8": (
         (4, "hopper:64x8"),
         (10, "hopper:64x16"),
         (20, "hopper:128x32"),
         (48, "hopper:128x64"),
         (float("inf"), "hopper:128x128"),
     ),
+    "fp8": (
+        (4, "hopper:64x8"),
+        (10, "hopper:64x16"),
+        (20, "hopper:128x32"),
+        (48, "hopper:256x64"),
+        (float("inf"), "hopper:256x128"),
+    ),
 }
 
 #: Every tile that compiles: what ``--tune`` compares.
-ALL_TILES: dict[torch.dtype, tuple[str, ...]] = {
-    torch.bfloat16: tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
-    DATA: tuple(f"hopper:{w}x{n}" for w in (64, 128) for n in (8, 16, 32, 64, 128) if (w, n) < (64, 64) or w == 128),
+ALL_TILES: dict[str, tuple[str, ...]] = {
+    "bf16": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
+    "mxfp8": tuple(f"hopper:{w}x{n}" for w in (64, 128) for n in (8, 16, 32, 64, 128) if (w, n) < (64, 64) or w == 128),
+    "fp8": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
 }
 
 # ---- which kernel ----------------------------------------------------------------------------------------------------
@@ -60,9 +71,9 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
     """What is wanted and what was found instead where no kernel of these can serve a call; None where one can."""
     if swizzled:
         return "plain scales", "scales in tiles of 128 x 4, which compute capability 9.0 has no use for"
-    if x.dtype not in X_TYPES:
+    if x_scale is None and x.dtype is not torch.bfloat16:
         # Weights times their scales need bf16's range, and bf16 is three bits too short for fp16 x.
-        return "x in bfloat16 or MXFP8", f"{x.dtype}"
+        return "x in bfloat16, FP8 or MXFP8", f"{x.dtype}"
     experts, n, k = w.shape
     if n % 8:
         return "N to be a multiple of 8: rows of out start at multiples of 16 bytes", f"N = {n}"
@@ -73,16 +84,22 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
     return None
 
 
-def tile(x_dtype: torch.dtype, tokens: int, experts: int) -> str:
+def kind(x_scale: torch.Tensor | None) -> str:
+    if x_scale is None:
+        return "bf16"
+    return "fp8" if x_scale.dtype is torch.float32 else "mxfp8"
+
+
+def tile(kind: str, tokens: int, experts: int) -> str:
     """By tokens a group, on average: how many each really has is known on the device alone."""
     mean = tokens / max(experts, 1)
-    return next(name for most, name in TILES[x_dtype] if mean <= most)
+    return next(name for most, name in TILES[kind] if mean <= most)
 
 
 def key(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> Hashable:
     if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
         return None
-    return tile(x.dtype, x.shape[0], w.shape[0]), x.dtype, out_dtype
+    return tile(kind(x_scale), x.shape[0], w.shape[0]), kind(x_scale), out_dtype
 
 
 def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> list[Hashable]:
@@ -91,7 +108,7 @@ def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch
         return []
     if isinstance(x.shape[0], int):
         return [key(x, x_scale, w, w_scale, offs, out_dtype, swizzled)]
-    return [(name, x.dtype, out_dtype) for _, name in TILES[x.dtype]]
+    return [(name, kind(x_scale), out_dtype) for _, name in TILES[kind(x_scale)]]
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -99,9 +116,9 @@ def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch
 
 def made(key: Any) -> str:
     """The C++ class of a key."""
-    name, x_dtype, out_dtype = key
+    name, kind, out_dtype = key
     channels, tokens = name.partition(":")[2].split("x")
-    return f"inductor_ext::Mxfp8GroupedMm<{X_TYPES[x_dtype]}, {OUT_TYPES[out_dtype]}, {channels}, {tokens}>"
+    return f"inductor_ext::Mxfp8GroupedMm<inductor_ext::GroupedX::{KINDS[kind]}, {OUT_TYPES[out_dtype]}, {channels}, {tokens}>"
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
@@ -120,6 +137,7 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
 
 
 def examples() -> Sequence[Hashable]:
-    """What CI compiles: the narrowest and the widest tile, and x in MXFP8."""
+    """What CI compiles: the narrowest and the widest tile, and x in MXFP8 and FP8."""
     bf16 = torch.bfloat16
-    return (("hopper:64x8", bf16, bf16), ("hopper:256x128", bf16, bf16), ("hopper:128x128", DATA, bf16))
+    widest = ("hopper:256x128", "bf16", bf16), ("hopper:128x128", "mxfp8", bf16), ("hopper:256x128", "fp8", bf16)
+    return ("hopper:64x8", "bf16", bf16), *widest

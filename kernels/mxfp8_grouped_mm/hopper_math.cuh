@@ -18,6 +18,9 @@ __device__ __forceinline__ uint32_t scaled_pair(uint16_t pair, uint32_t factor) 
   return scaled;
 }
 
+// The upper of two bf16 as fp32.
+__device__ __forceinline__ float upper(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
 // Four bytes, the first `bytes` of them from memory and the others zero.
 __device__ __forceinline__ void copy_word(uint32_t shared, const uint8_t* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");

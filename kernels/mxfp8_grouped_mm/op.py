@@ -1,12 +1,13 @@
 """mxfp8_grouped_mm: one matrix product an expert, its weights in MXFP8, written into a planned buffer.
 
-    out[t, n] = Σ_k x[t, k] · 2^sx · w[e, n, k] · 2^sw            e: the group of row t
+    out[t, n] = Σ_k x[t, k] · sx · w[e, n, k] · 2^sw            e: the group of row t
 
 MXFP8 is e4m3 with one e8m0 scale (``torch.float8_e8m0fnu``, 2^(byte - 127)) for 32 consecutive elements along K. Products are
-exact, sums fp32, rounded once.
+exact, sums fp32, rounded once; where FP8 tensor cores of compute capability 9.0 multiply (x in FP8), they keep about 14 bits of
+the sum of 32 products, which is then added in fp32.
 
 * x [T, K], rows sorted by group, unit stride along K, any pitch of a multiple of 16 bytes: bf16 or fp16 with ``x_scale`` None
-  (the weights alone are MXFP8), or e4m3 with ``x_scale``.
+  (the weights alone are MXFP8), or e4m3 with ``x_scale``: MXFP8, or FP8 with ``x_scale`` float32 [T, 1], one number a row.
 * w [E, N, K] e4m3, contiguous; K a multiple of 32.
 * offs [E] int32, the groups' cumulative ends, ascending. A group may be empty. Rows from ``offs[-1]`` on belong to no group:
   ``.out`` does not write them; what the functional form gives there is not defined (zeros on a CPU).
@@ -98,7 +99,7 @@ def reference_into(
         if start == end:
             continue
         rows = x[start:end]
-        left = rows.double() if x_scale is None else dequantize(rows, x_scale[start:end], torch.float64)
+        left = rows.double() if x_scale is None else _numbers(rows, x_scale[start:end], torch.float64)
         right = dequantize(w[expert], w_scale[expert], torch.float64)
         out[start:end] = (left @ right.t()).to(out_dtype)
 
@@ -108,7 +109,7 @@ def _plain(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, swizzled: bool
     if not swizzled:
         return x_scale, w_scale
     columns = x.shape[1] // mx.BLOCK
-    if x_scale is not None:
+    if x_scale is not None and x_scale.dtype is not torch.float32:
         if not x.is_cuda:
             needed = int(mx.group_starts(offs)[-1])
             if x_scale.shape[0] < needed:
@@ -125,17 +126,25 @@ def _on_gpu(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, swizzled: boo
     rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
     inside = (rows < offs[-1])[:, None] if offs.numel() else torch.zeros_like(rows, dtype=torch.bool)[:, None]
     if x.dtype is not torch.float16 and out.dtype is torch.bfloat16 and w.shape[1] % 8 == 0:
-        left = x if x_scale is None else dequantize(x, x_scale, torch.bfloat16)
+        of_row = x_scale is not None and x_scale.dtype is torch.float32  # bf16 does not hold x times such a scale
+        left = x.to(torch.bfloat16) if x_scale is None or of_row else dequantize(x, x_scale, torch.bfloat16)
         made = torch._grouped_mm(left, dequantize(w, w_scale, torch.bfloat16).transpose(-2, -1), offs)
-        out.copy_(torch.where(inside, made, out))
+        out.copy_(torch.where(inside, (made * x_scale).to(torch.bfloat16) if of_row else made, out))
         return
-    left = x.float() if x_scale is None else dequantize(x, x_scale, torch.float32)
+    left = x.float() if x_scale is None else _numbers(x, x_scale, torch.float32)
     made = torch.zeros_like(out, dtype=torch.float32)
     group = torch.bucketize(rows, offs, right=True)[:, None]
     for expert in range(w.shape[0]):  # PyTorch's grouped product is bf16 only, in rows of 16 bytes
         product = left @ dequantize(w[expert], w_scale[expert], torch.float32).t()
         made = torch.where(group == expert, product, made)
     out.copy_(torch.where(inside, made.to(out.dtype), out))
+
+
+def _numbers(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """MXFP8 or FP8 with a scale a row."""
+    if scales.dtype is torch.float32:
+        return data.to(dtype) * scales.to(dtype)
+    return dequantize(data, scales, dtype)
 
 
 def dequantize(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -165,7 +174,9 @@ def _check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any
         rows, columns = mx.swizzled_shape(n, columns)
         w_shape = [groups, rows * columns]
     _check_scale("w_scale", w_scale, w_shape, w_shape, x.device)
-    if x_scale is not None and swizzled:
+    if x_scale is not None and x_scale.dtype is torch.float32:
+        _check_scale("x_scale", x_scale, [x.shape[0], 1], ["T", 1], x.device, (torch.float32,))
+    elif x_scale is not None and swizzled:
         if x_scale.dim() != 2 or x_scale.shape[1] != columns:
             raise ValueError(f"mxfp8_grouped_mm: x_scale: wanted shape [R, {columns}], found shape {list(x_scale.shape)}")
         _check_scale("x_scale", x_scale, list(x_scale.shape), ["R", columns], x.device)
@@ -198,8 +209,15 @@ def _check_data(x: Any, w: Any, out_dtype: Any) -> None:
         raise ValueError(f"mxfp8_grouped_mm: x: wanted {wanted}, found strides {list(x.stride())} of {x.dtype}")
 
 
-def _check_scale(name: str, scale: Any, shape: list[Any], shown: list[Any], device: torch.device) -> None:
-    if scale.dtype not in (mx.SCALE, torch.uint8):
+def _check_scale(
+    name: str,
+    scale: Any,
+    shape: list[Any],
+    shown: list[Any],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = (mx.SCALE, torch.uint8),
+) -> None:
+    if scale.dtype not in dtypes:
         raise TypeError(f"mxfp8_grouped_mm: {name}: wanted float8_e8m0fnu, found {scale.dtype}")
     if scale.dim() != len(shape) or any(have != want for have, want in zip(scale.shape, shape)):
         wanted = f"[{', '.join(map(str, shown))}]"
@@ -275,7 +293,7 @@ OP = Op(
         "mxfp8_grouped_mm(Tensor x, Tensor? x_scale, Tensor w, Tensor w_scale, Tensor offs, ScalarType out_dtype, "
         "bool swizzled) -> Tensor"
     ),
-    doc="a matrix product an expert with MXFP8 weights, x in bf16, fp16 or MXFP8, into a planned buffer",
+    doc="a matrix product an expert with MXFP8 weights, x in bf16, fp16, FP8 or MXFP8, into a planned buffer",
     fake=fake,
     reference=reference,
     reference_into=reference_into,

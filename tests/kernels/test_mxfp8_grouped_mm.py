@@ -65,6 +65,18 @@ def test_reference(x_dtype: torch.dtype, ends: list[int], swizzled: bool, out_dt
     assert_same_bytes(found[: ends[-1]], right[: ends[-1]])
 
 
+@pytest.mark.parametrize("out_dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("ends", list(GROUPS.values()), ids=list(GROUPS))
+def test_reference_of_fp8_rows(ends: list[int], out_dtype: torch.dtype) -> None:
+    x, w, w_scale, offs = problem(ends)
+    scale = torch.rand(x.shape[0], 1) + 0.5
+    found = ops.mxfp8_grouped_mm(x.to(E4), scale, w, w_scale, offs, out_dtype, False)
+    right = wanted(x.to(E4).double() * scale.double(), values(w, w_scale), ends, out_dtype)
+    assert_same_bytes(found[: ends[-1]], right[: ends[-1]])
+    swizzled = ops.mxfp8_grouped_mm(x.to(E4), scale, w, mx.swizzle(w_scale), offs, out_dtype, True)
+    assert_same_bytes(swizzled[: ends[-1]], found[: ends[-1]])
+
+
 @pytest.mark.parametrize("ends", list(GROUPS.values()), ids=list(GROUPS))
 def test_rows_of_no_group_are_not_written(ends: list[int]) -> None:
     x, w, w_scale, offs = problem(ends)
@@ -121,7 +133,9 @@ ERRORS = [
     ({"x": X.to(E4)}, TypeError, "x_scale: wanted scales for float8_e4m3fn x, found None"),
     ({"x_scale": S[0, :4]}, TypeError, "x_scale: wanted None for torch.bfloat16 x"),
     ({"x": X.to(E4), "x_scale": S[0, :3]}, ValueError, r"x_scale: wanted shape \[T, 2\], found \[3, 2\]"),
-    ({"x": X.to(E4), "x_scale": torch.ones(4, 2)}, TypeError, "x_scale: wanted float8_e8m0fnu, found torch.float32"),
+    ({"x": X.to(E4), "x_scale": torch.ones(4, 2).half()}, TypeError, "x_scale: wanted float8_e8m0fnu, found torch.float16"),
+    ({"x": X.to(E4), "x_scale": torch.ones(4, 2)}, ValueError, r"x_scale: wanted shape \[T, 1\], found \[4, 2\]"),
+    ({"x": X.to(E4), "x_scale": torch.ones(4)}, ValueError, r"x_scale: wanted shape \[T, 1\], found \[4\]"),
     ({"w": W.to(BF16)}, TypeError, "w: wanted float8_e4m3fn, found torch.bfloat16"),
     ({"w": W[..., :32]}, ValueError, r"w: wanted \[E, N, 64\], K as x has and a multiple of 32, found shape \[2, 16, 32\]"),
     ({"x": X[:, :48], "w": W[..., :48]}, ValueError, "a multiple of 32"),

@@ -21,10 +21,13 @@ from tests.support.machine_code import Built
 
 BF16, FP16, FP32, E4, E8 = torch.bfloat16, torch.float16, torch.float32, mx.DATA, mx.SCALE
 TILES = {
-    "64x8": ("hopper:64x8", BF16, BF16),
-    "128x32": ("hopper:128x32", BF16, FP32),
-    "256x128": ("hopper:256x128", BF16, BF16),
-    "mxfp8": ("hopper:128x64", E4, FP16),
+    "64x8": ("hopper:64x8", "bf16", BF16),
+    "128x32": ("hopper:128x32", "bf16", FP32),
+    "256x128": ("hopper:256x128", "bf16", BF16),
+    "mxfp8": ("hopper:128x64", "mxfp8", FP16),
+    "fp8 64x8": ("hopper:64x8", "fp8", FP32),
+    "fp8 128x128": ("hopper:128x128", "fp8", BF16),  # two products beside the sums
+    "fp8 256x128": ("hopper:256x128", "fp8", BF16),  # one
 }
 
 
@@ -38,10 +41,10 @@ def tile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
-    return Kernel(("hopper:64x8", BF16, FP32), tmp_path_factory.mktemp("narrow"))
+    return Kernel(("hopper:64x8", "bf16", FP32), tmp_path_factory.mktemp("narrow"))
 
 
-def operands(counts: list[int], tokens: int, n: int, k: int, x_dtype: torch.dtype, seed: int = 0) -> list[Any]:
+def operands(counts: list[int], tokens: int, n: int, k: int, kind: str, seed: int = 0) -> list[Any]:
     """x, x_scale, w, w_scale, offs; blocks differ in size, so that a scale of the wrong block shows."""
     torch.manual_seed(seed)
     spread = lambda shape, most: torch.exp2(torch.randint(-most, most, shape).float())  # noqa: E731
@@ -49,7 +52,16 @@ def operands(counts: list[int], tokens: int, n: int, k: int, x_dtype: torch.dtyp
     w, w_scale = mx.quantize((torch.randn(*blocks[:3], mx.BLOCK) * spread(blocks, 6)).flatten(-2), "rceil")
     x = (torch.randn(tokens, k // mx.BLOCK, mx.BLOCK) * spread((tokens, k // mx.BLOCK, 1), 3)).flatten(-2)
     offs = torch.tensor(counts, dtype=torch.int32).cumsum(0).int()
-    return [*(mx.quantize(x, "rceil") if x_dtype is E4 else (x.to(x_dtype), None)), w, w_scale, offs]
+    return [*quantised(x, kind), w, w_scale, offs]
+
+
+def quantised(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if kind == "bf16":
+        return x.bfloat16(), None
+    if kind == "mxfp8":
+        return mx.quantize(x, "rceil")
+    scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 448.0
+    return (x / scale).to(E4), scale
 
 
 def run(kernel: Kernel, given: list[Any], out_dtype: torch.dtype, **options: Any) -> torch.Tensor:
@@ -111,7 +123,7 @@ def test_no_token(tile: Any) -> None:
 def test_rows_with_a_pitch(tile: Any) -> None:
     key, kernel, _, tokens = tile
     given = operands([tokens // 2, 3], tokens, 24, 64, key[1])
-    wide = torch.zeros(tokens, 96).to(key[1])
+    wide = torch.zeros(tokens, 96).to(given[0].dtype)
     wide[:, 16:80] = given[0]
     given[0] = wide[:, 16:80]
     check(key, kernel, given)
@@ -123,8 +135,10 @@ def test_the_scales_of_the_next_row_do_not_count(tile: Any) -> None:
     given = operands([4, 5], 9, 16, 96, key[1])
     _, x_scale, _, w_scale, _ = given
     w_scale.view(torch.uint8)[:, 3, 0] = 255
-    if x_scale is not None:
+    if x_scale is not None and x_scale.dtype is E8:
         x_scale.view(torch.uint8)[6, 0] = 255
+    elif x_scale is not None:
+        x_scale[6] = torch.nan
     wanted = torch.zeros(9, 16, dtype=torch.bool)
     wanted[:, 3] = True
     wanted[6] = x_scale is not None
@@ -135,7 +149,7 @@ def test_the_scales_of_the_next_row_do_not_count(tile: Any) -> None:
 @pytest.mark.parametrize("ends", [[-4, 3, 9], [5, 2, 9], [2, 40, 50]], ids=["negative", "descending", "past the last row"])
 def test_a_wrong_offs_writes_nothing_outside(narrow: Kernel, ends: list[int]) -> None:
     """What is in the rows is not defined; that memory outside is left alone is."""
-    given = operands([3, 3, 3], 9, 16, 64, BF16)
+    given = operands([3, 3, 3], 9, 16, 64, "bf16")
     given[4] = torch.tensor(ends, dtype=torch.int32)
     run(narrow, given, FP32)
 
@@ -143,7 +157,7 @@ def test_a_wrong_offs_writes_nothing_outside(narrow: Kernel, ends: list[int]) ->
 def test_1024_experts(narrow: Kernel) -> None:
     counts = [0] * 1024
     counts[0], counts[31], counts[32], counts[1023] = 1, 9, 2, 3
-    check(("", BF16, FP32), narrow, operands(counts, 15, 8, 32, BF16), sms=1)
+    check(("", "bf16", FP32), narrow, operands(counts, 15, 8, 32, "bf16"), sms=1)
 
 
 # ---- FP8 to bf16 -----------------------------------------------------------------------------------------------------
@@ -190,7 +204,7 @@ def test_every_scale_and_element_through_the_kernel(narrow: Kernel) -> None:
 
 
 def test_nan_and_infinity_of_tokens(narrow: Kernel) -> None:
-    given = operands([4, 4], 8, 16, 64, BF16)
+    given = operands([4, 4], 8, 16, 64, "bf16")
     given[0][1, 5], given[0][2, 6], given[0][6, 40] = torch.nan, torch.inf, -torch.inf
     found = run(narrow, given, FP32)
     assert found[1].isnan().all() and not found[2].isfinite().any() and not found[6].isfinite().any()
@@ -201,35 +215,37 @@ def test_nan_and_infinity_of_tokens(narrow: Kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "tokens", "experts", "name"),
+    ("kind", "tokens", "experts", "name"),
     [
-        (BF16, 8, 128, "64x8"),
-        (BF16, 512, 128, "64x8"),
-        (BF16, 513, 128, "64x16"),
-        (BF16, 128, 8, "128x32"),
-        (BF16, 4096, 128, "256x64"),
-        (BF16, 32768, 128, "256x128"),
-        (E4, 32768, 128, "128x128"),
-        (BF16, 0, 0, "64x8"),
+        ("bf16", 8, 128, "64x8"),
+        ("bf16", 512, 128, "64x8"),
+        ("bf16", 513, 128, "64x16"),
+        ("bf16", 128, 8, "128x32"),
+        ("bf16", 4096, 128, "256x64"),
+        ("bf16", 32768, 128, "256x128"),
+        ("mxfp8", 32768, 128, "128x128"),
+        ("fp8", 64, 128, "64x8"),
+        ("fp8", 32768, 128, "256x128"),
+        ("bf16", 0, 0, "64x8"),
     ],
 )
-def test_the_tile_follows_the_tokens_a_group(x_dtype: torch.dtype, tokens: int, experts: int, name: str) -> None:
-    assert hopper.tile(x_dtype, tokens, experts) == f"hopper:{name}"
+def test_the_tile_follows_the_tokens_a_group(kind: str, tokens: int, experts: int, name: str) -> None:
+    assert hopper.tile(kind, tokens, experts) == f"hopper:{name}"
 
 
 def test_a_key_for_any_number_of_tokens_is_among_the_keys() -> None:
-    for x_dtype in hopper.X_TYPES:
-        names = {hopper.tile(x_dtype, tokens, 8) for tokens in (0, 1, 30, 60, 100, 200, 300, 400, 10_000)}
-        assert names == {name for _, name in hopper.TILES[x_dtype]} <= set(hopper.ALL_TILES[x_dtype])
+    for kind in hopper.KINDS:
+        names = {hopper.tile(kind, tokens, 8) for tokens in (0, 1, 30, 60, 100, 200, 300, 400, 10_000)}
+        assert names == {name for _, name in hopper.TILES[kind]} <= set(hopper.ALL_TILES[kind])
 
 
 def test_what_has_no_kernel() -> None:
-    x, x_scale, w, w_scale, _ = operands([4, 4], 8, 16, 64, BF16)
+    x, x_scale, w, w_scale, _ = operands([4, 4], 8, 16, 64, "bf16")
     assert hopper.unsupported(x, x_scale, w, BF16, False) is None
     wide = torch.empty(1025, 8, 32, device="meta")
     for call, wanted in (
         ((x, x_scale, w, BF16, True), "plain scales"),
-        ((x.half(), x_scale, w, BF16, False), "x in bfloat16 or MXFP8"),
+        ((x.half(), x_scale, w, BF16, False), "x in bfloat16, FP8 or MXFP8"),
         ((x, x_scale, w[:, :12], BF16, False), "N to be a multiple of 8"),
         ((x, x_scale, wide, BF16, False), "at most 1024 experts"),
     ):
@@ -241,15 +257,37 @@ def test_what_has_no_kernel() -> None:
 # ---- machine code ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["64x8", "256x128"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    spec: jit.JitSpec = OP.examples(hopper.TARGET)[request.param]
-    return Built(spec, tmp_path_factory.mktemp("code") / "kernel")
+@pytest.fixture(scope="module", params=hopper.examples(), ids=lambda key: f"{key[1]}-{key[0][7:]}")
+def kind_and_built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Built]:
+    """All that there is an example of: tests/kernels/test_builds.py leaves them to this one."""
+    spec: jit.JitSpec = OP.spec_of_key((hopper.TARGET, request.param), hopper.TARGET)
+    return request.param[1], Built(spec, tmp_path_factory.mktemp("code") / "kernel")
+
+
+@pytest.fixture
+def built(kind_and_built: tuple[str, Built]) -> Built:
+    return kind_and_built[1]
 
 
 @pytest.mark.nvcc
 @pytest.mark.slow
-def test_weights_go_from_registers_to_the_tensor_cores(built: Built) -> None:
+def test_fp8_is_multiplied_as_it_is(kind_and_built: tuple[str, Built]) -> None:
+    kind, built = kind_and_built
+    if kind != "fp8":
+        return
+    found = set(re.findall(r"wgmma\.mma_async\S*", built.ptx))
+    assert found and all(".f32.e4m3.e4m3" in each and "k32" in each for each in found)
+    if built.sass:
+        assert built.instructions("QGMMA") and not built.instructions("HGMMA")
+        assert not re.search(r"F2FP\.F16\.E4M3", built.sass), "a weight is converted"
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_weights_go_from_registers_to_the_tensor_cores(kind_and_built: tuple[str, Built]) -> None:
+    kind, built = kind_and_built
+    if kind == "fp8":
+        return
     found = set(re.findall(r"wgmma\.mma_async\S*", built.ptx))
     assert found and all(".bf16.bf16" in each and ".m64n" in each for each in found)
     # A register list as the A operand, and a descriptor as B: not two descriptors.
@@ -262,10 +300,11 @@ def test_weights_go_from_registers_to_the_tensor_cores(built: Built) -> None:
 
 @pytest.mark.nvcc
 @pytest.mark.slow
-def test_nothing_spills_and_nothing_waits_too_long(built: Built) -> None:
+def test_nothing_spills_and_nothing_waits_too_long(kind_and_built: tuple[str, Built]) -> None:
+    kind, built = kind_and_built
     assert ".local" not in built.ptx
     assert built.instructions("STL|LDL") == []
-    if built.sass:  # every wgmma but the last may run on while the next weights are converted
+    if built.sass and kind != "fp8":  # every wgmma but the last may run on while the next weights are converted
         assert len(re.findall(r"DEPBAR\.LE gsb0, 0x1", built.sass)) >= len(re.findall(r"DEPBAR\.LE gsb0, 0x0", built.sass))
 
 
@@ -279,16 +318,17 @@ def test_offs_is_read_after_the_kernel_ahead_has_ended(built: Built) -> None:
 
 @pytest.mark.nvcc
 @pytest.mark.slow
-def test_errors_name_the_argument(built: Built) -> None:
+def test_errors_name_the_argument(kind_and_built: tuple[str, Built]) -> None:
     """The host function, as far as it gets with tensors of a CPU."""
     import tvm_ffi
 
-    module = tvm_ffi.load_module(str(built.binary))
-    given = operands([4, 4], 8, 16, 64, BF16)
+    module = tvm_ffi.load_module(str(kind_and_built[1].binary))
+    kind = kind_and_built[0]
+    given = operands([4, 4], 8, 16, 64, kind)
     out = torch.empty(8, 16, dtype=BF16)
     with pytest.raises(ValueError, match="x: wanted a CUDA tensor"):
         module.run(*given, out)
-    with pytest.raises(TypeError, match="x: wanted bfloat16, found float32"):
+    with pytest.raises(TypeError, match=f"x: wanted {'bfloat16' if kind == 'bf16' else 'float8_e4m3fn'}, found float32"):
         module.run(given[0].float(), *given[1:], out)
 
 
@@ -299,5 +339,6 @@ def test_the_source_says_that_it_has_not_run() -> None:
 
 
 def test_tiles_that_compile_are_all_named() -> None:
-    sizes = {tuple(map(int, name.partition(":")[2].split("x"))) for name in hopper.ALL_TILES[BF16]}
-    assert sizes == set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128))) - {(64, 128)}
+    for kind in ("bf16", "fp8"):
+        sizes = {tuple(map(int, name.partition(":")[2].split("x"))) for name in hopper.ALL_TILES[kind]}
+        assert sizes == set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128))) - {(64, 128)}

@@ -150,7 +150,7 @@ def test_activations_and_rounding(rounding: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activations": "fp8"}, "activations: wanted auto, bf16 or mxfp8, found 'fp8'"),
+        ({"activations": "int8"}, "activations: wanted auto, bf16, fp8, mxfp8, found 'int8'"),
         ({"rounding": "even"}, "rounding: wanted rceil or floor, found 'even'"),
         ({"weights": {"w1": "[E, H]"}}, r"weights: w1: wanted \[E, N, K\] or \[E, K, N\], found '\[E, H\]'"),
         ({"weights": {"w7": NK}}, "wanted a pattern of 3-D parameters, found 'w7', which none is called; there is w1, w2"),

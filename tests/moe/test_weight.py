@@ -66,7 +66,7 @@ def test_every_scale_and_every_number() -> None:
     assert torch.equal(found[1:254].double()[inside], (data.double() * power)[1:254][inside]), "exact in bf16's range"
 
 
-@pytest.mark.parametrize("activations", ["bf16", "mxfp8"])
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "mxfp8"])
 def test_grouped_mm_computes_with_what_it_stands_for(activations: str) -> None:
     w = bf16()
     x, made = x_of(w), MXFP8Weight.quantize(w, activations=activations)
@@ -75,7 +75,13 @@ def test_grouped_mm_computes_with_what_it_stands_for(activations: str) -> None:
         data, scale = torch.ops.inductor_ext.mxfp8_quantize(x, None, "rceil", False)
         left = weights.dequantize(data, scale.view(torch.uint8))
         assert not torch.equal(left, x)
+    if activations == "fp8":
+        left, scale = weights.by_rows(x)
+        assert left.dtype is torch.float8_e4m3fn and torch.equal(left.float().abs().amax(1), torch.full((len(x),), 448.0))
+        left = left.to(BF16)
     wanted = torch._grouped_mm(left, made.dequantize().transpose(-2, -1), OFFS)
+    if activations == "fp8":
+        wanted = (wanted * scale).to(BF16)
     for call in (torch._grouped_mm, torch.nn.functional.grouped_mm):
         assert_same_bytes(call(x, made.transpose(-2, -1), offs=OFFS), wanted)
     assert_same_bytes(torch._grouped_mm(x, made.mT, OFFS), wanted)
@@ -199,7 +205,7 @@ ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (torch.zeros(2, 32, 40, dtype=BF16), {}, ValueError, "K a multiple of 32, found"),
     (torch.zeros(2, 40, 32, dtype=BF16), {"transposed": True}, ValueError, r"\[E, K, N\], K a multiple of 32"),
     (torch.zeros(2, 0, 32, dtype=BF16), {}, ValueError, r"found shape \[2, 0, 32\]"),
-    (torch.zeros(2, 8, 32, dtype=BF16), {"activations": "fp8"}, ValueError, "activations: wanted bf16 or mxfp8, found 'fp8'"),
+    (torch.zeros(2, 8, 32, dtype=BF16), {"activations": "int8"}, ValueError, "activations: wanted bf16, fp8, mxfp8, found"),
     (torch.zeros(2, 8, 32, dtype=BF16), {"rounding": "even"}, ValueError, "rounding: wanted rceil or floor, found 'even'"),
 ]
 
@@ -211,7 +217,7 @@ def test_errors(weight: torch.Tensor, options: dict[str, Any], error: type[Excep
 
 
 @SWIZZLED
-@pytest.mark.parametrize("activations", ["bf16", "mxfp8"])
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "mxfp8"])
 def test_stock_inductor_compiles_it_too(activations: str, swizzled: bool) -> None:
     experts = Experts(MXFP8Weight.quantize(bf16(), activations=activations, swizzled=swizzled))
     x = x_of(experts.weight)

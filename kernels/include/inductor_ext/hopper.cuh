@@ -56,6 +56,11 @@ struct Wgmma {
     }
   }
 
+  // 32 elements of K, by their descriptors, into D alone: what it had is overwritten.
+  static __device__ __forceinline__ void step(uint64_t dx, uint64_t dy, float (&d)[N / 2]) {
+    call(dx, dy, d, cute::SM90::GMMA::ScaleOut::Zero, std::make_index_sequence<N / 2>());
+  }
+
  private:
   template <size_t... I>
   static __device__ __forceinline__ void call(uint64_t dx, uint64_t dy, float (&d)[N / 2], cute::SM90::GMMA::ScaleOut scale,

@@ -26,10 +26,10 @@ class Kernel:
             pytest.skip("no g++")
         made = folder / "kernel.so"
         types, _, _ = hopper.made(key).partition("<")[2].rpartition(">")
-        x, out, channels, tokens = types.split(", ")
+        kind, out, channels, tokens = types.split(", ")
         command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
         command += [f"-I{HERE}", f"-I{KERNELS}", f"-I{KERNELS / 'include'}"]
-        command += [f"-DMXFP8_{name}={value}" for name, value in zip(("X", "OUT", "W", "N"), (x, out, channels, tokens))]
+        command += [f"-DMXFP8_{name}={value}" for name, value in zip(("KIND", "OUT", "W", "N"), (kind, out, channels, tokens))]
         run = subprocess.run([*command, str(HERE / "mxfp8_grouped_mm.cpp"), "-o", str(made)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[:4000]
         self.library = ctypes.CDLL(str(made))

@@ -42,6 +42,7 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 struct uint2 { uint32_t x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct __nv_bfloat16 { uint16_t bits; };
@@ -93,10 +94,12 @@ struct Meeting {  // of some threads: who came, and how often all have
   uint64_t times = 0;
 };
 struct Step {  // a wgmma, of one thread
-  const uint32_t* a[4];
+  const uint32_t* a[4];  // bf16, from registers; or null, and e4m3 from `a_shared`
   uint64_t b;
   std::vector<float*> d;
-  std::vector<uint16_t> operands;  // both, as they were when it was issued
+  std::vector<uint8_t> operands;  // both, as they were when it was issued
+  uint64_t a_shared;
+  bool adds;
 };
 struct Cta {
   std::vector<ucontext_t> fibres;
@@ -261,40 +264,57 @@ inline const uint8_t* operand_byte(uint64_t descriptor, int row, int byte) {
   return inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4));
 }
 
-// A of this thread and, by the first of the warpgroup, all of B: what a wgmma reads must not change from its issue to its end.
-inline std::vector<uint16_t> operands_of(const Step& step, bool first) {
-  std::vector<uint16_t> found;
-  for (const uint32_t* word : step.a) found.push_back(*word & 0xffff), found.push_back(*word >> 16);
-  for (int n = 0; first && n < static_cast<int>(step.d.size()) * 2; ++n) {
-    for (int k = 0; k < 16; ++k) {
-      uint16_t bits;
-      std::memcpy(&bits, operand_byte(step.b, n, 2 * k), 2);
-      found.push_back(bits);
-    }
-  }
+inline float of_e4m3(uint8_t byte) {
+  const int code = byte & 0x7f;
+  const float size = code == 0x7f ? std::nanf("") : code < 8 ? code * 0x1p-9f : std::ldexp(1.f + code % 8 / 8.f, code / 8 - 7);
+  return byte & 0x80 ? -size : size;
+}
+
+// A row of an operand in shared memory: 32 bytes of K.
+inline std::array<uint8_t, 32> row_of(uint64_t descriptor, int row) {
+  std::array<uint8_t, 32> found;
+  for (int i = 0; i < 32; ++i) found[i] = *operand_byte(descriptor, row, i);
   return found;
 }
 
-// The oldest group of a warpgroup: D[64, N] += A[64, 16] · B[N, 16]ᵀ for each of its steps, as PTX lays A and D out.
+// A of this thread's registers and, by the first of the warpgroup, what is in shared memory: what a wgmma reads must not change from
+// its issue to its end.
+inline std::vector<uint8_t> operands_of(const Step& step, bool first) {
+  std::vector<uint8_t> found;
+  auto add = [&](const auto& bytes) { found.insert(found.end(), bytes.begin(), bytes.end()); };
+  for (const uint32_t* word : step.a) {
+    for (int i = 0; word != nullptr && i < 4; ++i) found.push_back(*word >> 8 * i & 0xff);
+  }
+  for (int n = 0; first && n < static_cast<int>(step.d.size()) * 2; ++n) add(row_of(step.b, n));
+  for (int m = 0; first && step.a[0] == nullptr && m < 64; ++m) add(row_of(step.a_shared, m));
+  return found;
+}
+
+// The oldest group of a warpgroup: D[64, N] (+)= A[64, K] · B[N, K]ᵀ for each of its steps, as PTX lays A and D out. K is 32 bytes:
+// 16 bf16 with A in registers, or 32 e4m3.
 inline void run_group(unsigned first) {
   const size_t steps = cta->issued[first].front().size();
   for (size_t s = 0; s < steps; ++s) {
     const Step& any = cta->issued[first].front()[s];
     const int columns = static_cast<int>(any.d.size()) * 2;
-    std::vector<float> b(columns * 16);
+    const bool fp8 = any.a[0] == nullptr;
+    const int length = fp8 ? 32 : 16;
+    std::vector<float> b(columns * 32);
     for (int n = 0; n < columns; ++n) {
-      for (int k = 0; k < 16; ++k) {
-        uint16_t bits;
-        std::memcpy(&bits, operand_byte(any.b, n, 2 * k), 2);
-        b[n * 16 + k] = of_bf16(bits);
-      }
+      const auto bytes = row_of(any.b, n);
+      for (int k = 0; k < length; ++k) b[n * 32 + k] = fp8 ? of_e4m3(bytes[k]) : of_bf16(bytes[2 * k] | bytes[2 * k + 1] << 8);
     }
-    float a[64][16];
+    float a[64][32];
+    for (int m = 0; fp8 && m < 64; ++m) {
+      const auto bytes = row_of(any.a_shared, m);
+      for (int k = 0; k < 32; ++k) a[m][k] = of_e4m3(bytes[k]);
+    }
     for (unsigned t = 0; t < 128; ++t) {
       const Step& step = cta->issued[first + t].front().at(s);
-      if (step.b != any.b || step.d.size() != any.d.size()) fail("threads of a warpgroup that issue different wgmmas");
+      const bool alike = step.b == any.b && step.d.size() == any.d.size() && step.a_shared == any.a_shared && step.adds == any.adds;
+      if (!alike) fail("threads of a warpgroup that issue different wgmmas");
       if (step.operands != operands_of(step, t == 0)) fail("an operand of a wgmma that changed while it ran");
-      for (int r = 0; r < 4; ++r) {
+      for (int r = 0; !fp8 && r < 4; ++r) {
         for (int e = 0; e < 2; ++e) a[t / 32 * 16 + t % 32 / 4 + r % 2 * 8][t % 4 * 2 + r / 2 * 8 + e] = of_bf16(*step.a[r] >> 16 * e & 0xffff);
       }
     }
@@ -302,8 +322,8 @@ inline void run_group(unsigned first) {
       const Step& step = cta->issued[first + t].front()[s];
       for (int i = 0; i < columns / 2; ++i) {
         const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
-        float sum = *step.d[i];
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column * 16 + k];
+        float sum = step.adds ? *step.d[i] : 0.f;
+        for (int k = 0; k < length; ++k) sum += a[row][k] * b[column * 32 + k];
         *step.d[i] = sum;
       }
     }

@@ -31,7 +31,7 @@ extern "C" int mxfp8_grouped_mm(const Given* x, const Given* x_scale, const Give
     Optional<TensorView> scale;
     if (x_scale != nullptr) scale = view(*x_scale);
     const TensorView x_view = view(*x), w_view = view(*w), w_scale_view = view(*w_scale), offs_view = view(*offs);
-    Mxfp8GroupedMm<MXFP8_X, MXFP8_OUT, MXFP8_W, MXFP8_N>::run(x_view, scale, w_view, w_scale_view, offs_view, view(*out));
+    Mxfp8GroupedMm<MXFP8_KIND, MXFP8_OUT, MXFP8_W, MXFP8_N>::run(x_view, scale, w_view, w_scale_view, offs_view, view(*out));
     return 0;
   } catch (const std::exception& failure) {
     std::strncpy(error, failure.what(), length - 1);

@@ -80,7 +80,13 @@ enum class ScaleOut { Zero, One };
 struct Fma {
   template <typename... D>
   static void fma(const uint32_t& a0, const uint32_t& a1, const uint32_t& a2, const uint32_t& a3, uint64_t b, D&&... d_and_scale) {
-    record({{&a0, &a1, &a2, &a3}, b, {}, {}}, d_and_scale...);
+    record({{&a0, &a1, &a2, &a3}, b, {}, {}, 0, true}, d_and_scale...);
+  }
+  template <size_t N>
+  static void of_shared(uint64_t a, uint64_t b, float (&d)[N]) {
+    hopper_on_cpu::Step step{{}, b, {}, {}, a, false};
+    for (float& each : d) step.d.push_back(&each);
+    record(std::move(step), ScaleOut::One);
   }
 
  private:
@@ -110,6 +116,11 @@ inline uint64_t operand(const void* p) {
 }
 template <int N>
 void fence_registers(float (&)[N]) {}
+
+template <typename A, typename B, int N>
+struct Wgmma {
+  static void step(uint64_t a, uint64_t b, float (&d)[N / 2]) { cute::SM90::GMMA::Fma::of_shared(a, b, d); }
+};
 
 struct Slot {
   int index = 0;

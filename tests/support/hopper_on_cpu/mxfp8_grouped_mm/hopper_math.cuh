@@ -29,6 +29,8 @@ inline uint32_t scaled_pair(uint16_t pair, uint32_t factor) {
   return to_bf16(e4m3_value(pair & 0xff) * low) | to_bf16(e4m3_value(pair >> 8) * high) << 16;
 }
 
+inline float upper(uint32_t pair) { return hopper_on_cpu::of_bf16(pair >> 16); }
+
 inline void copy_word(uint32_t to, const uint8_t* from, int bytes) {
   if (bytes < 0 || bytes > 4) hopper_on_cpu::fail("cp.async: bytes outside of 0 to 4");
   if (bytes > 0) hopper_on_cpu::check_access(from, bytes, 1);

@@ -1,0 +1,160 @@
+// Sums on bf16 tensor cores: weights become bf16, their scale with them, on the way into wgmma's registers; MXFP8 tokens become bf16
+// in shared memory. The arithmetic is in `hopper.cuh`.
+#pragma once
+
+#include "mxfp8_grouped_mm/hopper_common.cuh"
+
+namespace inductor_ext {
+
+// D[64, N] += A[64, 16] · B[N, 16]ᵀ, both bf16; A in registers, as PTX lays m64k16 out: (row i, half of K high) at [2 * high + i].
+template <int N>
+struct GroupedWgmma {
+  using Atom = decltype(cute::SM90::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
+                                                         cute::Shape<cute::Int<64>, cute::Int<N>, cute::Int<16>>>());
+  template <int D>
+  static __device__ __forceinline__ void step(const uint32_t (&a)[4], uint64_t b, float (&d)[D]) {
+    call(a, b, d, std::make_index_sequence<N / 2>());
+  }
+
+ private:
+  template <int D, size_t... I>
+  static __device__ __forceinline__ void call(const uint32_t (&a)[4], uint64_t b, float (&d)[D], std::index_sequence<I...>) {
+    Atom::fma(a[0], a[1], a[2], a[3], b, d[I]..., cute::SM90::GMMA::ScaleOut::One);
+  }
+};
+
+template <int N, int M>
+__device__ __forceinline__ void fence_registers(uint32_t (&a)[N][M]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int j = 0; j < M; ++j) cute::warpgroup_fence_operand(a[i][j]);
+  }
+}
+
+// One tile's sums over all of K, in the first Columns / 2 of each block of d.
+template <typename Shape, int N, int Columns>
+__device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2], const GroupedRing& ring, Slot& slot,
+                                              const GroupedParams& p, const GroupedTile& tile) {
+  constexpr int kTogether = Shape::kTogether, kSets = grouped::kSteps / kTogether, kBlocks = Shape::kBlocks;
+  const int thread = threadIdx.x % grouped::kGroupThreads;
+  const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
+  const int row = row0 + grouped::fragment_row(thread, 0);
+  int first = row0 * grouped::kStageK + grouped::weights_of(thread), first_scale = row * grouped::kScaleSlot;
+  int leads = threadIdx.x % 32 == 0;
+  keep(first), keep(first_scale), keep(leads);
+  const bool leader = leads != 0;
+  const int per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
+  // All rows of a thread are multiples of 8 apart, so that their scales begin alike in their words.
+  const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.w_scale), tile.expert, p.channels, tile.channel + row, per_row);
+  uint32_t a[2][kTogether][4];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) d[b][i] = 0.f;
+  }
+  int previous = -1;
+  for (int at = 0; at < stages; ++at) {
+    FullBarrier::wait(ring.full + slot.index, slot.phase);
+    const int weights = slot.index * Shape::kStage + first;
+    const uint8_t* scales = ring.scales + (slot.index * Shape::kScales + first_scale);
+    const uint32_t there = grouped::scales_there(per_row, at);
+    uint32_t words[kBlocks][2], edges[kBlocks][2];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint2 slot = *reinterpret_cast<const uint2*>(scales + (b * grouped::kGroupRows + 8 * i) * grouped::kScaleSlot);
+        words[b][i] = grouped::scales_in(slot.x, slot.y, shift) & there;
+        edges[b][i] = grouped::edges_of(words[b][i]);
+      }
+    }
+    const uint64_t tokens = operand(ring.stages + (slot.index * Shape::kStage + Shape::kWeights));
+    if (Shape::kMx) FullBarrier::wait(ring.ready + slot.index, slot.phase);
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        // The wgmmas before these run while these ones' weights are converted, into the other half of `a`.
+        constexpr int kHalves = 2;
+        const int half = (set * kBlocks + b) % kHalves;
+#pragma unroll
+        for (int s = 0; s < kTogether; ++s) {
+          const int step = set * kTogether + s;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t factor = grouped::factor_in(words[b][i], edges[b][i], step / 2);
+#pragma unroll
+            for (int high = 0; high < 2; ++high) {
+              const int from = grouped::weights_at(weights, step, i, high) + b * grouped::kGroupRows * grouped::kStageK;
+              a[half][s][2 * high + i] = scaled_pair(*reinterpret_cast<const uint16_t*>(ring.stages + from), factor);
+            }
+          }
+        }
+        fence_registers(a[half]);
+        fence_registers(d[b]);
+        cute::warpgroup_arrive();
+#pragma unroll
+        for (int s = 0; s < kTogether; ++s) {
+          GroupedWgmma<Columns>::step(a[half][s], tokens + (grouped::token_step(N, set * kTogether + s) >> 4), d[b]);
+        }
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();
+        fence_registers(a[half ^ 1]);  // in use until here
+        if (set == 0 && b == 0 && previous >= 0 && leader) EmptyBarrier::arrive(ring.empty + previous);
+      }
+    }
+    previous = slot.index;
+    slot.advance(ring.count);
+  }
+  cute::warpgroup_wait<0>();
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
+  if (previous >= 0 && leader) EmptyBarrier::arrive(ring.empty + previous);
+}
+
+// MXFP8 tokens to bf16, stage after stage.
+template <typename Shape, int N>
+__device__ __forceinline__ void convert(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
+  const int thread = threadIdx.x % grouped::kGroupThreads, stages = grouped::ceil_of(p.k, grouped::kStageK);
+  const int per_row = p.k / grouped::kBlock, tiles = schedule.first[p.experts];
+  Slot slot;
+  int expert = 0;
+  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
+    const int loaded = grouped::ceil_of(tile.valid, Shape::kBoxTokens) * Shape::kBoxTokens;
+    for (int at = 0; at < stages; ++at) {
+      FullBarrier::wait(ring.full + slot.index, slot.phase);
+      uint8_t* to = ring.stages + slot.index * Shape::kStage + Shape::kWeights;
+      const uint8_t* from = to + Shape::kTokens;
+      const uint8_t* scales = ring.scales + slot.index * Shape::kScales + Shape::kChannels * grouped::kScaleSlot;
+      const uint32_t there = grouped::scales_there(per_row, at);
+#pragma unroll 2
+      for (int i = thread; i < loaded * 8; i += grouped::kGroupThreads) {
+        const int token = i / 8, sixteen = i % 8;
+        const uint4 raw = *reinterpret_cast<const uint4*>(from + grouped::swizzled(token, sixteen * 16));
+        const uint2 slot = *reinterpret_cast<const uint2*>(scales + token * grouped::kScaleSlot);
+        const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.x_scale), 0, 0, tile.token + token, per_row);
+        const uint32_t factor = grouped::factor_of((grouped::scales_in(slot.x, slot.y, shift) & there) >> 8 * (sixteen / 2) & 0xff);
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+        uint4 pieces[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t low = words[2 * half], high = words[2 * half + 1];
+          pieces[half] = make_uint4(scaled_pair(low & 0xffff, factor), scaled_pair(low >> 16, factor),
+                                    scaled_pair(high & 0xffff, factor), scaled_pair(high >> 16, factor));
+        }
+        // The upper 64 of K begin at the same banks as the lower: their two pieces go in the other order.
+        const int one = sixteen / 4;
+        *reinterpret_cast<uint4*>(to + grouped::token_piece(N, token, 2 * sixteen + one)) = one ? pieces[1] : pieces[0];
+        *reinterpret_cast<uint4*>(to + grouped::token_piece(N, token, 2 * sixteen + 1 - one)) = one ? pieces[0] : pieces[1];
+      }
+      cutlass::arch::fence_view_async_shared();  // wgmma reads what was written here
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(ring.ready + slot.index);
+      slot.advance(ring.count);
+    }
+  }
+}
+
+}  // namespace inductor_ext

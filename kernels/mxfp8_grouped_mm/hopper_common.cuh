@@ -1,0 +1,134 @@
+// What the roles of mxfp8_grouped_mm's kernels for compute capability 9.0 share: a tile's sizes, the arguments, the schedule, the ring
+// of stages. `hopper.cuh` is the kernel.
+#pragma once
+
+#include "inductor_ext/hopper.cuh"
+#include "inductor_ext/tensor_map.cuh"
+#include "mxfp8_grouped_mm/hopper_layout.cuh"
+#include "mxfp8_grouped_mm/hopper_math.cuh"
+
+namespace inductor_ext {
+
+constexpr int kGroupedMaxStages = 16;
+constexpr int kGroupedSharedOfTwo = 112 * 1024;  // bytes of shared memory for each of two CTAs of an SM
+constexpr int kGroupedMaxExperts = 1024;
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
+// What a token is: bf16, MXFP8 (e4m3 with a scale for 32 elements), or e4m3 with one fp32 scale for the row.
+enum class GroupedX { kBf16, kMxfp8, kFp8 };
+
+template <GroupedX Kind, typename Out, int W, int N>
+struct GroupedShape {
+  static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
+  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128, "of 8 to 128 tokens");
+  static constexpr bool kMx = Kind == GroupedX::kMxfp8, kFp8 = Kind == GroupedX::kFp8;
+  static constexpr int kSizeOfX = Kind == GroupedX::kBf16 ? 2 : 1;
+  static constexpr int kGroups = W == 64 ? 1 : 2;                    // of consumers
+  static constexpr int kBlocks = W / (kGroups * grouped::kGroupRows);  // of 64 rows that each has
+  static constexpr int kCtas = W == 64 || (W == 128 && N <= 32 && !kMx) ? 2 : 1;  // of an SM
+  static constexpr bool kMovesRegisters = kCtas == 1;  // from the producer, then a whole warpgroup, to the consumers
+  static constexpr int kConsumers = kGroups * grouped::kGroupThreads;
+  static constexpr int kConverters = kMx ? grouped::kGroupThreads : 0;
+  static constexpr int kThreads = kConsumers + kConverters + (kMovesRegisters ? grouped::kGroupThreads : 32);
+  // Multiples of 8 that come to 65 536 at most, with the others'.
+  static constexpr int kConsumerRegisters = kMx ? 176 : kFp8 ? 216 : 208, kConverterRegisters = 80;
+  static constexpr int kProducerRegisters = kMx || kFp8 ? 80 : 88;
+  static constexpr int kChannels = W;
+  static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
+  static constexpr int kWeights = W * grouped::kStageK;
+  static constexpr int kTokens = N * grouped::kStageK * (kFp8 ? 1 : 2);  // as they are multiplied
+  static constexpr int kRaw = kMx ? N * grouped::kStageK : 0;            // as they come, where that is not the same
+  static constexpr int kStage = kWeights + kTokens + kRaw;
+  static constexpr int kScales = (W + (kMx ? N : 0)) * grouped::kScaleSlot + (kFp8 ? N * 4 : 0);  // bytes a stage
+  static constexpr int kSize = static_cast<int>(sizeof(Out));
+  static constexpr int kMostStaged = kSize == 2 ? 32 : 16;  // tokens of the output that are staged at a time
+  static constexpr int kStagedTokens = N < kMostStaged ? N : kMostStaged;
+  static constexpr int kStaged = kStagedTokens * grouped::staged_pitch(kSize);  // bytes of each group of consumers
+  // Sets of registers for products that are not in the sums yet: two, where they fit beside the sums.
+  static constexpr int kParts = (kBlocks + 2) * N / 2 <= 192 ? 2 : 1;
+  static constexpr int kTogether = N >= 128 ? 2 : 4;  // wgmmas issued together: registers for two such sets of weights
+  static constexpr int fixed(int experts) { return kGroups * kStaged + 3 * kGroupedMaxStages * 8 + (2 * experts + 1) * 4; }
+  static constexpr int stages(int experts) {
+    const int budget = kCtas == 2 ? kGroupedSharedOfTwo : kSharedLimit;
+    const int fit = (budget - fixed(experts)) / (kStage + kScales);
+    return fit < kGroupedMaxStages ? fit : kGroupedMaxStages;
+  }
+  static constexpr int bytes(int experts) { return stages(experts) * (kStage + kScales) + fixed(experts); }
+  static_assert(kStage % 1024 == 0 && kScales % 16 == 0 && kStaged % 16 == 0);
+  static_assert((kSharedLimit - kGroups * kStaged - 8192 - 512) / (kStage + kScales) >= 3, "the tile leaves no room for a pipeline");
+};
+
+struct GroupedParams {
+  CUtensorMap w, x;
+  const uint8_t* w_scale;  // [E, N, K / 32]
+  const uint8_t* x_scale;  // [T, K / 32], or fp32 [T], or null
+  const int32_t* offs;
+  void* out;
+  int64_t out_pitch;  // elements
+  int experts, tokens, channels, k;
+  int stages;
+  int group;          // tiles of tokens that are taken together
+  bool whole_words;   // the four scales that a row has of a stage are one aligned word
+};
+
+// ---- the schedule -----------------------------------------------------------------------------------------------------------
+
+struct GroupedTile {
+  int expert, token, valid, channel;  // first token and channel; tokens of the tile
+  bool alone;                         // the only tile of tokens that reads these weights
+};
+
+// In shared memory: the tiles before each expert and, at [experts], of all; each expert's end.
+struct GroupedSchedule {
+  int* first;
+  int* ends;
+  int experts, channel_tiles, group;
+
+  // By a whole warp. `expert` is the caller's place in the list, which only moves on.
+  template <int TileTokens, int TileChannels>
+  __device__ __forceinline__ GroupedTile tile(int index, int& expert) const {
+    const int lane = threadIdx.x % 32;
+    for (int passed = 32; passed == 32; expert += passed) {
+      const int next = expert + 1 + lane;
+      passed = __popc(__ballot_sync(~0u, next <= experts && first[next] <= index));
+    }
+    const int begin = expert > 0 ? ends[expert - 1] : 0, rows = grouped::rows_between(begin, ends[expert]);
+    const int token_tiles = grouped::ceil_of(rows, TileTokens);
+    const grouped::Place place = grouped::place_of(index - first[expert], token_tiles, channel_tiles, group);
+    const int token = place.token_tile * TileTokens;
+    return {expert, begin + token, min(rows - token, TileTokens), place.channel_tile * TileChannels, token_tiles == 1};
+  }
+
+  // By one warp, after `ends` is there.
+  template <int TileTokens>
+  __device__ __forceinline__ void make() const {
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+    for (int base = 0; base < experts; base += 32) {
+      const int e = base + lane;
+      int count = 0;
+      if (e < experts) count = grouped::tiles_of(grouped::rows_between(e > 0 ? ends[e - 1] : 0, ends[e]), TileTokens, channel_tiles);
+      int sum = count;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += below;
+      }
+      if (e < experts) first[e] = before + sum - count;
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    if (lane == 0) first[experts] = before;
+  }
+};
+
+// The ring of stages as all roles see it.
+struct GroupedRing {
+  uint8_t* stages;
+  uint8_t* scales;
+  uint64_t* full;   // weights, tokens and scales are there
+  uint64_t* ready;  // the tokens are bf16, where they did not come as such
+  uint64_t* empty;
+  int count;
+};
+
+}  // namespace inductor_ext
