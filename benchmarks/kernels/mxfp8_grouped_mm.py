@@ -33,6 +33,7 @@ from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, dequantize
 
 BF16, FP32, E4 = torch.bfloat16, torch.float32, mx.DATA
 ROUNDS = 3
+FEW_ROWS = 64  # an expert that is hit: up to here reading weights takes longer than multiplying
 TOKENS = (1, 8, 64, 512, 4096, 16384)
 #: experts, hidden, intermediate, experts a token
 MODELS = {"Qwen3-30B-A3B": (128, 2048, 768, 8), "Mixtral-8x7B": (8, 4096, 14336, 2)}
@@ -226,6 +227,20 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means and least ratios of each of our sides, where weights bound the speed and where products do."""
+    found: dict[str, Any] = {}
+    for name in OURS:
+        for bound in ("weights", "products"):
+            some = [row for row in rows if (row["rows"] <= FEW_ROWS * row["hit"]) == (bound == "weights")]
+            for over in ("ratio", "ratio_fp8"):
+                each = [row[f"{name}_{over}"] for row in some]
+                if each:
+                    values = round(statistics.geometric_mean(each), 3), min(each)
+                    found[f"{name}, bound by {bound}, {over}"] = dict(zip(("mean", "least"), values))
+    return found
+
+
 # ---- every tile ------------------------------------------------------------------------------------------------------
 
 
@@ -326,8 +341,10 @@ def main(
         del w
         torch.cuda.empty_cache()
     if json is not None:
-        timing.write_json(json, {"rows": rows})
+        timing.write_json(json, {"rows": rows, "summary": summary(rows)})
     show(console, rows)
+    for name, ratios in summary(rows).items():
+        console.print(f"{name}: geometric mean {ratios['mean']}, least {ratios['least']}")
     if any(wrong_at(row[name]) for row in rows for name in (f"{each}_error" for each in OURS)):
         raise SystemExit("wrong results: see the table")
 

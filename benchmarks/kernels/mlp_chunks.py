@@ -1,0 +1,140 @@
+"""An FP8 MLP in one go, or some of its rows at a time, so that gate and up need not leave L2.
+
+    python benchmarks/kernels/mlp_chunks.py --out benchmarks/results/h200/mlp_chunks.json
+
+    gate and up in one launch → SiLU(gate) · up, quantised → down, with our kernels; row-wise scales, fast accumulation
+
+Gate and up of Qwen3-0.6B's 7168 tokens are 88 MB in bf16, more than the 50 MB of L2: the activation reads them from memory. A
+chunk has buffers for its own rows alone, which the next chunk writes over, and its rows of the output. Every product of a chunk
+is a launch of its own, with its own last wave. Each side is compared with the first (within 5e-3: other rows may take another
+kernel); times are CUDA-graph replays, in turn, three rounds, medians, over enough inputs to find L2 cold when an MLP begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import timing
+from inductor_ext import jit, registry
+from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
+from inductor_ext.kernels.act_mul_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
+from inductor_ext.kernels.scaled_mm import choice
+from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
+
+E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
+MODELS = {"Qwen3-0.6B": (1024, 3072), "Qwen3-8B": (4096, 12288), "Llama-3.1-8B": (4096, 14336)}  # hidden, intermediate
+TOKENS = (4096, 7168, 16384)
+CHUNKS = (1, 2, 3, 4, 6, 8)
+ARCH = "sm_90a"
+ROUNDS = 3
+
+
+class Mlp:
+    """Weights, one input and one output."""
+
+    def __init__(self, tokens: int, hidden: int, intermediate: int) -> None:
+        def fp8(n: int, k: int) -> torch.Tensor:
+            return torch.randn(n, k, device="cuda", dtype=BF16).to(E4)
+
+        self.tokens, self.intermediate = tokens, intermediate
+        self.x, self.x_scale = fp8(tokens, hidden), torch.rand(tokens, 1, device="cuda") * 0.1
+        self.weights = [fp8(intermediate, hidden).t(), fp8(intermediate, hidden).t()]
+        self.scales = [torch.rand(1, intermediate, device="cuda") * 0.1 for _ in range(2)]
+        self.down, self.down_scale = fp8(hidden, intermediate).t(), torch.rand(1, hidden, device="cuda") * 0.1
+        self.out = torch.empty(tokens, hidden, device="cuda", dtype=BF16)
+
+    @property
+    def bytes(self) -> int:
+        return self.tokens * self.intermediate * 5 + sum(each.numel() for each in (*self.weights, self.down))
+
+    def buffers(self, chunks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = -(-self.tokens // chunks)
+        return (
+            torch.empty(rows, 2 * self.intermediate, device="cuda", dtype=BF16),
+            torch.empty(rows, self.intermediate, device="cuda", dtype=E4),
+            torch.empty(rows, 1, device="cuda"),
+        )
+
+    def in_chunks(self, chunks: int) -> Callable[[], None]:
+        both, made, scale = self.buffers(chunks)
+        rows = len(both)
+
+        def run() -> None:
+            for first in range(0, self.tokens, rows):
+                count = min(rows, self.tokens - first)
+                x, x_scale, out = (each[first : first + count] for each in (self.x, self.x_scale, self.out))
+                wide, quantised, of_row = both[:count], made[:count], scale[:count]
+                _multiply([x], self.weights, [x_scale], self.scales, wide)
+                gate, up = wide.split(self.intermediate, 1)
+                ACT_MUL._call(gate, up, "silu", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4, out0=quantised, out1=of_row)
+                _multiply([quantised], [self.down], [of_row], [self.down_scale], out)
+
+        return run
+
+
+def _multiply(a: list[Any], b: list[Any], scale_a: list[Any], scale_b: list[Any], out: torch.Tensor) -> None:
+    """As a compiled model calls it: the configuration follows from the rows."""
+    SCALED_MM._call(a, b, scale_a, scale_b, [None] * len(b), BF16, True, True, "", out=out)
+
+
+def build() -> None:
+    """Every kernel that some chunk takes, in parallel."""
+    sizes = {-(-tokens // chunks) for tokens, chunks in itertools.product(TOKENS, CHUNKS)}
+    shapes = [shape for hidden, middle in MODELS.values() for shape in ((2 * middle, hidden), (hidden, middle))]
+    chosen = [choice.choose(ARCH, m, n, k, True, True) for m in sizes for n, k in shapes]
+    names = {each.config.name for each in chosen if each is not None}
+    specs = [SCALED_MM.spec_of_key((name, E4, E4, BF16, True), ARCH) for name in sorted(names)]
+    act = ACT_MUL.spec_of_key((BF16, "silu", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4), ARCH)
+    failed = [made for made in jit.prepare([*specs, act]).values() if isinstance(made, Exception)]
+    if failed:
+        raise SystemExit(f"{len(failed)} kernels were not built, first: {failed[0]}")
+
+
+def measure(model: str, tokens: int) -> dict[str, Any]:
+    hidden, intermediate = MODELS[model]
+    first = Mlp(tokens, hidden, intermediate)
+    sets = [first, *(Mlp(tokens, hidden, intermediate) for _ in range(timing.sets_for(first.bytes, 8) - 1))]
+    sides = {chunks: [each.in_chunks(chunks) for each in sets] for chunks in CHUNKS}
+    sides[1][0]()
+    wanted = first.out.clone()
+    for chunks, calls in sides.items():
+        first.out.fill_(torch.nan)
+        calls[0]()
+        # Another number of rows may be another configuration, which sums K in another order.
+        distance = float((first.out.double() - wanted.double()).norm() / wanted.double().norm())
+        if not distance < 5e-3:
+            raise SystemExit(f"{model}, {tokens} tokens, {chunks} chunks: another result, by {distance:.2g}")
+    times: dict[int, list[float]] = {chunks: [] for chunks in CHUNKS}
+    for _, (chunks, calls) in itertools.product(range(ROUNDS), sides.items()):
+        times[chunks].append(timing.graph_time(calls, replays=5, least_calls=4) * 1e6)
+    ratios = {chunks: statistics.median(a / b for a, b in zip(times[1], times[chunks])) for chunks in CHUNKS}
+    return {
+        "model": model, "tokens": tokens, "megabytes": round(tokens * intermediate * 4e-6, 1),
+        "us": {chunks: round(statistics.median(each), 2) for chunks, each in times.items()},
+        "ratio": {chunks: round(ratio, 3) for chunks, ratio in ratios.items()},
+    }  # fmt: skip
+
+
+def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("mlp_chunks.json")) -> None:
+    registry.ops()
+    build()
+    rows = [measure(model, tokens) for model in MODELS for tokens in TOKENS]
+    timing.write_json(out, {"rows": rows})
+    table = Table("model", "tokens", "gate and up, MB", "whole, µs", *(f"in {chunks}: ×" for chunks in CHUNKS[1:]))
+    for row in rows:
+        ratios = [f"{row['ratio'][chunks]:.3f}" for chunks in CHUNKS[1:]]
+        table.add_row(row["model"], str(row["tokens"]), str(row["megabytes"]), f"{row['us'][1]:.1f}", *ratios)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
