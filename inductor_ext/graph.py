@@ -258,6 +258,26 @@ def erase_dead(node: Node) -> None:
         dead.graph.erase_node(dead)
 
 
+def snapshot(graph: Graph) -> Callable[[], None]:
+    """What brings the graph, in place, back to what it is now: its nodes are new ones then."""
+    kept = Graph()
+    output = kept.graph_copy(graph, {})
+    meta = dict(graph.output_node().meta)
+
+    def restore() -> None:
+        nodes_now = list(graph.nodes)
+        for node in nodes_now:  # in whatever order they are
+            node.args, node.kwargs = (), {}
+        for node in nodes_now:
+            graph.erase_node(node)
+        graph._graph_namespace = type(graph._graph_namespace)()  # else every node would get another name
+        nodes: dict[Node, Node] = {}
+        graph.graph_copy(kept, nodes)
+        graph.output(torch.fx.map_arg(output, lambda node: nodes[node])).meta = meta
+
+    return restore
+
+
 def text_of(graph: Graph) -> str:
     """One line a node: name, target, arguments, dtype and shape. Stable between runs and torch versions."""
     lines = []

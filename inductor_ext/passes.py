@@ -6,10 +6,11 @@ and the wrapped pass, so that Inductor's FX-graph cache and AOTAutograd's cache 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ Observer = Callable[[str, Graph], None]
 
 _graph_counter = threading.local()
 
+#: Whether an exception in a rule ends the compile, as our own tests want it. Else it costs that rule and a warning.
+RAISE = False
+
+
+class _RuleError(Exception):
+    """A replacement failed, and may have left the graph half changed."""
+
+    def __init__(self, rule: Rule, failure: Refusal) -> None:
+        super().__init__(failure.found)
+        self.rule, self.failure = rule, failure
+
 
 class RewritePass(_Base):
     """Runs the rules of ``settings`` over a post-grad graph.
@@ -56,6 +68,7 @@ class RewritePass(_Base):
         self.observer = observer
         self._report: GraphReport | None = None  # of the graph that is being compiled
         self._report_key = ""
+        self._warned: set[tuple[str, str]] = set()
 
     def uuid(self) -> Any:
         previous = torch_compat.uuid_of_pass(self.previous)
@@ -82,16 +95,32 @@ class RewritePass(_Base):
         report.before = graphs.text_of(graph)
         if self.observer:
             self.observer("", graph)
-        kernels = self._prepare_kernels(graph)
-        for rule in self._rules():
-            self._apply(rule, graph, report, kernels)
-        graph.lint()
+        kernels = self._rewrite(graph, report)
         report.after = graphs.text_of(graph)
         report.kernels = [spec.to_dict() for spec, module in kernels.items() if not isinstance(module, Exception)]
         report.seconds = time.perf_counter() - started
         self._report, self._report_key = report, store.publish(report)
         if self.on_report:
             self.on_report(report)
+
+    def _rewrite(self, graph: Graph, report: GraphReport) -> dict[jit.JitSpec, Any]:
+        """Apply all rules; those that fail half-way are left out, from the beginning. The kernels that were asked for."""
+        kernels = self._prepare_kernels(graph)
+        restore = graphs.snapshot(graph)
+        failures: list[_RuleError] = []
+        while True:
+            rules = [rule for rule in self._rules() if all(rule is not failure.rule for failure in failures)]
+            try:
+                for rule in rules:
+                    self._apply(rule, graph, report, kernels)
+                return kernels
+            except _RuleError as failure:
+                failures.append(failure)
+                restore()
+                if self.observer:
+                    self.observer("", graph)
+                report.rewrites.clear()
+                report.refusals[:] = [each.failure for each in failures]
 
     def add_autotuned(self, line: str, kernel: jit.JitSpec | None) -> None:
         """Inductor's autotuner, which runs after this pass, chose between kernels: ``kernel``, if one of ours has won."""
@@ -114,8 +143,8 @@ class RewritePass(_Base):
         specs: dict[jit.JitSpec, None] = {}
         for rule in self._rules():
             context = Context(rule.name, self._mode(rule), self.settings)
-            for anchor in rule.anchors(graph):
-                found = rule.guard(anchor, context)
+            for anchor in self._anchors(rule, graph, context):
+                found = self._guarded(rule, anchor, context)
                 if isinstance(found, Match):
                     specs.update(dict.fromkeys(self._specs(found.calls)))
         if not specs or self.settings.build == "defer":
@@ -164,7 +193,7 @@ class RewritePass(_Base):
         before = len(report.rewrites)
 
         def run(graph: Graph) -> None:
-            for anchor in list(rule.anchors(graph)):
+            for anchor in self._anchors(rule, graph, context):
                 if not anchor._erased:
                     self._visit(rule, context, anchor, report, kernels)
 
@@ -175,11 +204,14 @@ class RewritePass(_Base):
         else:
             name = f"inductor_ext.{rule.name}"
             GraphTransformObserver(owner, name, subsystem="post_grad_passes").apply_graph_pass(run)
-        if self.observer and len(report.rewrites) > before:
-            self.observer(rule.name, graph)
+        if len(report.rewrites) > before:
+            with self._contained(rule, graph.output_node(), context):
+                graph.lint()
+            if self.observer:
+                self.observer(rule.name, graph)
 
     def _visit(self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
-        found = rule.guard(anchor, context)
+        found = self._guarded(rule, anchor, context)
         if isinstance(found, Match):
             found = self._missing(found, context, kernels) or found
         if isinstance(found, Refusal):
@@ -188,8 +220,47 @@ class RewritePass(_Base):
             op_names = "+".join(made.op.name for made in found.calls)
             where = source_line(found.node), module_path(found.node)
             event = Rewrite(rule.name, found.node.name, where[0], op_names, found.detail, found.why, where[1])
-            rule.replace(found)
+            with self._contained(rule, anchor, context):
+                rule.replace(found)
             report.rewrites.append(event)
+
+    # ---- errors in rules --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _contained(self, rule: Rule, anchor: Node, context: Context) -> Iterator[None]:
+        """Around what changes the graph: `_rewrite` goes back to before the first rule, and leaves this one out."""
+        try:
+            yield
+        except Exception as error:
+            if RAISE:
+                raise
+            raise _RuleError(rule, self._failure(rule, anchor, context, error)) from error
+
+    def _anchors(self, rule: Rule, graph: Graph, context: Context) -> list[Node]:
+        try:
+            return list(rule.anchors(graph))
+        except Exception as error:
+            if RAISE:
+                raise
+            self._failure(rule, graph.output_node(), context, error)
+            return []
+
+    def _guarded(self, rule: Rule, anchor: Node, context: Context) -> Match | Refusal | None:
+        try:
+            return rule.guard(anchor, context)
+        except Exception as error:
+            if RAISE:
+                raise
+            return self._failure(rule, anchor, context, error)
+
+    def _failure(self, rule: Rule, anchor: Node, context: Context, error: Exception) -> Refusal:
+        """The refusal for a rule's own exception, and one warning."""
+        found = f"{type(error).__name__}: {error}"[:300]
+        if (rule.name, found) not in self._warned:
+            self._warned.add((rule.name, found))
+            log.warning("the rule %s failed, which is an error in it, and is left out: %s", rule.name, found)
+            log.debug("where the rule %s failed", rule.name, exc_info=error)
+        return context.refuse(anchor, "the rule failed", wanted="a rule without errors; please report this one", found=found)
 
 
 def _next_name() -> str:

@@ -19,6 +19,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("INDUCTOR_EXT_"):
             monkeypatch.delenv(name)
+    monkeypatch.setattr("inductor_ext.passes.RAISE", True)  # a rule's exception is a failed test
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import inductor_ext
+from inductor_ext import graph as graphs
 from inductor_ext import registry
 from inductor_ext.passes import RewritePass
 from inductor_ext.rule import Example, Match, Rule
 from inductor_ext.settings import Settings
 from tests.support.compiled import Recorder, run_compiled
+from tests.support.equal import assert_all_same_bytes
 from tests.support.fakegpu import load_guard
 from tests.support.rules import plant, wrong_rule
 
@@ -196,3 +200,92 @@ def test_importing_two_threads_at_once_is_safe() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(map(id, pool.map(lambda _: registry.ops(), range(16))))) == 1
+
+
+# ---- a rule with an error ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As for a user; and without caches, which do not know of a planted rule."""
+    monkeypatch.setattr("inductor_ext.passes.RAISE", False)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        yield
+
+
+def _raise(*_: Any) -> Any:
+    raise ValueError("planted")
+
+
+def _half(match: Match) -> None:
+    """Makes a multiplication an addition, of others, and fails."""
+    match.node.target, match.node.args = torch.ops.aten.add.Tensor, (match.node.args[0],) * 2
+    raise ValueError("planted")
+
+
+def _unsound(match: Match) -> None:
+    """A node that is used before it is made."""
+    match.node.append(next(iter(match.node.all_input_nodes)))
+
+
+def both(x: Any, s: Any) -> Any:
+    return chain(x.sin() @ x.t(), s), (x.float() * s).cos() * s
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"guard": _raise}, "ValueError: planted"),
+        ({"replace": _raise}, "ValueError: planted"),
+        ({"replace": _half}, "ValueError: planted"),
+        ({"replace": _unsound}, "RuntimeError: "),
+    ],
+    ids=["guard", "replace", "half replaced", "a graph that is none"],
+)
+@pytest.mark.parametrize("first", [False, True], ids=["after ours", "before ours"])
+def test_a_rule_that_fails_costs_that_rule_alone(
+    changes: dict[str, Any], found: str, first: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = dataclasses.replace(wrong_rule(), **changes)
+    rules = registry.rules()
+    monkeypatch.setattr(registry, "rules", lambda: (wrong, *rules) if first else (*rules, wrong))
+    made = inputs()
+    results, recorder = run_compiled(both, made)
+    monkeypatch.setattr(registry, "rules", lambda: rules)
+    wanted, plain = run_compiled(both, made)
+    assert_all_same_bytes(results, wanted)
+    assert recorder.counts() == plain.counts() == {"fp8_downcast": 1}
+    (report,) = recorder.reports
+    refused = [each for each in report.refusals if each.rule == "wrong"]
+    assert refused and {each.reason for each in refused} == {"the rule failed"} and refused[0].found.startswith(found)
+    assert report.after == plain.reports[0].after
+    said = [record.getMessage() for record in caplog.records if "the rule wrong failed" in record.getMessage()]
+    assert len(said) == 1 and found in said[0]
+
+
+@pytest.mark.usefixtures("lenient")
+def test_anchors_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, dataclasses.replace(wrong_rule(), anchors=_raise))
+    _, recorder = run_compiled(chain, inputs())
+    assert recorder.counts() == {"fp8_downcast": 1}
+
+
+def test_a_snapshot_brings_back_every_node() -> None:
+    gm = torch.fx.symbolic_trace(lambda a, b: (a + b, [b * 2, a]))
+    for node in gm.graph.nodes:
+        node.meta["number"] = node.name
+    before = str(gm.graph)
+    restore = graphs.snapshot(gm.graph)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function":
+            node.target = torch.sub
+            with gm.graph.inserting_after(node):
+                gm.graph.call_function(torch.neg, (node,))
+    for _ in range(2):
+        restore()
+        assert str(gm.graph) == before
+        assert all(node.meta["number"] == node.name for node in gm.graph.nodes)
+    gm.recompile()
+    found = gm(torch.tensor(1.0), torch.tensor(2.0))
+    assert found == (torch.tensor(3.0), [torch.tensor(4.0), torch.tensor(1.0)])

@@ -122,6 +122,8 @@ def verify(
     stages: list[tuple[str, torch.fx.GraphModule]] = []
 
     def observe(rule: str, graph: torch.fx.Graph) -> None:
+        if not rule:  # from the beginning: a rule has failed and was left out
+            stages.clear()
         stages.append((rule, torch.fx.GraphModule(graph.owning_module or {}, copy_graph(graph))))
 
     def compile_stages(gm: torch.fx.GraphModule, example_inputs: Any, **keywords: Any) -> Callable[..., Any]:
