@@ -15,6 +15,7 @@
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/norm.cuh"
 #include "inductor_ext/reduce.cuh"
+#include "inductor_ext/rope.cuh"
 #include "inductor_ext/tensor.h"
 #include "inductor_ext/vec.cuh"
 
@@ -57,33 +58,11 @@ __device__ __forceinline__ void store_half(const Raw<T, N>& raw, T* p) {
   }
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void negate(Raw<T, N>& raw) {
-#pragma unroll
-  for (int i = 0; i < Raw<T, N>::kWords; ++i) raw.words[i] ^= sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
-}
-
 // y * cos + other * sin to memory.
 template <typename In, typename Table, typename Out, int N>
 __device__ __forceinline__ void rotate(const Raw<In, N>& y, const Raw<In, N>& other, const Raw<Table, N>& cos, const Raw<Table, N>& sin,
                                        Out* out) {
-  float a[N], b[N];
-  if constexpr (std::is_same_v<In, Table>) {
-    Raw<In, N> one = y, two = other;
-    one.multiply(cos), two.multiply(sin);
-    one.unpack(a), two.unpack(b);
-  } else {
-    static_assert(std::is_same_v<Table, float>, "tables are of x's dtype, or make everything fp32");
-    float c[N], s[N];
-    y.unpack(a), other.unpack(b), cos.unpack(c), sin.unpack(s);
-#pragma unroll
-    for (int e = 0; e < N; ++e) a[e] = __fmul_rn(a[e], c[e]), b[e] = __fmul_rn(b[e], s[e]);
-  }
-#pragma unroll
-  for (int e = 0; e < N; ++e) a[e] = __fadd_rn(a[e], b[e]);
-  Raw<Out, N> sum;
-  sum.pack(a);
-  store_half(sum, out);
+  store_half(rotated<Out>(y, other, cos, sin), out);
 }
 
 // One half of a head, normalised: y = norm(x * factor, weight), rounded to In.
@@ -176,7 +155,7 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = (u * L + lane) * E;
-    negate(sin_low[u]);  // (-y) * sin = y * (-sin), whatever the rounding
+    negate(sin_low[u]);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (!active || i >= p.half || first + n >= side.heads) continue;

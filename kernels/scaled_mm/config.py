@@ -30,6 +30,8 @@ SOURCES = {
     "tile": "scaled_mm/tile.cuh",
     "blackwell": "scaled_mm/blackwell.cuh",
 }
+#: What a tile of sums becomes when nothing is said (``ends.cuh``).
+STORE = "inductor_ext::Store"
 _NAME = re.compile(
     r"(?P<family>stream|tile|blackwell):(?P<m>\d+)x(?P<n>\d+)(?P<kind>[pc]?)"
     r"(/(?P<split>\d+))?(@(?P<cm>\d)x(?P<cn>\d))?"
@@ -76,15 +78,15 @@ class Config:
         return self.accumulators + (partial if exact else 0) <= _MAX_ACCUMULATORS
 
     def cpp(
-        self, a_dtype: torch.dtype, b_dtype: torch.dtype, out_dtype: torch.dtype, exact: bool, add: bool = False
+        self, a_dtype: torch.dtype, b_dtype: torch.dtype, out_dtype: torch.dtype, exact: bool, end: str = STORE
     ) -> str:
-        """The C++ expression of the class whose functions the host calls; ``add``: a residual is added (tile family)."""
-        assert self.family == "tile" or not add, f"{self.name}: no kernel of this family adds a residual"
+        """The C++ expression of the class whose functions the host calls; ``end``: a class of ``ends.cuh`` (tile family)."""
+        assert self.family == "tile" or end == STORE, f"{self.name}: no kernel of this family does {end}"
         types = ", ".join(CPP_TYPES[dtype] for dtype in (a_dtype, b_dtype, out_dtype))
         if self.family == "stream":
             return f"inductor_ext::ScaledMmStream<{types}, {self.m}, {self.n}, {str(exact).lower()}>"
         if self.family == "tile":
-            flags = f"{str(self.pingpong).lower()}, {str(exact).lower()}" + (", true" if add else "")
+            flags = f"{str(self.pingpong).lower()}, {str(exact).lower()}" + ("" if end == STORE else f", {end}")
             return f"inductor_ext::ScaledMmTile<{types}, {self.m}, {self.n}, {flags}>"
         # cuBLAS and CUTLASS have one accumulation mode on compute capability 10.0: the tensor core keeps fp32.
         return f"inductor_ext::ScaledMmBlackwell<{types}, {self.m}, {self.n}, {self.cluster[0]}>"

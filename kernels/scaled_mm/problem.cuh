@@ -11,6 +11,7 @@
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
 #include "inductor_ext/tensor_map.cuh"
+#include "scaled_mm/ends.cuh"
 
 namespace inductor_ext {
 
@@ -162,7 +163,7 @@ struct ScaledMmEntries {
   // out = the product, rounded, + residual [M, N]: of families that add.
   static void run_add(TensorView a, TensorView b, TensorView scale_a, TensorView scale_b, Optional<TensorView> bias,
                       TensorView residual, TensorView out, bool static_b, int64_t first, int64_t second) {
-    static_assert(Family::kAdds);
+    static_assert(Family::End::kAdds);
     Device device;
     const Boxes boxes = Family::boxes(first, second);
     Products products = begin_products<Out>(a, out, device);
@@ -170,6 +171,67 @@ struct ScaledMmEntries {
     add_product<EA, EB, Out>(products, boxes, device, &column, a, b, scale_a, scale_b, bias, out, residual);
     check_columns(out, column);
     start(products, device, static_b, first, second);
+  }
+
+  // Products of one a, side by side; the first `rotated` of them are heads of q (and k). cos and sin [1 or sequences, S, 128], and
+  // row t is position t % S of sequence t / S. Weights [128], or None without a norm.
+  static void run_rope(TensorView a, Array<Tensor> b, TensorView scale_a, Array<Tensor> scale_b, Optional<TensorView> q_weight,
+                       Optional<TensorView> k_weight, TensorView cos, TensorView sin, int64_t rotated, double eps, TensorView out,
+                       bool static_b, int64_t first, int64_t second) {
+    using End = typename Family::End;
+    static_assert(End::kRotates);
+    const int64_t count = static_cast<int64_t>(b.size());
+    if (count == 0 || static_cast<int64_t>(scale_b.size()) != count) {
+      TVM_FFI_THROW(ValueError) << "scale_b: wanted as many as b, at least one, found " << scale_b.size() << " for " << count;
+    }
+    if (rotated < 1 || rotated > std::min<int64_t>(count, 2)) {
+      TVM_FFI_THROW(ValueError) << "rotated: wanted 1 or 2, and no more than b has, found " << rotated << " of " << count;
+    }
+    Device device;
+    const Boxes boxes = Family::boxes(first, second);
+    Products products = begin_products<Out>(a, out, device);
+    int column = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Tensor b_i = b[i], scale_b_i = scale_b[i];
+      if (b_i.shape()[1] % kHead != 0) {
+        TVM_FFI_THROW(ValueError) << "b: wanted a multiple of " << kHead << " columns, whole heads, found shape " << shape_of(TensorView(b_i));
+      }
+      add_product<EA, EB, Out>(products, boxes, device, &column, a, TensorView(b_i), scale_a, TensorView(scale_b_i), std::nullopt, out);
+    }
+    check_columns(out, column);
+
+    RopeParams p{};
+    const Optional<TensorView> weights[2] = {q_weight, k_weight};
+    for (int64_t i = 0; i < rotated; ++i) {
+      const char* name = i == 0 ? "q_weight" : "k_weight";
+      if (weights[i].has_value() != End::kNorms) {
+        TVM_FFI_THROW(ValueError) << name << ": wanted " << (End::kNorms ? "a tensor, found None" : "None, found a tensor");
+      }
+      if (!End::kNorms) continue;
+      TensorMatcher({kHead}).dtype<Out>().contiguous().device(device).verify(*weights[i], name);
+      p.weight[i] = data(*weights[i]);
+    }
+    Symbol tables("1 or B"), sequence("S");
+    TensorMatcher({tables, sequence, kHead}).dtype<Out>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
+    TensorMatcher({tables, sequence, kHead}).dtype<Out>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
+    if (products.m == 0) return;
+    const int64_t length = sequence.value(), sequences = length == 0 ? 0 : products.m / length;
+    if (length == 0 || products.m % length != 0 || (tables.value() != 1 && tables.value() != sequences)) {
+      TVM_FFI_THROW(ValueError) << "cos: wanted [1 or B, S, " << kHead << "] with B * S = " << products.m << ", the rows of a, found shape "
+                                << shape_of(cos);
+    }
+    const auto place = [](const TensorView& table, const char* name, int64_t* batch, int64_t* token) {
+      *batch = table.shape()[0] == 1 ? 0 : table.strides()[0], *token = table.shape()[1] == 1 ? 0 : table.strides()[1];
+      if (!aligned(data(table), 16) || *batch * sizeof(Out) % 16 != 0 || *token * sizeof(Out) % 16 != 0) {
+        TVM_FFI_THROW(ValueError) << name << ": wanted rows that start at multiples of 16 bytes, found strides " << strides_of(table)
+                                  << " at address ..." << reinterpret_cast<uintptr_t>(data(table)) % 16;
+      }
+    };
+    p.cos = data(cos), p.sin = data(sin);
+    place(cos, "cos", &p.cos_batch, &p.cos_token), place(sin, "sin", &p.sin_batch, &p.sin_token);
+    p.sequence = static_cast<uint32_t>(length), p.products = static_cast<int>(rotated), p.eps = static_cast<float>(eps);
+    DeviceGuard guard(device.id());
+    Family::launch(products, device.id(), static_b, static_cast<int>(first), static_cast<int>(second), p);
   }
 
   // `a` and `scale_a` have one element, shared, or as many as `b`.

@@ -7,13 +7,16 @@
 //                share them. FP8 at full rate wants more bytes a cycle than L2 gives 132 SMs: 128 × 128 tiles ask for 64, L2
 //                has about 30, so what neighbours share is fetched once.
 //
-// A residual [M, N] to add (`Add`) comes through the copy engine while its tile is multiplied, into the shared memory that the
-// output leaves through: the whole tile's, which takes the place of a stage. Several products are one list of tiles. The output goes through shared memory and the copy engine, which clips it at M and N.
+// A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
+// through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
+// shared memory, where a thread finds the columns of both halves that it needs side by side. Several products are one list of
+// tiles. The output goes through shared memory and the copy engine, which clips it at M and N.
 #pragma once
 
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
 #include "inductor_ext/hopper.cuh"
+#include "scaled_mm/ends.cuh"
 #include "scaled_mm/problem.cuh"
 
 namespace inductor_ext {
@@ -21,8 +24,9 @@ namespace inductor_ext {
 constexpr int kTileThreads = 3 * kWarpgroup;
 constexpr int kTileMaxStages = 12;
 
-template <typename Out, int M, int N, bool Pingpong, bool Add>
+template <typename Out, int M, int N, bool Pingpong, typename End>
 struct TileShared {
+  static constexpr bool kWhole = End::kAdds || End::kRotates;  // all of a consumer's tile is staged at once
   static constexpr int kRows = Pingpong ? M : M / 2;  // of a consumer's part
   static constexpr int kBlocks = kRows / 64;          // wgmma's M is 64
   static constexpr int kStage = (M + N) * kBlockK;
@@ -30,12 +34,13 @@ struct TileShared {
   static constexpr int kBox = kWidth % 128 == 0 ? 128 : kWidth % 64 == 0 ? 64 : 32;  // bytes of a row that one store takes
   static constexpr int kBoxColumns = kBox / static_cast<int>(sizeof(Out));
   static constexpr int kChunk = 64 * kBox;  // what is staged at a time: 64 rows of one box
-  static constexpr int kVectors = 2 * (2 * N * 4);  // scales and bias of the channels of a tile, each consumer's own
-  static constexpr int kBarriers = (2 * kTileMaxStages + (Add ? 2 : 0)) * 8;
+  static constexpr int kVector = (End::kNorms ? 3 : 2) * N;  // scales and bias of a tile's channels, and a norm's weight
+  static constexpr int kVectors = 2 * (kVector * 4);         // each consumer's own
+  static constexpr int kBarriers = (2 * kTileMaxStages + (End::kAdds ? 2 : 0)) * 8;
   static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + kVectors + kBarriers; }
   static constexpr int fit(int chunks) { return (kSharedLimit - fixed(chunks)) / kStage; }
-  // Of each consumer: a second one when it costs no stage; all that its tile has when a residual waits there.
-  static constexpr int kChunks = Add ? kWidth / kBox * kBlocks : fit(2) == fit(1) ? 2 : 1;
+  // Of each consumer: a second one when it costs no stage.
+  static constexpr int kChunks = kWhole ? kWidth / kBox * kBlocks : fit(2) == fit(1) ? 2 : 1;
   static constexpr int kStages = fit(kChunks) < kTileMaxStages ? fit(kChunks) : kTileMaxStages;
   static constexpr int kBytes = kStages * kStage + fixed(kChunks);
   static_assert(kStages >= 3, "the tile leaves no room for a pipeline");
@@ -93,14 +98,20 @@ __device__ __forceinline__ uint32_t add_pairs(const __half*, uint32_t a, uint32_
   return reinterpret_cast<const uint32_t&>(sum);
 }
 
-// One box of a consumer's sums, 64 rows from column `First` of the tile on, scaled, into a chunk. Rows are those of `Wgmma`; the
-// chunk is swizzled as the copy engine reads it. With `Add` the chunk holds the residual: what a warp has read there it replaces.
+// Byte `byte` of row `row` of a chunk, swizzled as the copy engine reads it.
+template <int Box>
+__device__ __forceinline__ uint8_t* in_chunk(uint8_t* chunk, int row, int byte) {
+  return chunk + ((row * Box + byte) ^ (((row * Box) >> 7 & (Box / 16 - 1)) << 4));
+}
+
+// One box of a consumer's sums, 64 rows from column `First` of the tile on, scaled, into a chunk. Rows are those of `Wgmma`. With
+// `Add` the chunk holds the residual: what a warp has read there it replaces.
 template <bool HasBias, bool Add, typename Out, int N, int Box, int First>
 __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N / 2], const float (&row_scale)[2],
                                              const ChannelScales<Out, Box>& channel_scale, const float* channel_bias) {
   constexpr int kColumns = Box / static_cast<int>(sizeof(Out));
   const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
-  auto at = [&](int row, int byte) { return chunk + ((row * Box + byte) ^ (((row * Box) >> 7 & (Box / 16 - 1)) << 4)); };
+  auto at = [&](int row, int byte) { return in_chunk<Box>(chunk, row, byte); };
   auto scaled = [&](int j, int i) {
     const float* pair = d + (First + 8 * j) / 2 + 2 * i;
     float2 value = make_float2(pair[0] * row_scale[i] * channel_scale.of[j].x, pair[1] * row_scale[i] * channel_scale.of[j].y);
@@ -143,6 +154,37 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
   }
 }
 
+// A head's sums of one block of 64 rows, scaled, rounded and normalised, into the two chunks of its halves.
+template <typename End, typename Out, int Box>
+__device__ __forceinline__ void stage_head(uint8_t* low, uint8_t* high, const float (&d)[kHead / 2], const float (&row_scale)[2],
+                                           const float* channel_scale, const float* weight, float eps, bool norms) {
+  static_assert(Box == 128 && sizeof(Out) == 2, "half a head is a box");
+  Raw<Out, kHead / 4> rows[2];
+#pragma unroll
+  for (int j = 0; j < kHead / 8; ++j) {
+    const float2 scale = *reinterpret_cast<const float2*>(channel_scale + 8 * j + 2 * (threadIdx.x % 4));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* pair = d + 4 * j + 2 * i;
+      rows[i].words[j] = Raw<Out, 2>::pair(pair[0] * row_scale[i] * scale.x, pair[1] * row_scale[i] * scale.y);
+    }
+  }
+  if constexpr (End::kNorms) {
+    if (norms) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) norm_head<typename End::Norm>(rows[i], weight, eps);
+    }
+  }
+  const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kHead / 8; j += 2) {
+    uint8_t* chunk = j < kHead / 16 ? low : high;
+    const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j % (kHead / 16) + (matrix >> 1)) * 16;
+    cute::SM90_U32x4_STSM_N::copy(rows[0].words[j], rows[1].words[j], rows[0].words[j + 1], rows[1].words[j + 1],
+                                  *reinterpret_cast<cute::uint128_t*>(in_chunk<Box>(chunk, row, byte)));
+  }
+}
+
 // Calls f with 0, 1, … Count - 1 as compile-time numbers: register arrays may be indexed with nothing else.
 template <int Count, int I = 0, typename F>
 __device__ __forceinline__ void unrolled(F&& f) {
@@ -152,9 +194,11 @@ __device__ __forceinline__ void unrolled(F&& f) {
   }
 }
 
-template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, bool Add>
-__global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const __grid_constant__ TileParams p) {
-  using Shared = TileShared<Out, M, N, Pingpong, Add>;
+template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, typename End>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    scaled_mm_tile_kernel(const __grid_constant__ TileParams p, const __grid_constant__ typename End::Params end) {
+  using Shared = TileShared<Out, M, N, Pingpong, End>;
+  constexpr bool Add = End::kAdds;
   constexpr int kStages = Shared::kStages, kBlocks = Shared::kBlocks;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* staging = shared + kStages * Shared::kStage;
@@ -245,8 +289,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
     const int consumer = group - 1, warp = threadIdx.x / 32 % 4;
     const bool leader = threadIdx.x % kWarpgroup == 0;
     uint8_t* own_staging = staging + consumer * Shared::kChunks * Shared::kChunk;
-    float* channel_scale = vectors + consumer * 2 * N;
+    float* channel_scale = vectors + consumer * Shared::kVector;
     float* channel_bias = channel_scale + N;
+    float* head_weight = channel_bias + N;  // of a norm only
     int staged = 0;  // chunks so far
     uint32_t residual_phase = 0;
     auto meet = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, consumer); };
@@ -281,7 +326,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
           load_tile(&product.residual, residual_full + consumer, own_staging + i * Shared::kChunk, column, row);
         }
       }
-      float scale[kBlocks][2], channel[2] = {}, added[2] = {};
+      bool rotates = false;
+      if constexpr (End::kRotates) rotates = tile.product - p.products.of < end.products;
+      float scale[kBlocks][2], channel[2] = {}, added[2] = {}, weight = 0.f;
+      if constexpr (End::kNorms) {
+        if (rotates) weight = widen(static_cast<const Out*>(end.weight[tile.product - p.products.of])[threadIdx.x % kWarpgroup]);
+      }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -357,7 +407,35 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
         const int at = threadIdx.x % kWarpgroup + i * kWarpgroup;
         if (at < N) channel_scale[at] = channel[i], channel_bias[at] = added[i];
       }
+      if constexpr (End::kNorms) head_weight[threadIdx.x % kWarpgroup] = weight;
+      if constexpr (End::kRotates) {
+        if (leader) cute::tma_store_wait<0>();  // of the last tile, long ago
+      }
       meet();
+      if constexpr (End::kRotates) {
+        unrolled<kBlocks>([&](auto b) {
+          uint8_t* chunks[2] = {own_staging + 2 * b * Shared::kChunk, own_staging + (2 * b + 1) * Shared::kChunk};
+          stage_head<End, Out, Shared::kBox>(chunks[0], chunks[1], d[b], scale[b], channel_scale, head_weight, end.eps, rotates);
+          if (rotates) {
+            RopeTables<Out> tables;
+            tables.read(end, row0 + b * 64, p.products.m);
+            meet();
+            tables.rotate([&](int half, int row, int piece) {
+              return reinterpret_cast<uint4*>(in_chunk<Shared::kBox>(chunks[half], row, piece * 16));
+            });
+          }
+          cute::tma_store_fence();
+          meet();
+          if (leader) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              cute::SM90_TMA_STORE_2D::copy(&product.out, chunks[half], tile.channel + half * Shared::kBoxColumns, row0 + b * 64);
+            }
+            cute::tma_store_arrive();
+          }
+        });
+        continue;
+      }
       if constexpr (Add) {
         FullBarrier::wait(residual_full + consumer, residual_phase);
         residual_phase ^= 1;
@@ -396,11 +474,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) scaled_mm_tile_kernel(const _
 }
 
 // M × N tiles; `first`, `second` are the cluster's sizes along M and N.
-template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, bool Add = false>
-struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact, Add>, EA, EB, Out> {
-  using Shared = TileShared<Out, M, N, Pingpong, Add>;
-  static constexpr bool kAdds = Add;
+template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, typename End_ = Store>
+struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact, End_>, EA, EB, Out> {
+  using End = End_;
+  using Shared = TileShared<Out, M, N, Pingpong, End>;
   static_assert(Shared::kRows % 64 == 0 && N % 16 == 0 && N <= 256);
+  static_assert(!End::kRotates || (N == kHead && sizeof(Out) == 2), "a head is a tile's columns, in two bytes each");
 
   static Boxes boxes(int64_t cluster_m, int64_t cluster_n) {
     const bool fits = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && N % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
@@ -411,14 +490,15 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
     return {static_cast<int>(M / cluster_n), static_cast<int>(N / cluster_m), N, 64, Shared::kBoxColumns, static_cast<int>(cluster_n)};
   }
 
-  static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n) {
+  static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n,
+                     const typename End::Params& end = {}) {
     const int ctas = cluster_m * cluster_n;
     TileParams p{products};
     p.tiles_m = static_cast<int>(ceil_div(products.m, M * cluster_m));
     p.tiles_n = products.tiles_n / cluster_n;
     p.group = std::max(1, 1024 / (M * cluster_m));
     p.cluster_m = cluster_m, p.cluster_n = cluster_n, p.static_b = static_b;
-    auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact, Add>;
+    auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact, End>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");
@@ -427,7 +507,7 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
     Launch launch(static_cast<unsigned>(std::min(wanted, room)), kTileThreads);
     launch.stream(env_stream(device)).shared_memory(Shared::kBytes).programmatic();
     if (ctas > 1) launch.cluster(ctas);
-    launch.run(kernel, p);
+    launch.run(kernel, p, end);
   }
 };
 

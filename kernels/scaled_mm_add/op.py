@@ -7,7 +7,7 @@ Operands are those of ``scaled_mm`` (``kernels/scaled_mm/op.py``), one of each; 
 the residual is added, as two operators do it. The residual is read while its tile is multiplied: a norm after it then reads one
 tensor where it read two and wrote one.
 
-Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``, ``Add``). None has been measured: `HAS_RUN`.
+Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``, ``AddResidual``). None has been measured: `HAS_RUN`.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def keys(
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     name, a_dtype, b_dtype, out_dtype, fast = key
-    made = parse(name).cpp(a_dtype, b_dtype, out_dtype, not fast, add=True)
+    made = parse(name).cpp(a_dtype, b_dtype, out_dtype, not fast, end="inductor_ext::AddResidual")
     return (("run", f"{made}::run_add"),)
 
 
