@@ -1,10 +1,12 @@
-"""mxfp8_grouped_mm's kernel for compute capability 9.0: its own source, compiled by g++, on the CPU (``hopper_on_cpu.h``)."""
+"""Kernels for compute capability 9.0 on the CPU, their own source compiled by g++ (``hopper_on_cpu.h``): mxfp8_grouped_mm's and
+those of scaled_mm's tile family."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,25 @@ from tests.support.cuda_on_cpu import KERNELS, Given
 HERE = Path(__file__).parent
 
 
+def _compiled(name: str, folder: Path, options: list[str]) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    made = folder / "kernel.so"
+    command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", *options, f"-I{KERNELS}"]
+    run = subprocess.run([*command, str(HERE / f"{name}.cpp"), "-o", str(made)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:4000]
+    return ctypes.CDLL(str(made))
+
+
 class Kernel:
     """One tile, by the key that `hopper` has for it. A call raises RuntimeError where hardware would hang or fault."""
 
     def __init__(self, key: Any, folder: Path) -> None:
-        compiler = shutil.which("g++")
-        if compiler is None:
-            pytest.skip("no g++")
-        made = folder / "kernel.so"
         types, _, _ = hopper.made(key).partition("<")[2].rpartition(">")
-        kind, out, channels, tokens = types.split(", ")
-        command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-        command += [f"-I{HERE}", f"-I{KERNELS}", f"-I{KERNELS / 'include'}"]
-        command += [f"-DMXFP8_{name}={value}" for name, value in zip(("KIND", "OUT", "W", "N"), (kind, out, channels, tokens))]
-        run = subprocess.run([*command, str(HERE / "mxfp8_grouped_mm.cpp"), "-o", str(made)], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[:4000]
-        self.library = ctypes.CDLL(str(made))
+        values = zip(("KIND", "OUT", "W", "N"), types.split(", "))
+        defines = [f"-DMXFP8_{name}={value}" for name, value in values]
+        self.library = _compiled("mxfp8_grouped_mm", folder, [*defines, f"-I{HERE}", f"-I{KERNELS / 'include'}"])
 
     def __call__(
         self, x: torch.Tensor, x_scale: torch.Tensor | None, w: Any, w_scale: Any, offs: Any, out: Any, *, sms: int = 2
@@ -41,3 +46,77 @@ class Kernel:
         error = ctypes.create_string_buffer(500)
         if self.library.mxfp8_grouped_mm(*(each and ctypes.byref(each) for each in given), sms, error, 500):
             raise RuntimeError(error.value.decode())
+
+
+class TileKernel:
+    """One class of scaled_mm's tile family, by its C++ name. A call raises RuntimeError where hardware would hang or fault, or
+    where what it reads changes while it does. Options: ``static_b``; ``sms``, how many CTAs there are at most; ``seed`` of the
+    order in which things happen."""
+
+    def __init__(self, cpp: str, folder: Path, kernels: Path = KERNELS) -> None:
+        # Headers include those beside them: stand-ins take the place of some, and all lie together.
+        together = folder / "include" / "inductor_ext"
+        together.mkdir(parents=True)
+        real, instead = kernels / "include" / "inductor_ext", HERE / "inductor_ext"
+        for name in {each.name for place in (real, instead) for each in place.iterdir()}:
+            (together / name).symlink_to((instead if (instead / name).exists() else real) / name)
+        options = [f"-I{together.parent}", f"-I{HERE}", f"-I{kernels}", "-fno-strict-aliasing", f"-DTILE={cpp}"]
+        self.library = _compiled("scaled_mm_tile", folder, options)
+
+    def run(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale_a: torch.Tensor,
+        scale_b: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        **options: int,
+    ) -> None:
+        self._call("run", *map(_given, (a, b, scale_a, scale_b, bias, residual, out)), **options)
+
+    def run_group(
+        self,
+        a: Sequence[torch.Tensor],
+        b: Sequence[torch.Tensor],
+        scale_a: Sequence[torch.Tensor],
+        scale_b: Sequence[torch.Tensor],
+        bias: Sequence[torch.Tensor | None],
+        out: torch.Tensor,
+        **options: int,
+    ) -> None:
+        counted = [_list(a), len(a), _list(b), len(b)]
+        self._call("run_group", *counted, _list(scale_a), _list(scale_b), _list(bias), _given(out), **options)
+
+    def run_rope(
+        self,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        scale_a: torch.Tensor,
+        scale_b: Sequence[torch.Tensor],
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        rotated: int,
+        eps: float,
+        out: torch.Tensor,
+        **options: int,
+    ) -> None:
+        rope = [*map(_given, (q_weight, k_weight, cos, sin)), rotated, ctypes.c_double(eps)]
+        self._call("run_rope", _given(a), _list(b), len(b), _given(scale_a), _list(scale_b), *rope, _given(out), **options)
+
+    def _call(self, entry: str, *arguments: Any, static_b: bool = False, sms: int = 2, seed: int = 7) -> None:
+        error = ctypes.create_string_buffer(500)
+        if getattr(self.library, entry)(*arguments, static_b, sms, seed, error, 500):
+            raise RuntimeError(error.value.decode())
+
+
+def _given(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else ctypes.pointer(Given.of(tensor))
+
+
+def _list(tensors: Sequence[torch.Tensor | None]) -> Any:
+    return (ctypes.POINTER(Given) * len(tensors))(*map(_given, tensors))

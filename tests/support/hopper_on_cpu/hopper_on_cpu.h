@@ -1,11 +1,13 @@
-// A compute capability 9.0 CTA on the CPU: enough of it to compile mxfp8_grouped_mm's kernel with a host compiler and run it.
+// A compute capability 9.0 CTA on the CPU: enough of it to compile the kernels of mxfp8_grouped_mm and of scaled_mm's tiles with a
+// host compiler and run them. A cluster is one CTA.
 //
 // A thread is a fibre, which runs until it has to wait; turns are taken in a random order, and warps stay behind for a while. What
 // hardware does on its own is done as late as it may be, so that whoever does not wait for it gets old bytes: copies (the copy
-// engine's and cp.async) in a random order some turns later, wgmma when its group is waited for; an operand of it that is not then
-// what it was at its issue is an error. So is a CTA in which nothing can go on, and a read outside of every tensor. Shared memory
-// begins as 0xff bytes, NaN in every format. Nothing is said about speed, about memory ordering between threads, or about what
-// PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
+// engine's and cp.async) in a random order some turns later, wgmma and the copy engine's stores when their group is waited for; an
+// operand that is not then what it was at its issue is an error. So is a CTA in which nothing can go on, one that ends before its
+// stores have been read, a read outside of every tensor, and a store of what stmatrix wrote and no proxy fence followed. Shared
+// memory begins as 0xff bytes, NaN in every format. Nothing is said about speed, about memory ordering between threads otherwise,
+// or about what PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
 #pragma once
 
 #include <ucontext.h>
@@ -43,11 +45,15 @@ struct dim3 {
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 struct uint2 { uint32_t x, y; };
 struct alignas(8) float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
 struct __nv_fp8_e4m3 { uint8_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __half2 { __half x, y; };
+struct __nv_fp8_e5m2 { uint8_t bits; };
 struct __nv_fp8_e8m0 { uint8_t bits; };
 using std::max;
 using std::min;
@@ -89,21 +95,31 @@ struct Pending {
   int turns;
   std::function<void()> act;
 };
-struct Meeting {  // of some threads: who came, and how often all have
-  unsigned came = 0;
+struct Meeting {  // of some threads: how many came, how many are wanted, and how often all have
+  unsigned came = 0, wanted = 0;
   uint64_t times = 0;
 };
+inline float of_e4m3(uint8_t byte);
 struct Step {  // a wgmma, of one thread
-  const uint32_t* a[4];  // bf16, from registers; or null, and e4m3 from `a_shared`
+  const uint32_t* a[4];  // bf16, from registers; or null, and FP8 from `a_shared`
   uint64_t b;
   std::vector<float*> d;
   std::vector<uint8_t> operands;  // both, as they were when it was issued
   uint64_t a_shared;
   bool adds;
+  float (*of_a)(uint8_t) = of_e4m3;
+  float (*of_b)(uint8_t) = of_e4m3;
 };
+struct Store {  // of a box, by the copy engine
+  const uint8_t* from;
+  std::vector<uint8_t> bytes;  // as they were when it was issued
+  std::function<void()> write;
+};
+inline unsigned seed = 7;  // of the order in which things happen
 struct Cta {
   std::vector<ucontext_t> fibres;
   std::vector<bool> ended;
+  std::vector<std::function<bool()>> awaited;  // by each thread that waits
   ucontext_t scheduler;
   unsigned running = 0, threads = 0;
   uint64_t progress = 0;
@@ -112,17 +128,22 @@ struct Cta {
   std::vector<Pending> pending;
   std::map<int, Meeting> meetings;
   std::map<uint32_t, uint64_t> barriers;             // where barriers lie; their state is in `Barrier`
-  std::vector<std::array<uint64_t, 2>> given;        // by each thread, to the others of its warp
+  std::vector<std::array<uint64_t, 3>> given;        // by each thread, to the others of its warp
   std::vector<std::vector<std::vector<Step>>> issued;  // by thread: groups of wgmmas, the last one open
   std::vector<int> unfinished;                       // cp.async of each thread
-  std::mt19937 random{7};
+  std::vector<std::vector<std::vector<Store>>> stores;  // by thread: groups of stores, the last one open
+  std::map<uint32_t, unsigned> unfenced;  // 16 bytes that stmatrix wrote: by which thread
+  std::mt19937 random{seed};
 };
 inline Cta* cta = nullptr;
 
 inline void yield() { swapcontext(&cta->fibres[cta->running], &cta->scheduler); }
 template <typename Condition>
 void wait_until(Condition condition) {
-  while (!condition()) yield();
+  if (!condition()) {
+    cta->awaited[cta->running] = std::ref(condition);  // the scheduler comes back when it holds
+    yield();
+  }
   ++cta->progress;
 }
 inline void later(std::function<void()> act) { cta->pending.push_back({1 + static_cast<int>(cta->random() % 6), std::move(act)}); }
@@ -151,9 +172,9 @@ inline void run_cta(unsigned threads, std::function<void()> body) {
   cta = &made;
   made.threads = threads, made.body = std::move(body);
   made.fibres.resize(threads), made.ended.assign(threads, false), made.given.resize(threads), made.unfinished.assign(threads, 0);
-  made.issued.assign(threads, {{}});
+  made.issued.assign(threads, {{}}), made.stores.assign(threads, {{}}), made.awaited.resize(threads);
   std::memset(inductor_ext::shared, 0xff, inductor_ext::kSharedBytes);
-  const auto stacks = std::make_unique<char[]>(threads * kStack);
+  const std::unique_ptr<char[]> stacks(new char[threads * kStack]);
   for (unsigned i = 0; i < threads; ++i) {
     getcontext(&made.fibres[i]);
     made.fibres[i].uc_stack = {&stacks[i * kStack], 0, kStack};
@@ -173,6 +194,8 @@ inline void run_cta(unsigned threads, std::function<void()> body) {
     std::shuffle(order.begin(), order.end(), made.random);
     for (unsigned i : order) {
       if (made.ended[i] || stalled[i / 32]) continue;
+      if (made.awaited[i] && !made.awaited[i]()) continue;
+      made.awaited[i] = nullptr;
       made.running = i;
       threadIdx = dim3(i, 0, 0);
       swapcontext(&made.scheduler, &made.fibres[i]);
@@ -182,6 +205,9 @@ inline void run_cta(unsigned threads, std::function<void()> body) {
   }
   if (made.failure) std::rethrow_exception(made.failure);
   if (!made.pending.empty()) fail("copies that no one waited for");
+  for (const auto& groups : made.stores) {
+    if (groups.size() > 1 || !groups[0].empty()) fail("a CTA that ended before the copy engine had read what it stores");
+  }
 }
 
 template <typename... Params, typename... Args>
@@ -193,16 +219,23 @@ void run_grid(unsigned grid, unsigned threads, void (*kernel)(Params...), Args&&
   }
 }
 
-// Goes on once `count` threads are here; the last to come acts for all.
+// One of `count` threads is here; the last to come acts for all.
+template <typename Act>
+Meeting& come(int where, unsigned count, Act act) {
+  Meeting& meeting = cta->meetings[where];
+  if (meeting.came > 0 && meeting.wanted != count) fail("a barrier that threads come to with different counts");
+  meeting.wanted = count, ++meeting.came, ++cta->progress;
+  if (meeting.came == count) {
+    act();
+    meeting.came = 0, ++meeting.times;
+  }
+  return meeting;
+}
+// Goes on once `count` threads are here.
 template <typename Act>
 void meet(int where, unsigned count, Act act) {
-  Meeting& meeting = cta->meetings[where];
-  const uint64_t times = meeting.times;
-  if (++meeting.came == count) {
-    act();
-    meeting.came = 0, ++meeting.times, ++cta->progress;
-    return;
-  }
+  const uint64_t times = cta->meetings[where].times;
+  Meeting& meeting = come(where, count, act);
   wait_until([&] { return meeting.times != times; });
 }
 inline void meet(int where, unsigned count) {
@@ -264,6 +297,12 @@ inline const uint8_t* operand_byte(uint64_t descriptor, int row, int byte) {
   return inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4));
 }
 
+inline float of_e5m2(uint8_t byte) {
+  _Float16 value;  // of which it is the upper half
+  const uint16_t bits = static_cast<uint16_t>(byte << 8);
+  std::memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
+}
 inline float of_e4m3(uint8_t byte) {
   const int code = byte & 0x7f;
   const float size = code == 0x7f ? std::nanf("") : code < 8 ? code * 0x1p-9f : std::ldexp(1.f + code % 8 / 8.f, code / 8 - 7);
@@ -291,7 +330,7 @@ inline std::vector<uint8_t> operands_of(const Step& step, bool first) {
 }
 
 // The oldest group of a warpgroup: D[64, N] (+)= A[64, K] · B[N, K]ᵀ for each of its steps, as PTX lays A and D out. K is 32 bytes:
-// 16 bf16 with A in registers, or 32 e4m3.
+// 16 bf16 with A in registers, or 32 FP8.
 inline void run_group(unsigned first) {
   const size_t steps = cta->issued[first].front().size();
   for (size_t s = 0; s < steps; ++s) {
@@ -302,12 +341,12 @@ inline void run_group(unsigned first) {
     std::vector<float> b(columns * 32);
     for (int n = 0; n < columns; ++n) {
       const auto bytes = row_of(any.b, n);
-      for (int k = 0; k < length; ++k) b[n * 32 + k] = fp8 ? of_e4m3(bytes[k]) : of_bf16(bytes[2 * k] | bytes[2 * k + 1] << 8);
+      for (int k = 0; k < length; ++k) b[n * 32 + k] = fp8 ? any.of_b(bytes[k]) : of_bf16(bytes[2 * k] | bytes[2 * k + 1] << 8);
     }
     float a[64][32];
     for (int m = 0; fp8 && m < 64; ++m) {
       const auto bytes = row_of(any.a_shared, m);
-      for (int k = 0; k < 32; ++k) a[m][k] = of_e4m3(bytes[k]);
+      for (int k = 0; k < 32; ++k) a[m][k] = any.of_a(bytes[k]);
     }
     for (unsigned t = 0; t < 128; ++t) {
       const Step& step = cta->issued[first + t].front().at(s);
@@ -331,6 +370,63 @@ inline void run_group(unsigned first) {
   for (unsigned t = 0; t < 128; ++t) cta->issued[first + t].erase(cta->issued[first + t].begin());
 }
 
+// ---- matrices of a warp -----------------------------------------------------------------------------------------------------
+
+// Lane 8 · m + r gives the address of row r of 8 x 8 matrix m, 16 bytes; lane t has elements 2 · (t % 4) and the next of row t / 4
+// of each, in `values`.
+struct Fragment {
+  uint32_t address, values[4];
+};
+inline std::array<Fragment, 32> fragments(const void* row, const std::array<uint32_t, 4>& values) {
+  Fragment own{in_shared(row), {}};
+  if (own.address % 16 != 0) fail("a row of a matrix that is misaligned");
+  std::copy(values.begin(), values.end(), own.values);
+  return exchange(own);
+}
+inline void store_matrices(const void* row, const std::array<uint32_t, 4>& values) {
+  const auto all = fragments(row, values);
+  const unsigned lane = threadIdx.x % 32;
+  cta->unfenced[all[lane].address] = threadIdx.x;
+  for (int m = 0; m < 4; ++m) {
+    std::memcpy(inductor_ext::shared + all[8 * m + lane / 4].address + lane % 4 * 4, &values[m], 4);
+  }
+}
+inline std::array<uint32_t, 4> load_matrices(const void* row) {
+  const auto all = fragments(row, {});
+  const unsigned lane = threadIdx.x % 32;
+  std::array<uint32_t, 4> values;
+  for (int m = 0; m < 4; ++m) {
+    std::memcpy(&values[m], inductor_ext::shared + all[8 * m + lane / 4].address + lane % 4 * 4, 4);
+  }
+  return values;
+}
+
+// ---- stores of the copy engine ----------------------------------------------------------------------------------------------
+
+inline void store_later(const uint8_t* from, int bytes, std::function<void()> write) {
+  const uint32_t at = in_shared(from);
+  const auto written = cta->unfenced.lower_bound(at);
+  if (written != cta->unfenced.end() && written->first < at + bytes) fail("a store of what was written without a fence since");
+  cta->stores[threadIdx.x].back().push_back({from, {from, from + bytes}, std::move(write)});
+}
+inline void fence_stores() {
+  for (auto each = cta->unfenced.begin(); each != cta->unfenced.end();) {
+    each = each->second == threadIdx.x ? cta->unfenced.erase(each) : std::next(each);
+  }
+}
+// All groups of this thread but the last `left`.
+inline void finish_stores(size_t left) {
+  auto& groups = cta->stores[threadIdx.x];
+  while (groups.size() > left + 1) {
+    for (const Store& store : groups.front()) {
+      if (!std::equal(store.bytes.begin(), store.bytes.end(), store.from)) fail("shared memory that changed while the copy engine read it");
+      store.write();
+    }
+    groups.erase(groups.begin());
+  }
+  ++cta->progress;
+}
+
 }  // namespace hopper_on_cpu
 
 // ---- what CUDA has ----------------------------------------------------------------------------------------------------------
@@ -348,6 +444,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   for (int i = 0; i < 32; ++i) result |= all[i] << i;
   return result;
 }
+template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) { return hopper_on_cpu::exchange(value)[threadIdx.x % 32 ^ mask]; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 template <typename T> T __ldg(const T* p) {
   hopper_on_cpu::check_access(p, sizeof(T), sizeof(T));

@@ -1,4 +1,4 @@
-// Stand-in for the primitives of compute capability 9.0: what the kernel uses of them, and of CuTe and CUTLASS.
+// Stand-in for the primitives of compute capability 9.0: what the kernels use of them, and of CuTe and CUTLASS.
 #pragma once
 
 #include "hopper_on_cpu.h"
@@ -9,6 +9,9 @@ struct bfloat16_t {};
 namespace arch {
 struct NamedBarrier {
   static void sync(unsigned threads, unsigned id) { hopper_on_cpu::meet(hopper_on_cpu::kNamed + static_cast<int>(id), threads); }
+  static void arrive(unsigned threads, unsigned id) {
+    hopper_on_cpu::come(hopper_on_cpu::kNamed + static_cast<int>(id), threads, [] {});
+  }
 };
 inline void fence_barrier_init() {}
 inline void fence_view_async_shared() {}
@@ -50,6 +53,27 @@ void warpgroup_wait() {
   });
 }
 
+inline void cluster_arrive_relaxed() { hopper_on_cpu::fail("a cluster of more than one CTA"); }
+inline void cluster_arrive() { cluster_arrive_relaxed(); }
+inline void cluster_wait() { cluster_arrive_relaxed(); }
+
+struct SM90_TMA_STORE_2D {
+  static void copy(const CUtensorMap* map, const void* from, int x, int y) { map->store({x, y, 0}, static_cast<const uint8_t*>(from)); }
+};
+inline void tma_store_fence() { hopper_on_cpu::fence_stores(); }
+inline void tma_store_arrive() { hopper_on_cpu::cta->stores[threadIdx.x].push_back({}); }
+template <int Left>
+void tma_store_wait() { hopper_on_cpu::finish_stores(Left); }
+
+struct SM90_U32x4_STSM_N {
+  static void copy(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint128_t& to) { hopper_on_cpu::store_matrices(&to, {a, b, c, d}); }
+};
+struct SM75_U32x4_LDSM_N {
+  static void copy(const uint128_t& from, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+    const auto values = hopper_on_cpu::load_matrices(&from);
+    a = values[0], b = values[1], c = values[2], d = values[3];
+  }
+};
 struct SM90_TMA_LOAD_3D {
   static void copy(const CUtensorMap* map, uint64_t* barrier, uint64_t, void* to, int x, int y, int z) {
     map->load({x, y, z}, barrier, static_cast<uint8_t*>(to));
@@ -83,8 +107,9 @@ struct Fma {
     record({{&a0, &a1, &a2, &a3}, b, {}, {}, 0, true}, d_and_scale...);
   }
   template <size_t N>
-  static void of_shared(uint64_t a, uint64_t b, float (&d)[N]) {
-    hopper_on_cpu::Step step{{}, b, {}, {}, a, false};
+  static void of_shared(uint64_t a, uint64_t b, float (&d)[N], bool adds = false, float (*of_a)(uint8_t) = hopper_on_cpu::of_e4m3,
+                        float (*of_b)(uint8_t) = hopper_on_cpu::of_e4m3) {
+    hopper_on_cpu::Step step{{}, b, {}, {}, a, adds, of_a, of_b};
     for (float& each : d) step.d.push_back(&each);
     record(std::move(step), ScaleOut::One);
   }
@@ -109,6 +134,9 @@ Fma rs_op_selector() { return {}; }
 namespace inductor_ext {
 
 constexpr int kSharedLimit = kSharedBytes;
+constexpr int kBlockK = 128;
+constexpr int kMmaK = 32;
+constexpr int kWarpgroup = 128;
 constexpr uint64_t kEvictNormal = 0;
 
 inline uint64_t operand(const void* p) {
@@ -119,7 +147,19 @@ void fence_registers(float (&)[N]) {}
 
 template <typename A, typename B, int N>
 struct Wgmma {
+  static void stage(const void* x, const void* y, float (&d)[N / 2], bool first) {
+    for (int k = 0; k < kBlockK / kMmaK; ++k) {
+      const uint64_t step = k * (kMmaK >> 4);
+      cute::SM90::GMMA::Fma::of_shared(operand(x) + step, operand(y) + step, d, !first || k > 0, value_of<A>, value_of<B>);
+    }
+  }
   static void step(uint64_t a, uint64_t b, float (&d)[N / 2]) { cute::SM90::GMMA::Fma::of_shared(a, b, d); }
+
+ private:
+  template <typename T>
+  static float value_of(uint8_t byte) {
+    return std::is_same_v<T, __nv_fp8_e5m2> ? hopper_on_cpu::of_e5m2(byte) : hopper_on_cpu::of_e4m3(byte);
+  }
 };
 
 struct Slot {
@@ -127,6 +167,9 @@ struct Slot {
   uint32_t phase = 0;
   void advance(int stages) {
     if (++index == stages) index = 0, phase ^= 1;
+  }
+  void skip(int count, int stages) {
+    for (int i = 0; i < count; ++i) advance(stages);
   }
 };
 
@@ -136,6 +179,10 @@ struct FullBarrier {
     hopper_on_cpu::wait_until([&] { return hopper_on_cpu::barrier_at(p).phase != phase; });
   }
   static void arrive(uint64_t* p) { hopper_on_cpu::barrier_at(p).arrive(); }
+  static void arrive(uint64_t* p, int cta, bool reaches) {
+    if (reaches && cta != 0) hopper_on_cpu::fail("a cluster of more than one CTA");
+    if (reaches) arrive(p);
+  }
   static void arrive_and_expect_tx(uint64_t* p, uint32_t bytes) {
     hopper_on_cpu::barrier_at(p).bytes += static_cast<int>(bytes);
     arrive(p);
@@ -145,6 +192,10 @@ using EmptyBarrier = FullBarrier;
 
 inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int k, int row) {
   map->load({k, row}, barrier, static_cast<uint8_t*>(to));
+}
+
+inline void load_tile_to(uint16_t, const CUtensorMap*, uint64_t*, void*, int, int) {
+  hopper_on_cpu::fail("a cluster of more than one CTA");
 }
 
 inline uint32_t bits_of(float v) {
@@ -164,4 +215,30 @@ inline uint32_t rounded(__half*, float v) {
 template <typename Out>
 uint32_t pack(Out* tag, float low, float high) { return rounded(tag, low) | rounded(tag, high) << 16; }
 
+inline float widen(float v) { return v; }
+inline float widen(__nv_bfloat16 v) { return hopper_on_cpu::of_bf16(v.bits); }
+inline float widen(__half v) {
+  _Float16 half;
+  std::memcpy(&half, &v, 2);
+  return static_cast<float>(half);
+}
+template <typename Out>
+Out narrow(float v) {
+  if constexpr (sizeof(Out) == 4) {
+    return v;
+  } else {
+    return {static_cast<uint16_t>(rounded(static_cast<Out*>(nullptr), v))};
+  }
+}
+
 }  // namespace inductor_ext
+
+// By way of fp32, as eager adds: it holds the sum of two numbers of 16 bits, or is off by less than would round it otherwise.
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  using inductor_ext::narrow, inductor_ext::widen;
+  return {narrow<__nv_bfloat16>(widen(a.x) + widen(b.x)), narrow<__nv_bfloat16>(widen(a.y) + widen(b.y))};
+}
+inline __half2 __hadd2(__half2 a, __half2 b) {
+  using inductor_ext::narrow, inductor_ext::widen;
+  return {narrow<__half>(widen(a.x) + widen(b.x)), narrow<__half>(widen(a.y) + widen(b.y))};
+}

@@ -24,6 +24,7 @@ struct Launch {
   Launch(unsigned grid, unsigned block) : grid(grid), block(block) {}
   Launch& stream(void*) { return *this; }
   Launch& programmatic() { return *this; }
+  Launch& cluster(unsigned) { hopper_on_cpu::fail("a cluster of more than one CTA"); }
   Launch& shared_memory(size_t bytes) {
     if (bytes > kSharedBytes) hopper_on_cpu::fail("more shared memory than a CTA may have");
     return *this;

@@ -30,6 +30,8 @@ struct TensorView {
   std::vector<int64_t> sizes, steps;
   const std::vector<int64_t>& shape() const { return sizes; }
   const std::vector<int64_t>& strides() const { return steps; }
+  int ndim() const { return static_cast<int>(sizes.size()); }
+  int64_t numel() const { return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>()); }
 };
 template <typename T = void>
 T* data(const TensorView& view) { return static_cast<T*>(view.pointer); }
@@ -53,6 +55,7 @@ struct Dim {
   Symbol* symbol = nullptr;
 };
 struct TensorMatcher {
+  TensorMatcher() = default;
   TensorMatcher(std::initializer_list<Dim> shape) : dims(shape) {}
   template <typename... T> TensorMatcher& dtype() { return *this; }
   TensorMatcher& contiguous() { return *this; }

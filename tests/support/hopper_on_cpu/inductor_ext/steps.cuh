@@ -1,0 +1,13 @@
+// Stand-in for the rounding of the step language.
+#pragma once
+
+#include "vec.cuh"
+
+namespace inductor_ext {
+
+template <typename T, int N>
+void round_to(float (&v)[N]) {
+  for (float& each : v) each = widen(narrow<T>(each));
+}
+
+}  // namespace inductor_ext
