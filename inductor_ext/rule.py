@@ -72,6 +72,7 @@ class Example:
     """A function, and the inputs it is compiled with, that a rule matches or, when ``reason`` is set, nearly matches.
 
     ``inputs(device)`` makes the arguments. ``reason`` is the expected `Refusal.reason`; ``options`` are (name, value) pairs.
+    ``before`` are the modes of other rules, such as have to run before it.
     """
 
     name: str
@@ -82,6 +83,11 @@ class Example:
     count: int = 1
     dynamic: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    before: tuple[tuple[str, RuleMode], ...] = ()
+
+    def modes(self, rule: str) -> dict[str, RuleMode]:
+        """The modes under which ``rule`` answers to this example as it says; other rules may have any."""
+        return {**dict(self.before), rule: self.mode}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,10 +32,10 @@ def main() -> None:
             row: dict[str, Any] = {"rule": rule.name, "example": example.name}
             try:
                 found = inductor_ext.verify(
-                    example.fn, *example.inputs("cuda"), rules={**modes, rule.name: example.mode}, end_to_end=False,
+                    example.fn, *example.inputs("cuda"), rules={**modes, **example.modes(rule.name)}, end_to_end=False,
                     dynamic=example.dynamic or None,
                 )  # fmt: skip
-                check = found.checks[0] if found.checks else None
+                check = next((check for check in found.checks if check.rule == rule.name), None)
                 row.update(ok=found.ok and check is not None and check.rewrites == example.count)
                 if check is not None:
                     row.update(

@@ -85,18 +85,19 @@ def show(
 
 
 def run(rule: Rule, example: Example) -> Outcome:
-    """An example through `explain`, with every other rule off."""
+    """An example through `explain`, with every rule off that it does not need."""
     import torch
 
     import inductor_ext
 
     torch.manual_seed(0)
-    modes: dict[str, Any] = {other.name: "off" for other in registry.rules()} | {rule.name: example.mode}
+    modes: dict[str, Any] = {other.name: "off" for other in registry.rules()} | example.modes(rule.name)
     found = inductor_ext.explain(example.fn, *example.inputs("cpu"), rules=modes, dynamic=example.dynamic or None)
-    rewrites = len(found.rewrites)
-    reasons = {miss.reason for miss in found.refusals}
+    rewrites = sum(event.rule == rule.name for event in found.rewrites)
+    misses = [miss for miss in found.refusals if miss.rule == rule.name]
+    reasons = {miss.reason for miss in misses}
     ok = example.reason in reasons and not rewrites if example.reason else rewrites == example.count
-    refusals = tuple(dataclasses.asdict(miss) for miss in found.refusals)
+    refusals = tuple(dataclasses.asdict(miss) for miss in misses)
     return Outcome(example.name, "near miss" if example.reason else "match", ok, rewrites, refusals, found.diff())
 
 

@@ -24,8 +24,12 @@ _STRIDED = frozenset({"flex_attention"})
 _MOVABLE = PURE | {aten.slice.Tensor, aten.select.int, aten.t.default, aten.transpose.int, aten.expand.default}
 
 
-def obstacle(matrix: Node, forced: bool) -> Failure | None:
-    """A user that keeps ``matrix`` from being a column slice; ``forced`` takes what is merely slower."""
+def obstacle(matrix: Node, forced: bool, width: Any = None) -> Failure | None:
+    """A user that keeps ``matrix`` from being a column slice; ``forced`` takes what is merely slower.
+
+    ``width``: how many elements a row has, where ``matrix`` is a view with more dimensions than two.
+    """
+    width = value_of(matrix).shape[1] if width is None else width
     for reached, user in _users(matrix):
         if user.op == "output":
             if not forced:
@@ -38,7 +42,7 @@ def obstacle(matrix: Node, forced: bool) -> Failure | None:
         elif not _any_strides(user.target):
             wanted = "PyTorch's operators as users: others get the strides they had in eager, by a copy"
             return Failure(matrix, "a user is not one of PyTorch's operators", wanted, describe(user))
-        elif _merges_rows(matrix, user):
+        elif _merges_rows(matrix, user, width):
             shape = list(value_of(user).shape)
             wanted = "views that keep the columns apart from the rows"
             return Failure(matrix, "a user merges its rows: a column slice would be copied", wanted, f"a view as {shape}")
@@ -68,16 +72,16 @@ def _any_strides(target: Any) -> bool:
     return not isinstance(target, torch._ops.OpOverload) or target.namespace in ("aten", "prims", "inductor_ext")
 
 
-def _merges_rows(matrix: Node, user: Node) -> bool:
-    """Whether ``user`` is a reshape of ``matrix`` in which no dimension begins where a row does."""
+def _merges_rows(matrix: Node, user: Node, row: Any) -> bool:
+    """Whether ``user`` is a reshape of ``matrix`` in which no dimension begins where a row, of ``row`` elements, does."""
     if in_order(user) is not matrix or user is matrix:
         return False
     width: Any = 1
     for size in reversed(value_of(user).shape):
-        if known_equal(width, value_of(matrix).shape[1]):
+        if known_equal(width, row):
             return False
         width = width * size
-    return not known_equal(width, value_of(matrix).shape[1])
+    return not known_equal(width, row)
 
 
 def hoist(node: Node | None, above: Node, move: bool) -> Node | None:

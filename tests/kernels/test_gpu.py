@@ -68,7 +68,7 @@ def _wanted_by_examples() -> list[jit.JitSpec]:
         for rule in registry.rules():
             for example in rule.matches:
                 torch._dynamo.reset()
-                chosen = settings.current(rules={rule.name: example.mode})
+                chosen = settings.current(rules=example.modes(rule.name))
                 with compiled_with(chosen, example.fn, None, inner_compile=passes_only, dynamic=example.dynamic) as run:
                     run(*example.inputs("cuda"))
     return asked
@@ -333,7 +333,7 @@ def test_examples_on_the_gpu(rule: Any, example: Any) -> None:
     import inductor_ext
 
     found = inductor_ext.verify(
-        example.fn, *example.inputs("cuda"), rules={rule.name: example.mode}, dynamic=example.dynamic, end_to_end=False
+        example.fn, *example.inputs("cuda"), rules=example.modes(rule.name), dynamic=example.dynamic, end_to_end=False
     )
     assert found.graphs and sum(report.counts().get(rule.name, 0) for report in found.graphs) == example.count
     assert found.differs == [] and all(check.differing == 0 for check in found.checks if check.exact)
