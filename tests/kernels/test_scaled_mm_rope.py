@@ -152,7 +152,7 @@ def test_no_rows(shape: tuple[int, int]) -> None:
         ({"sin": torch.ones(1, 10, D, dtype=BF16)}, ValueError, "sin: wanted the shape of cos"),
         ({"sin": torch.ones(1, 5, 2 * D, dtype=BF16)[..., ::2]}, ValueError, "sin: wanted columns of unit stride"),
         (dict.fromkeys(("cos", "sin"), torch.ones(1, 3, D, dtype=BF16)), ValueError, "a: wanted rows of whole sequences of 3"),
-        (dict.fromkeys(("cos", "sin"), torch.ones(3, 5, D, dtype=BF16)), ValueError, "cos: wanted .* or a table of each sequence"),
+        (dict.fromkeys(("cos", "sin"), torch.ones(3, 5, D, dtype=BF16)), ValueError, "or a table of each sequence"),
         ({"scale_b": []}, ValueError, "scale_b, bias: wanted 3 of each"),
         ({"a": torch.zeros(10, 64)}, TypeError, "wanted float8_e4m3fn or float8_e5m2, found torch.float32"),
     ],
