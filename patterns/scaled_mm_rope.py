@@ -325,6 +325,7 @@ B, S, HEADS, KV_HEADS, K = 2, 20, 2, 1, 64
 WIDTHS = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
 #: The rules that make what this one reads; attention stays as it is.
 BEFORE: tuple[tuple[str, RuleMode], ...] = (
+    ("scaled_mm_cat", "always"),
     ("scaled_mm_siblings", "always"),
     ("qk_norm_rope", "always"),
     ("causal_attention", "off"),
@@ -354,6 +355,10 @@ def _weighted(device: str) -> tuple[Any, ...]:
 def _weighted_in_fp32(device: str) -> tuple[Any, ...]:
     *others, q_weight, k_weight = _weighted(device)
     return *others, q_weight.float(), k_weight.float()
+
+
+def _with_another_input(device: str) -> tuple[Any, ...]:
+    return *_operands(device), _operands(device)[0]
 
 
 def _batched(device: str) -> tuple[Any, ...]:
@@ -510,6 +515,32 @@ def _rows_merged(*inputs: Any) -> tuple[torch.Tensor, ...]:
     return q.reshape(-1, 64).float().sigmoid(), k.float().sigmoid(), v.float().sigmoid()
 
 
+def _v_of_64(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, s, wq, tq, wk, tk, wv, tv, cos, sin = inputs
+    (q, k), (v,) = _projected(x, s, wq, tq, wk, tk), _projected(x, s, wv[:64], tv[:64], size=64)
+    q, k = _rope(q, k, cos, sin, dim=2)
+    return q.float().sigmoid() + k.float().sigmoid(), v.float().sigmoid()
+
+
+def _joined_products(*inputs: Any) -> torch.Tensor:
+    """q and k are columns of one buffer, and k is a product of another input."""
+    x, s, wq, tq, wk, tk, _, _, cos, sin, y = inputs
+    row = s.reshape(-1, 1)
+    joined = torch.cat([product(x.flatten(0, 1), wq, row, tq), product(y.flatten(0, 1), wk, row, tk)], 1)
+    q, k = (joined[:, low:high].view(B, S, -1, HEAD_DIM) for low, high in ((0, WIDTHS[0]), (WIDTHS[0], sum(WIDTHS[:2]))))
+    q, k = _rope(q, k, cos, sin, dim=2)
+    return q.float().sigmoid() + k.float().sigmoid()
+
+
+def _heads_as_tokens(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each head of q has an angle of its own."""
+    *projection, cos, sin = inputs
+    q, k, _ = _projected(*projection)
+    q = q.view(1, B * S * HEADS, 1, HEAD_DIM)
+    cos, sin = (each.expand(B * HEADS, -1, -1).reshape(1, -1, HEAD_DIM) for each in (cos, sin))
+    return _rope(q, q, cos, sin, dim=2)[0].float().sigmoid(), k.float().sigmoid()
+
+
 def _with_bias_of_q(device: str) -> tuple[Any, ...]:
     return *_operands(device), with_bias((None, torch.empty(WIDTHS[0], 0, device=device)))[-1]
 
@@ -551,12 +582,15 @@ RULE = Rule(
         _miss("not_measured", _llama, _operands, "the kernel was not measured on this GPU"),
         _miss("heads_of_64", _heads_of_64, _operands, "head dimension"),
         _miss("bias", _biased, _with_bias_of_q, "the products have a bias"),
+        _miss("v_of_64", _v_of_64, _operands, "the products are not whole heads"),
+        _miss("joined_products", _joined_products, _with_another_input, "the products do not share a"),
+        _miss("heads_as_tokens", _heads_as_tokens, _operands, "q or k is not a view of whole rows"),
         _miss("tables_in_fp32", _in_fp32, _operands, "cos and sin are not of the output's dtype"),
         _miss("fp16", _in_fp16, _operands, "output dtype"),
         _miss("tables_not_aligned", _llama, _unaligned, "the layout of cos and sin"),
         _miss("weights_in_fp32", _gemma3, _weighted_in_fp32, "the norm's weight"),
         _miss("q_is_read", _q_is_read, _operands, _READ_BEFORE),
-        _miss("k_of_another_input", _k_of_another_input, lambda d: (*_operands(d), _operands(d)[0]), _NOT_ONE_CALL),
+        _miss("k_of_another_input", _k_of_another_input, _with_another_input, _NOT_ONE_CALL),
         _miss("v_first", _v_first, _operands, "q and k are not the first products"),
         _miss("tables_of_v", _tables_of_v, _operands, "the rotation needs something computed later"),
         _miss("returned", _returned, _operands, "a sibling is returned to the caller"),

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """A rule replaced the chain that ended in ``node`` (its name in the stock graph) by calls of ``kernel``."""
+    """A rule replaced the chain that ended in ``node`` (its name in the graph that the rule saw) by calls of ``kernel``."""
 
     rule: str
     node: str

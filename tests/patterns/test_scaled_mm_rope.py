@@ -228,7 +228,9 @@ def test_a_returned_q_is_taken_when_asked_for() -> None:
     assert refusals(left, "scaled_mm_rope") == ["a sibling is returned to the caller"]
 
 
-def test_an_older_gpu_keeps_two_launches() -> None:
-    with fake_gpu((8, 9)) as ada:
-        source = ada.source(layer, layer_inputs, backend=inductor_ext.backend(build="defer", rules=ALWAYS), dynamic=False)
-    assert "inductor_ext_scaled_mm" not in source and "inductor_ext_qk_norm_rope(" in source
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0)])
+def test_another_gpu_keeps_two_launches(capability: tuple[int, int]) -> None:
+    with fake_gpu(capability) as gpu:
+        source = gpu.source(layer, layer_inputs, backend=inductor_ext.backend(build="defer", rules=QUIET), dynamic=False)
+    assert "inductor_ext_scaled_mm_rope" not in source and "inductor_ext_qk_norm_rope(" in source
+    assert ("inductor_ext_scaled_mm(" in source) == (capability == (10, 0))
