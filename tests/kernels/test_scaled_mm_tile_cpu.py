@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
 from inductor_ext.kernels.scaled_mm_rope import op as scaled_mm_rope
+from tests.support.cuda_on_cpu import KERNELS
 from tests.support.equal import assert_same_bytes
 from tests.support.hopper_on_cpu import TileKernel
 
@@ -240,3 +242,33 @@ def check_heads(
         else:
             assert (part != whole).float().mean() < 0.01
             torch.testing.assert_close(part, whole, rtol=2**-6, atol=2**-5)
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("without", "instead", "seen"),
+    [
+        ("cute::tma_store_wait<Shared::kChunks - 1>();", ";", "changed while the copy engine read it"),
+        ("cute::tma_store_fence();", "", "written without a fence"),
+        ("cute::warpgroup_wait<1>();", "cute::warpgroup_wait<2>();", "operand of a wgmma that changed"),
+        ("if (Pingpong && consumer == 1)", "if (false)", "every thread waits for another"),
+        ("EmptyBarrier::wait(empty + slot.index, slot.phase);", "", "more arrive than it was made for|operand of a wgmma"),
+    ],
+    ids=["staging used again too soon", "no fence", "stage released too soon", "no first turn", "stage filled too soon"],
+)
+def test_what_is_wrong_is_seen(tmp_path: Path, without: str, instead: str, seen: str) -> None:
+    """The same source with one thing wrong in it."""
+    kernels = tmp_path / "kernels"
+    shutil.copytree(KERNELS / "include", kernels / "include")
+    shutil.copytree(KERNELS / "scaled_mm", kernels / "scaled_mm")
+    config = parse("tile:128x128p")
+    source = kernels / config.source
+    text = source.read_text()
+    assert without in text, f"{config.source} has no {without} to leave out: name here what took its place"
+    source.write_text(text.replace(without, instead))
+    kernel = TileKernel(config.cpp(E4, E4, BF16, False), tmp_path, kernels)
+    with pytest.raises(RuntimeError, match=seen):
+        check((kernel, config.m, config.n, E4, BF16), 2 * config.m, 2 * config.n, 20 * 128, sms=1)

@@ -341,7 +341,7 @@ inline void run_group(unsigned first) {
     std::vector<float> b(columns * 32);
     for (int n = 0; n < columns; ++n) {
       const auto bytes = row_of(any.b, n);
-      for (int k = 0; k < length; ++k) b[k * columns + n] = fp8 ? any.of_b(bytes[k]) : of_bf16(bytes[2 * k] | bytes[2 * k + 1] << 8);
+      for (int k = 0; k < length; ++k) b[n * 32 + k] = fp8 ? any.of_b(bytes[k]) : of_bf16(bytes[2 * k] | bytes[2 * k + 1] << 8);
     }
     float a[64][32];
     for (int m = 0; fp8 && m < 64; ++m) {
@@ -359,14 +359,12 @@ inline void run_group(unsigned first) {
     }
     for (unsigned t = 0; t < 128; ++t) {
       const Step& step = cta->issued[first + t].front()[s];
-      const int row = t / 32 * 16 + t % 32 / 4;
-      std::array<float, 128> sums;
-      for (int i = 0; i < columns / 2; ++i) sums[i] = step.adds ? *step.d[i] : 0.f;
-      for (int k = 0; k < length; ++k) {
-        const float* b_row = &b[k * columns + t % 4 * 2];
-        for (int i = 0; i < columns / 2; ++i) sums[i] += a[row + i / 2 % 2 * 8][k] * b_row[i / 4 * 8 + i % 2];
+      for (int i = 0; i < columns / 2; ++i) {
+        const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        float sum = step.adds ? *step.d[i] : 0.f;
+        for (int k = 0; k < length; ++k) sum += a[row][k] * b[column * 32 + k];
+        *step.d[i] = sum;
       }
-      for (int i = 0; i < columns / 2; ++i) *step.d[i] = sums[i];
     }
   }
   for (unsigned t = 0; t < 128; ++t) cta->issued[first + t].erase(cta->issued[first + t].begin());
