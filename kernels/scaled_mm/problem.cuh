@@ -146,11 +146,13 @@ inline void check_columns(const TensorView& out, int columns) {
   }
 }
 
-// The two entries of every family; Family::launch(products, device, static_b, first, second) does the rest.
+// The entries of the families: `run` and `run_group` where products are only stored (Family::kStores), the others where more is
+// done with them (Family::End). Family::launch(products, device, static_b, first, second) does the rest.
 template <typename Family, typename EA, typename EB, typename Out>
 struct ScaledMmEntries {
   static void run(TensorView a, TensorView b, TensorView scale_a, TensorView scale_b, Optional<TensorView> bias, TensorView out,
                   bool static_b, int64_t first, int64_t second) {
+    static_assert(Family::kStores);
     Device device;
     const Boxes boxes = Family::boxes(first, second);
     Products products = begin_products<Out>(a, out, device);
@@ -202,12 +204,13 @@ struct ScaledMmEntries {
 
     RopeParams p{};
     const Optional<TensorView> weights[2] = {q_weight, k_weight};
-    for (int64_t i = 0; i < rotated; ++i) {
+    for (int64_t i = 0; i < 2; ++i) {
       const char* name = i == 0 ? "q_weight" : "k_weight";
-      if (weights[i].has_value() != End::kNorms) {
-        TVM_FFI_THROW(ValueError) << name << ": wanted " << (End::kNorms ? "a tensor, found None" : "None, found a tensor");
+      const bool wanted = End::kNorms && i < rotated;
+      if (weights[i].has_value() != wanted) {
+        TVM_FFI_THROW(ValueError) << name << ": wanted " << (wanted ? "a tensor, found None" : "None, found a tensor");
       }
-      if (!End::kNorms) continue;
+      if (!wanted) continue;
       TensorMatcher({kHead}).dtype<Out>().contiguous().device(device).verify(*weights[i], name);
       p.weight[i] = data(*weights[i]);
     }
@@ -237,6 +240,7 @@ struct ScaledMmEntries {
   // `a` and `scale_a` have one element, shared, or as many as `b`.
   static void run_group(Array<Tensor> a, Array<Tensor> b, Array<Tensor> scale_a, Array<Tensor> scale_b,
                         Array<Optional<Tensor>> bias, TensorView out, bool static_b, int64_t first, int64_t second) {
+    static_assert(Family::kStores);
     const size_t count = b.size();
     if (count == 0 || (a.size() != 1 && a.size() != count) || scale_a.size() != a.size() || scale_b.size() != count ||
         bias.size() != count) {

@@ -236,6 +236,7 @@ __global__ void __launch_bounds__(W / 64 * kWarpgroup + 32) scaled_mm_stream_ker
 // T tokens and W = 64 or 128 output channels a CTA; `first` is the split: 1, 2, 4 or 8.
 template <typename EA, typename EB, typename Out, int T, int W, bool Exact>
 struct ScaledMmStream : ScaledMmEntries<ScaledMmStream<EA, EB, Out, T, W, Exact>, EA, EB, Out> {
+  static constexpr bool kStores = true;
   static_assert(T % 8 == 0 && T <= 128 && (W == 64 || W == 128));
 
   static Boxes boxes(int64_t split, int64_t) {

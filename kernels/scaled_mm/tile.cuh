@@ -477,6 +477,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, typename End_ = Store>
 struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact, End_>, EA, EB, Out> {
   using End = End_;
+  static constexpr bool kStores = !End::kAdds && !End::kRotates;
   using Shared = TileShared<Out, M, N, Pingpong, End>;
   static_assert(Shared::kRows % 64 == 0 && N % 16 == 0 && N <= 256);
   static_assert(!End::kRotates || (N == kHead && sizeof(Out) == 2), "a head is a tile's columns, in two bytes each");

@@ -46,17 +46,23 @@ void run_one(const Given* a, const Given* b, const Given* scale_a, const Given* 
   const TensorView a_view = view(*a), b_view = view(*b), scales[2] = {view(*scale_a), view(*scale_b)}, out_view = view(*out);
   if constexpr (Tile::End::kAdds) {
     Tile::run_add(a_view, b_view, scales[0], scales[1], optional(bias), view(*residual), out_view, static_b, 1, 1);
-  } else {
+  } else if constexpr (Tile::kStores) {
     Tile::run(a_view, b_view, scales[0], scales[1], optional(bias), out_view, static_b, 1, 1);
+  } else {
+    hopper_on_cpu::fail("a class that does more than to store");
   }
 }
 
 template <typename Tile>
 void run_several(const Given* const* a, int a_count, const Given* const* b, int count, const Given* const* scale_a,
                  const Given* const* scale_b, const Given* const* bias, const Given* out, bool static_b) {
-  Array<Optional<Tensor>> added;
-  for (int i = 0; i < count; ++i) added.push_back(optional(bias[i]));
-  Tile::run_group(array(a, a_count), array(b, count), array(scale_a, a_count), array(scale_b, count), added, view(*out), static_b, 1, 1);
+  if constexpr (Tile::kStores) {
+    Array<Optional<Tensor>> added;
+    for (int i = 0; i < count; ++i) added.push_back(optional(bias[i]));
+    Tile::run_group(array(a, a_count), array(b, count), array(scale_a, a_count), array(scale_b, count), added, view(*out), static_b, 1, 1);
+  } else {
+    hopper_on_cpu::fail("a class that does more than to store");
+  }
 }
 
 template <typename Tile>
