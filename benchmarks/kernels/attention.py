@@ -17,10 +17,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.kernels.shared import show
 from inductor_ext import registry
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
@@ -151,10 +150,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path
     registry.ops()
     rows = [row for shape in SHAPES for row in measure(*shape)]
     timing.write_json(out, {"libraries": implementations.versions(), "rows": rows})
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=120).print(table)
+    show(rows, 120)
 
 
 if __name__ == "__main__":

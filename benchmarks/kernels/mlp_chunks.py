@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from inductor_ext import jit, registry
+from benchmarks.kernels.shared import built
+from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.act_mul_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.scaled_mm import choice
@@ -94,9 +95,7 @@ def build() -> None:
     names = {each.config.name for each in chosen if each is not None}
     specs = [SCALED_MM.spec_of_key((name, E4, E4, BF16, True), ARCH) for name in sorted(names)]
     act = ACT_MUL.spec_of_key((BF16, "silu", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4), ARCH)
-    failed = [made for made in jit.prepare([*specs, act]).values() if isinstance(made, Exception)]
-    if failed:
-        raise SystemExit(f"{len(failed)} kernels were not built, first: {failed[0]}")
+    built([*specs, act])
 
 
 def measure(model: str, tokens: int) -> dict[str, Any]:

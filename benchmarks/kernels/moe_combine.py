@@ -17,11 +17,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import inductor_ext
 from benchmarks import timing
+from benchmarks.kernels.shared import show
 from inductor_ext import registry
 
 #: tokens, k, hidden, experts: Qwen3-30B-A3B, Mixtral-8x7B, and a width of 7168
@@ -92,10 +91,7 @@ def main(
         timing.write_json(out, {"rows": rows})
     if as_json:
         print(json.dumps(rows))
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=120).print(table)
+    show(rows, 120)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.kernels.shared import built
 from inductor_ext import jit, registry, settings
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import hopper
@@ -147,10 +148,7 @@ def build(keys: Sequence[Any]) -> dict[Any, Any]:
     if arch != hopper.TARGET:
         raise SystemExit(f"these kernels are for {hopper.TARGET}, found {arch or 'no GPU'}")
     specs = {key: OP.spec_of_key((arch, key), arch) for key in keys}
-    made = jit.prepare(list(specs.values()))
-    failed = [each for each in made.values() if isinstance(each, Exception)]
-    if failed:
-        raise SystemExit(f"{len(failed)} kernels were not built, first: {failed[0]}")
+    made = built(specs.values())
     return {key: made[spec] for key, spec in specs.items()}
 
 

@@ -17,10 +17,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.kernels.shared import built, show
 from inductor_ext import jit, registry, settings
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_quantize.op import OP
@@ -127,20 +126,14 @@ def main(
     quick: Annotated[bool, typer.Option(help="The first four works only.")] = False,
 ) -> None:
     registry.ops()
-    options = settings.current()
-    arch = jit.current_arch(options)
+    arch = jit.current_arch(settings.current())
     works = QUICK if quick else WORKS
     keys = dict.fromkeys((dtype, "rceil", swizzled) for _, dtype, _, swizzled in works)
-    for built in jit.prepare([OP.spec_of_key(key, arch or "") for key in keys], options).values():
-        if isinstance(built, Exception):
-            raise built
+    built(OP.spec_of_key(key, arch or "") for key in keys)
     rows = [measure(*work) for work in works]
     if out is not None:
         timing.write_json(out, {"rows": rows})
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console(width=150).print(table)
+    show(rows, 150)
 
 
 if __name__ == "__main__":

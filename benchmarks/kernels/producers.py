@@ -15,10 +15,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.kernels.shared import show
 from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
@@ -167,10 +166,7 @@ def main(
     registry.ops()
     rows = [measure(*work) for work in works() if only in work[0]]
     timing.write_json(out, {"rows": rows})
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=130).print(table)
+    show(rows, 130)
 
 
 if __name__ == "__main__":

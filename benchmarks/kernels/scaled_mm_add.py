@@ -20,12 +20,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
-from inductor_ext import jit, registry
+from benchmarks.kernels.shared import built, show
+from inductor_ext import registry
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.scaled_mm import choice
@@ -108,15 +107,11 @@ def measure(problem: cases.Problem) -> dict[str, Any]:
 
 def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_add.json")) -> None:
     registry.ops()
-    jit.prepare([op.spec_of_key((config, E4, E4, BF16, True), "sm_90a") for op in (OP, SCALED_MM) for config in CONFIGS])
+    built(op.spec_of_key((config, E4, E4, BF16, True), "sm_90a") for op in (OP, SCALED_MM) for config in CONFIGS)
     problems = [cases.Problem(m, n, k, rowwise, True) for n, k in SHAPES for rowwise in (True, False) for m in TOKENS]
     rows = [measure(problem) for problem in problems]
     timing.write_json(out, {"rows": rows})
-    shown = [name for name in rows[0] if name != "all_us"]
-    table = Table(*shown)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
-    Console(width=130).print(table)
+    show(rows, 130, without=("all_us",))
 
 
 if __name__ == "__main__":

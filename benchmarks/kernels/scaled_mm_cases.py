@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from inductor_ext import jit
+from benchmarks.kernels.shared import built
 from inductor_ext.kernels.scaled_mm.config import Config
 from inductor_ext.kernels.scaled_mm.op import OP
 
@@ -88,12 +88,7 @@ def ours(config: Config, modules: dict[Any, Any], problem: Problem, x: Operands)
 
 def build(configs: Sequence[tuple[Config, Problem]]) -> dict[Any, Any]:
     """All kernels, in parallel. RuntimeError with the first failure."""
-    specs = {OP.spec_of_key(key_of(config, problem), "sm_90a") for config, problem in configs}
-    modules = jit.prepare(sorted(specs, key=str))
-    for module in modules.values():
-        if isinstance(module, Exception):
-            raise RuntimeError("a kernel does not build") from module
-    return modules
+    return built(sorted({OP.spec_of_key(key_of(config, problem), "sm_90a") for config, problem in configs}, key=str))
 
 
 def time_us(calls: Sequence[Callable[[], Any]], guess_us: float, replays: int) -> float:

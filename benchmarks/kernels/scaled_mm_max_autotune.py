@@ -17,14 +17,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch._inductor.utils import run_and_get_code
 
 import inductor_ext
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
 from benchmarks.kernels.scaled_mm_cases import Problem
+from benchmarks.kernels.shared import show
 
 PROBLEMS = (
     Problem(16, 4096, 1024, True, True),
@@ -78,10 +77,7 @@ def main(
     logging.basicConfig(format="%(message)s")
     rows = [measure(problem, triton) for problem in PROBLEMS]
     timing.write_json(out, {"rows": rows})
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=150).print(table)
+    show(rows, 150)
 
 
 if __name__ == "__main__":

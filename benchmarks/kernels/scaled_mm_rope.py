@@ -21,12 +21,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
-from inductor_ext import jit, registry
+from benchmarks.kernels.shared import built, show
+from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
@@ -154,9 +153,7 @@ def build() -> None:
     specs = [OP.spec_of_key((config, E4, E4, BF16, True, norm), "sm_90a") for config in CONFIGS for norm in sorted(norms)]
     specs += [SCALED_MM.spec_of_key((name, E4, E4, BF16, True), "sm_90a") for name in sorted(names)]
     specs += [QK_NORM_ROPE.spec_of_key((BF16, BF16 if norm else None, BF16, norm, BF16), "sm_90a") for norm in sorted(norms)]
-    for module in jit.prepare(list(dict.fromkeys(specs))).values():
-        if isinstance(module, Exception):
-            raise RuntimeError("a kernel does not build") from module
+    built(specs)
 
 
 def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_rope.json")) -> None:
@@ -164,11 +161,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path
     build()
     rows = [measure(layer, m, rowwise) for layer, rowwise, m in itertools.product(LAYERS, (True, False), TOKENS)]
     timing.write_json(out, {"rows": rows})
-    shown = [name for name in rows[0] if name != "all_us"]
-    table = Table(*shown)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
-    Console(width=130).print(table)
+    show(rows, 130, without=("all_us",))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,29 @@
+"""What the scripts here begin and end with: their kernels, built; their rows, shown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from inductor_ext import jit
+
+
+def built(specs: Iterable[jit.JitSpec]) -> dict[jit.JitSpec, Any]:
+    """The kernels, made in parallel. RuntimeError with the first failure: PyTorch's operators would be timed in its place."""
+    modules = jit.prepare(list(dict.fromkeys(specs)))
+    for spec, module in modules.items():
+        if isinstance(module, Exception):
+            raise RuntimeError(f"a kernel does not build: {spec.describe()}") from module
+    return modules
+
+
+def show(rows: Sequence[dict[str, Any]], width: int, without: Collection[str] = ()) -> None:
+    """One line a row, one column a key but those of ``without``; None is empty."""
+    names = [name for name in rows[0] if name not in without]
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
+    Console(width=width).print(table)
