@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -159,6 +160,14 @@ def _cpu_library() -> torch.library.Library:
     return torch.library.Library("aten", "IMPL", "CPU")
 
 
+_mx_grouped: list[Callable[..., torch.Tensor]] = []
+
+
+def computes_mx_grouped(function: Callable[..., torch.Tensor]) -> None:
+    """``function(a, scale_a, b [E, N, K], scale_b, offs, out_dtype, swizzled)``: MXFP8's grouped product in plain operators."""
+    _mx_grouped[:] = [function]
+
+
 def _plain_scaled_grouped_mm_v2(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -182,11 +191,11 @@ def _plain_scaled_grouped_mm_v2(
         wanted = "1x32 blocks or row-wise scales, a [T, K], b [E, K, N], offs and no bias"
         raise NotImplementedError(f"_scaled_grouped_mm_v2 in plain operators: wanted {wanted}")
     if recipes[0] == [3]:
-        weight = b.transpose(-2, -1).contiguous()
         from inductor_ext import registry
 
-        (op,) = (op for op in registry.ops() if op.name == "mxfp8_grouped_mm")
-        return op.reference(a, scale_a[0], weight, scale_b[0], offs, dtype, tiles[0])
+        registry.ops()  # whichever of them computes it has said so then
+        weight = b.transpose(-2, -1).contiguous()
+        return _mx_grouped[0](a, scale_a[0], weight, scale_b[0], offs, dtype, tiles[0])
     assert offs is not None
     out, start = a.new_zeros((a.shape[0], b.shape[2]), dtype=dtype), 0
     for expert, end in enumerate(offs.tolist()):

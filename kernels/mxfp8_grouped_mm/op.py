@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from inductor_ext import torch_compat
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import blackwell, hopper
 from inductor_ext.op import Kernel, Op
@@ -287,6 +288,8 @@ def scratch(x: Any, *rest: Any) -> int:
 def examples(target: str) -> tuple[Hashable, ...]:
     return tuple((target, each) for each in KERNELS[target].examples()) if target in KERNELS else ()
 
+
+torch_compat.computes_mx_grouped(reference)
 
 OP = Op(
     schema=(
