@@ -258,11 +258,15 @@ def erase_dead(node: Node) -> None:
         dead.graph.erase_node(dead)
 
 
+def copy_of(graph: Graph) -> Graph:
+    made = Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
+
+
 def snapshot(graph: Graph) -> Callable[[], None]:
     """What brings the graph, in place, back to what it is now: its nodes are new ones then."""
-    kept = Graph()
-    output = kept.graph_copy(graph, {})
-    meta = dict(graph.output_node().meta)
+    kept, meta = copy_of(graph), dict(graph.output_node().meta)
 
     def restore() -> None:
         nodes_now = list(graph.nodes)
@@ -271,9 +275,7 @@ def snapshot(graph: Graph) -> Callable[[], None]:
         for node in nodes_now:
             graph.erase_node(node)
         graph._graph_namespace = type(graph._graph_namespace)()  # else every node would get another name
-        nodes: dict[Node, Node] = {}
-        graph.graph_copy(kept, nodes)
-        graph.output(torch.fx.map_arg(output, lambda node: nodes[node])).meta = meta
+        graph.output(graph.graph_copy(kept, {})).meta = dict(meta)
 
     return restore
 

@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import registry, settings, torch_compat
 from inductor_ext.errors import VerifyError
+from inductor_ext.graph import copy_of
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
@@ -124,7 +125,7 @@ def verify(
     def observe(rule: str, graph: torch.fx.Graph) -> None:
         if not rule:  # from the beginning: a rule has failed and was left out
             stages.clear()
-        stages.append((rule, torch.fx.GraphModule(graph.owning_module or {}, copy_graph(graph))))
+        stages.append((rule, torch.fx.GraphModule(graph.owning_module or {}, copy_of(graph))))
 
     def compile_stages(gm: torch.fx.GraphModule, example_inputs: Any, **keywords: Any) -> Callable[..., Any]:
         original = copied(gm)
@@ -159,12 +160,6 @@ def _loses_context(graphs: list[GraphReport]) -> bool:
     """Whether the stock model cannot run on this GPU, so that there is nothing to compare end to end: see `torch_compat`."""
     on_gpu = torch.cuda.is_available() and torch_compat.loses_context(torch.device("cuda"))
     return on_gpu and any("aten._scaled_grouped_mm_v2" in graph.before for graph in graphs)
-
-
-def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
-    made = torch.fx.Graph()
-    made.output(made.graph_copy(graph, {}))
-    return made
 
 
 def _compare_stages(stages: list[tuple[str, torch.fx.GraphModule]], report: GraphReport, inputs: Any) -> list[RuleCheck]:
