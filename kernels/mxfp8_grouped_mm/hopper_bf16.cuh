@@ -57,18 +57,8 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
   for (int at = 0; at < stages; ++at) {
     FullBarrier::wait(ring.full + slot.index, slot.phase);
     const int weights = slot.index * Shape::kStage + first;
-    const uint8_t* scales = ring.scales + (slot.index * Shape::kScales + first_scale);
-    const uint32_t there = grouped::scales_there(per_row, at);
-    uint32_t words[kBlocks][2], edges[kBlocks][2];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 slot = *reinterpret_cast<const uint2*>(scales + (b * grouped::kGroupRows + 8 * i) * grouped::kScaleSlot);
-        words[b][i] = grouped::scales_in(slot.x, slot.y, shift) & there;
-        edges[b][i] = grouped::edges_of(words[b][i]);
-      }
-    }
+    WeightScales<kBlocks> scales;
+    scales.read(ring.scales + (slot.index * Shape::kScales + first_scale), shift, grouped::scales_there(per_row, at));
     const uint64_t tokens = operand(ring.stages + (slot.index * Shape::kStage + Shape::kWeights));
     if (Shape::kMx) FullBarrier::wait(ring.ready + slot.index, slot.phase);
 #pragma unroll
@@ -83,7 +73,7 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
           const int step = set * kTogether + s;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const uint32_t factor = grouped::factor_in(words[b][i], edges[b][i], step / 2);
+            const uint32_t factor = scales.factor(b, i, step / 2);
 #pragma unroll
             for (int high = 0; high < 2; ++high) {
               const int from = grouped::weights_at(weights, step, i, high) + b * grouped::kGroupRows * grouped::kStageK;

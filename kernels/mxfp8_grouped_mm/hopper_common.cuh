@@ -131,4 +131,25 @@ struct GroupedRing {
   int count;
 };
 
+// A stage's scales of a thread's rows of weights: two rows in each of its blocks of 64, four scales each.
+template <int Blocks>
+struct WeightScales {
+  uint32_t words[Blocks][2], edges[Blocks][2];
+
+  // `from`: the first row's slot in shared memory; `shift` and `there` are `scale_shift`'s and `scales_there`'s.
+  __device__ __forceinline__ void read(const uint8_t* from, int shift, uint32_t there) {
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint2 slot = *reinterpret_cast<const uint2*>(from + (b * grouped::kGroupRows + 8 * i) * grouped::kScaleSlot);
+        words[b][i] = grouped::scales_in(slot.x, slot.y, shift) & there;
+        edges[b][i] = grouped::edges_of(words[b][i]);
+      }
+    }
+  }
+  // Of 32 elements of K, as two equal bf16.
+  __device__ __forceinline__ uint32_t factor(int b, int i, int which) const { return grouped::factor_in(words[b][i], edges[b][i], which); }
+};
+
 }  // namespace inductor_ext

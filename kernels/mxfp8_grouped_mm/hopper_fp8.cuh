@@ -56,18 +56,8 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
   int held = 0;
   for (int at = 0; at < stages; ++at) {
     FullBarrier::wait(ring.full + slot.index, slot.phase);
-    const uint8_t* scales = ring.scales + (slot.index * Shape::kScales + first_scale);
-    const uint32_t there = grouped::scales_there(per_row, at);
-    uint32_t words[kBlocks][2], edges[kBlocks][2];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 two = *reinterpret_cast<const uint2*>(scales + (b * grouped::kGroupRows + 8 * i) * grouped::kScaleSlot);
-        words[b][i] = grouped::scales_in(two.x, two.y, shift) & there;
-        edges[b][i] = grouped::edges_of(words[b][i]);
-      }
-    }
+    WeightScales<kBlocks> scales;
+    scales.read(ring.scales + (slot.index * Shape::kScales + first_scale), shift, grouped::scales_there(per_row, at));
     const uint8_t* stage = ring.stages + slot.index * Shape::kStage;
     const uint64_t weights = operand(stage + row0 * grouped::kStageK), tokens = operand(stage + Shape::kWeights);
     // Product number `which` of the stage: 32 of K, one block after the other.
@@ -91,8 +81,7 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
       }
       fence_registers(part[which % kParts]);
       const int step = which / kBlocks, b = which % kBlocks;
-      const float scale[2] = {upper(grouped::factor_in(words[b][0], edges[b][0], step)),
-                              upper(grouped::factor_in(words[b][1], edges[b][1], step))};
+      const float scale[2] = {upper(scales.factor(b, 0, step)), upper(scales.factor(b, 1, step))};
       promote<Columns>(d[b], part[which % kParts], scale);
     }
     held = slot.index;

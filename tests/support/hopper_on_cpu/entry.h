@@ -1,0 +1,38 @@
+// What the C functions that run a kernel on the CPU share. Included once, after the kernel's source.
+#pragma once
+
+namespace inductor_ext {
+__attribute__((aligned(1024))) uint8_t shared[kSharedBytes];
+}
+
+namespace {
+
+using namespace inductor_ext;
+
+struct Given {  // a tensor from Python
+  void* pointer;
+  int64_t ndim, bytes, sizes[3], strides[3];
+};
+
+TensorView view(const Given& given) {
+  const uint8_t* begin = static_cast<uint8_t*>(given.pointer);
+  hopper_on_cpu::spans.push_back({begin, begin + given.bytes});
+  return {given.pointer, {given.sizes, given.sizes + given.ndim}, {given.strides, given.strides + given.ndim}};
+}
+Optional<TensorView> optional(const Given* given) { return given == nullptr ? Optional<TensorView>() : view(*given); }
+
+// 0, or 1 with `error` filled.
+template <typename F>
+int attempt(int sms, unsigned seed, char* error, int length, F&& f) {
+  multiprocessors = sms, hopper_on_cpu::seed = seed;
+  hopper_on_cpu::spans.clear();
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& failure) {
+    std::strncpy(error, failure.what(), length - 1);
+    return 1;
+  }
+}
+
+}  // namespace
