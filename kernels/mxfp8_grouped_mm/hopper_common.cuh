@@ -30,9 +30,11 @@ struct GroupedShape {
   static constexpr int kConsumers = kGroups * grouped::kGroupThreads;
   static constexpr int kConverters = kMx ? grouped::kGroupThreads : 0;
   static constexpr int kThreads = kConsumers + kConverters + (kMovesRegisters ? grouped::kGroupThreads : 32);
-  // Multiples of 8 that come to 65 536 at most, with the others'.
+  // What a CTA starts with is all that it ever has, and asking for more hangs: of 65 536, as many as its threads get in eighths.
   static constexpr int kConsumerRegisters = kMx ? 176 : kFp8 ? 216 : 208, kConverterRegisters = 80;
-  static constexpr int kProducerRegisters = kMx || kFp8 ? 80 : 88;
+  static constexpr int kProducerRegisters = kMx ? 80 : kFp8 ? 72 : 88;
+  static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kConverters * kConverterRegisters +
+                                            grouped::kGroupThreads * kProducerRegisters <= 65536 / (8 * kThreads) * 8 * kThreads);
   static constexpr int kChannels = W;
   static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
   static constexpr int kWeights = W * grouped::kStageK;

@@ -114,12 +114,11 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
   auto at = [&](int row, int byte) { return in_chunk<Box>(chunk, row, byte); };
   auto scaled = [&](int j, int i) {
     const float* pair = d + (First + 8 * j) / 2 + 2 * i;
-    float2 value = make_float2(pair[0] * row_scale[i] * channel_scale.of[j].x, pair[1] * row_scale[i] * channel_scale.of[j].y);
-    if constexpr (HasBias) {
-      const float2 bias = *reinterpret_cast<const float2*>(channel_bias + First + 8 * j + 2 * (lane % 4));
-      value.x += bias.x, value.y += bias.y;
-    }
-    return value;
+    const float2 by_row = make_float2(__fmul_rn(pair[0], row_scale[i]), __fmul_rn(pair[1], row_scale[i])), scale = channel_scale.of[j];
+    if constexpr (!HasBias) return make_float2(__fmul_rn(by_row.x, scale.x), __fmul_rn(by_row.y, scale.y));
+    // Written as FMAs: nvcc chose some products of some tiles for them, so that tiles, and those with a residual, differed by bytes.
+    const float2 bias = *reinterpret_cast<const float2*>(channel_bias + First + 8 * j + 2 * (lane % 4));
+    return make_float2(__fmaf_rn(by_row.x, scale.x, bias.x), __fmaf_rn(by_row.y, scale.y, bias.y));
   };
   if constexpr (sizeof(Out) == 2) {
     Out* tag = nullptr;

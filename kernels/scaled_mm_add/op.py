@@ -97,7 +97,7 @@ def key(
     static_b: bool,
     config: str,
 ) -> Hashable:
-    rowwise = scale_a.numel() != 1 or scale_b.numel() != 1
+    rowwise = scaled_mm.is_rowwise((scale_a, scale_b))
     config = config or choose(scaled_mm.target_of(a.device), a.shape[0], b.shape[1], b.shape[0], rowwise, fast)
     return (config, a.dtype, b.dtype, out_dtype, fast) if config else None
 
@@ -119,7 +119,7 @@ def keys(
     if config or isinstance(m, int):
         return [key(a, b, scale_a, scale_b, bias, residual, out_dtype, fast, static_b, config)]
     target, (k, n) = scaled_mm.target_of(a.device), b.shape
-    rowwise = scale_a.numel() != 1 or scale_b.numel() != 1
+    rowwise = scaled_mm.is_rowwise((scale_a, scale_b))
     sizes = choice.possible_sizes(target, n, k, rowwise, fast, *scaled_mm.bounds(m))
     names = dict.fromkeys(choose(target, size, n, k, rowwise, fast) for size in sizes)
     return [(name, a.dtype, b.dtype, out_dtype, fast) for name in names if name]

@@ -9,7 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -55,7 +55,7 @@ def _wanted() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "downcast_fp8", (k, None, cache, None, s, None, at, store, store, E4)
 
 
-def _wanted_by_examples() -> list[jit.JitSpec]:
+def _wanted_by_examples(examples: Iterable[tuple[Any, Any]]) -> list[jit.JitSpec]:
     """What the compiles of `test_examples_on_the_gpu` will ask for."""
     asked: list[jit.JitSpec] = []
 
@@ -65,22 +65,25 @@ def _wanted_by_examples() -> list[jit.JitSpec]:
         return dict.fromkeys(specs, BuildError("not yet"))
 
     with mock.patch.object(jit, "prepare", later):
-        for rule in registry.rules():
-            for example in rule.matches:
-                torch._dynamo.reset()
-                chosen = settings.current(rules=example.modes(rule.name))
-                with compiled_with(chosen, example.fn, None, inner_compile=passes_only, dynamic=example.dynamic) as run:
-                    run(*example.inputs("cuda"))
+        for rule, example in examples:
+            torch._dynamo.reset()
+            chosen = settings.current(rules=example.modes(rule.name))
+            with compiled_with(chosen, example.fn, None, inner_compile=passes_only, dynamic=example.dynamic) as run:
+                run(*example.inputs("cuda"))
     return asked
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    """All kernels at once on all cores: a minute instead of ten."""
+def _built(request: pytest.FixtureRequest) -> None:
+    """The kernels of the tests that were selected, at once on all cores: a minute instead of ten."""
     options = settings.current(progress=False)
     arch = jit.current_arch(options)
     assert arch is not None
-    specs = [spec for name, arguments in _wanted() for spec in op_named(name).specs(arguments, arch)] + _wanted_by_examples()
+    here = [item for item in request.session.items if item.path == request.path]
+    examples = [item.callspec.params for item in here if item.originalname == "test_examples_on_the_gpu"]
+    specs = _wanted_by_examples((each["rule"], each["example"]) for each in examples)
+    if len(examples) < len(here):
+        specs += [spec for name, arguments in _wanted() for spec in op_named(name).specs(arguments, arch)]
     failed = {spec: found for spec, found in jit.prepare(specs, options).items() if isinstance(found, Exception)}
     assert not failed, next(iter(failed.values()))
 

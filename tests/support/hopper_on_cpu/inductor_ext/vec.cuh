@@ -4,6 +4,7 @@
 #include "hopper.cuh"
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 
