@@ -145,7 +145,7 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
       }
       __syncwarp();
       uint8_t* scales = ring.scales + slot.index * Shape::kScales;
-      copy_scales(scales, Shape::kChannels, p.w_scale, w_end, scale_row, scale_rows, per_row, at, p.whole_words);
+      copy_scales(scales, Shape::kChannels, p.w_scale, w_end, scale_row, scale_rows, per_row, at, Shape::kBy128 || p.whole_words);
       if constexpr (Shape::kMx) {
         uint8_t* to = scales + Shape::kChannels * grouped::kScaleSlot;
         copy_scales(to, boxes * kBox, p.x_scale, x_end, tile.token, token_rows, per_row, at, p.whole_words);
@@ -264,6 +264,9 @@ struct Mxfp8GroupedMm {
     TensorMatcher({tokens, k}).dtype<X>().strides({kAny, 1}).device(device).verify(x, "x");
     TensorMatcher({experts, channels, k}).dtype<__nv_fp8_e4m3>().contiguous().device(device).verify(w, "w");
     check_sizes(experts.value(), channels.value(), k.value(), w);
+    if (Shape::kBy128 && k.value() % grouped::kStageK != 0) {
+      TVM_FFI_THROW(ValueError) << "w: wanted K to be a multiple of " << grouped::kStageK << ", which share a scale, found K = " << k.value();
+    }
     const int64_t per_row = k.value() / grouped::kBlock;
     TensorMatcher({experts, channels, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(w_scale, "w_scale");
     if (x_scale.has_value() != (Kind != GroupedX::kBf16)) {

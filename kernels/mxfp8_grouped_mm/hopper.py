@@ -26,8 +26,9 @@ import torch
 TARGET = "sm_90a"
 SOURCE = "mxfp8_grouped_mm/hopper.cuh"
 DATA = torch.float8_e4m3fn
-#: What x may be, and its name in C++: bf16; e4m3 with a scale for 32 elements along K; e4m3 with one fp32 scale a row.
-KINDS = {"bf16": "kBf16", "mxfp8": "kMxfp8", "fp8": "kFp8"}
+#: What x may be, and its name in C++: bf16; e4m3 with a scale for 32 elements along K; e4m3 with one fp32 scale a row; the same
+#: with weights whose four scales of each 128 elements along K are equal by contract: only the first is read.
+KINDS = {"bf16": "kBf16", "mxfp8": "kMxfp8", "fp8": "kFp8", "fp8_128": "kFp8By128"}
 OUT_TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
 MAX_EXPERTS = 1024
 MAX_SIZE = 1 << 24
@@ -55,6 +56,13 @@ TILES: dict[str, tuple[tuple[float, str], ...]] = {
         (48, "hopper:256x64"),
         (float("inf"), "hopper:256x128"),
     ),
+    "fp8_128": (
+        (4, "hopper:64x8"),
+        (10, "hopper:64x16"),
+        (20, "hopper:128x32"),
+        (48, "hopper:256x64"),
+        (float("inf"), "hopper:256x128"),
+    ),
 }
 
 #: Every tile that compiles: what ``--tune`` compares.
@@ -62,6 +70,7 @@ ALL_TILES: dict[str, tuple[str, ...]] = {
     "bf16": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
     "mxfp8": tuple(f"hopper:{w}x{n}" for w in (64, 128) for n in (8, 16, 32, 64, 128) if (w, n) < (64, 64) or w == 128),
     "fp8": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
+    "fp8_128": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
 }
 
 # ---- which kernel ----------------------------------------------------------------------------------------------------
@@ -138,6 +147,5 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
 
 def examples() -> Sequence[Hashable]:
     """What CI compiles: the narrowest and the widest tile, and x in MXFP8 and FP8."""
-    bf16 = torch.bfloat16
-    widest = ("hopper:256x128", "bf16", bf16), ("hopper:128x128", "mxfp8", bf16), ("hopper:256x128", "fp8", bf16)
-    return ("hopper:64x8", "bf16", bf16), *widest
+    widest = ("256x128", "bf16"), ("128x128", "mxfp8"), ("256x128", "fp8"), ("256x128", "fp8_128")
+    return [(f"hopper:{tile}", kind, torch.bfloat16) for tile, kind in (("64x8", "bf16"), *widest)]

@@ -14,14 +14,15 @@ constexpr int kGroupedSharedOfTwo = 112 * 1024;  // bytes of shared memory for e
 constexpr int kGroupedMaxExperts = 1024;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
-// What a token is: bf16, MXFP8 (e4m3 with a scale for 32 elements), or e4m3 with one fp32 scale for the row.
-enum class GroupedX { kBf16, kMxfp8, kFp8 };
+// What a token is: bf16, MXFP8 (e4m3 with a scale for 32 elements), or e4m3 with one fp32 scale for the row; that too where the four
+// scales that a row of weights has of 128 elements are the same, by contract.
+enum class GroupedX { kBf16, kMxfp8, kFp8, kFp8By128 };
 
 template <GroupedX Kind, typename Out, int W, int N>
 struct GroupedShape {
   static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
   static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128, "of 8 to 128 tokens");
-  static constexpr bool kMx = Kind == GroupedX::kMxfp8, kFp8 = Kind == GroupedX::kFp8;
+  static constexpr bool kMx = Kind == GroupedX::kMxfp8, kBy128 = Kind == GroupedX::kFp8By128, kFp8 = kBy128 || Kind == GroupedX::kFp8;
   static constexpr int kSizeOfX = Kind == GroupedX::kBf16 ? 2 : 1;
   static constexpr int kGroups = W == 64 ? 1 : 2;                    // of consumers
   static constexpr int kBlocks = W / (kGroups * grouped::kGroupRows);  // of 64 rows that each has
@@ -152,6 +153,25 @@ struct WeightScales {
   }
   // Of 32 elements of K, as two equal bf16.
   __device__ __forceinline__ uint32_t factor(int b, int i, int which) const { return grouped::factor_in(words[b][i], edges[b][i], which); }
+  __device__ __forceinline__ float scale(int b, int i, int which) const { return upper(factor(b, i, which)); }
+};
+
+// The same where the four of a row are one: the first, which is in the first of its slot's words wherever it begins.
+template <int Blocks>
+struct SharedScales {
+  float scales[Blocks][2];
+
+  __device__ __forceinline__ void read(const uint8_t* from, int shift) {
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(from + (b * grouped::kGroupRows + 8 * i) * grouped::kScaleSlot);
+        scales[b][i] = upper(grouped::factor_of(word >> shift & 0xff));
+      }
+    }
+  }
+  __device__ __forceinline__ float scale(int b, int i, int) const { return scales[b][i]; }
 };
 
 }  // namespace inductor_ext

@@ -1,5 +1,6 @@
 // Sums on FP8 tensor cores, for e4m3 tokens with one scale a row. wgmma multiplies 32 elements of K at a time, as many as share a scale
-// of the weights: each product of 32 goes to registers of its own, and from there into the sums, times that scale.
+// of the weights: each product of 32 goes to registers of its own, and from there into the sums, times that scale. Where 128 elements
+// share one (`kFp8By128`) wgmma adds the four products of a stage, which go into the sums together: a quarter of the FFMAs.
 //
 // The product before is added while the next one runs, where registers for two fit beside the sums, and the two warpgroups take turns
 // at the tensor cores in any case.
@@ -12,7 +13,7 @@
 // three times the instructions (prior art: 50 to 100 % of FP8's peak).
 //
 // FP8 wgmma keeps 14 bits of the products that it adds at once. It adds 32 here, and the sums are fp32: more exact than FP8 GEMMs
-// that promote every 128, or never.
+// that promote every 128, as `kFp8By128` does, or never.
 #pragma once
 
 #include "mxfp8_grouped_mm/hopper_common.cuh"
@@ -37,7 +38,9 @@ template <typename Shape, int N, int Columns>
 __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], const GroupedRing& ring, Slot& slot,
                                              const GroupedParams& p, const GroupedTile& tile) {
   using Mma = Wgmma<__nv_fp8_e4m3, __nv_fp8_e4m3, Columns>;
-  constexpr int kBlocks = Shape::kBlocks, kParts = Shape::kParts, kProducts = grouped::kStageK / grouped::kBlock * kBlocks;
+  constexpr int kBlocks = Shape::kBlocks, kParts = Shape::kParts;
+  constexpr int kChained = Shape::kBy128 ? grouped::kStageK : grouped::kBlock;  // elements of K that share a scale
+  constexpr int kProducts = grouped::kStageK / kChained * kBlocks;
   const int thread = threadIdx.x % grouped::kGroupThreads;
   const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
   const int row = row0 + grouped::fragment_row(thread, 0);
@@ -56,16 +59,26 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
   int held = 0;
   for (int at = 0; at < stages; ++at) {
     FullBarrier::wait(ring.full + slot.index, slot.phase);
-    WeightScales<kBlocks> scales;
-    scales.read(ring.scales + (slot.index * Shape::kScales + first_scale), shift, grouped::scales_there(per_row, at));
+    std::conditional_t<Shape::kBy128, SharedScales<kBlocks>, WeightScales<kBlocks>> scales;
+    const uint8_t* own_scales = ring.scales + (slot.index * Shape::kScales + first_scale);
+    if constexpr (Shape::kBy128) {
+      scales.read(own_scales, shift);
+    } else {
+      scales.read(own_scales, shift, grouped::scales_there(per_row, at));
+    }
     const uint8_t* stage = ring.stages + slot.index * Shape::kStage;
     const uint64_t weights = operand(stage + row0 * grouped::kStageK), tokens = operand(stage + Shape::kWeights);
-    // Product number `which` of the stage: 32 of K, one block after the other.
+    // Product number `which` of the stage: of elements that share a scale, one block after the other.
     auto issue = [&](int which) {
-      const int k = which / kBlocks * grouped::kBlock, b = which % kBlocks;
+      const int b = which % kBlocks;
       fence_registers(part[which % kParts]);
       cute::warpgroup_arrive();
-      Mma::step(weights + ((b * grouped::kGroupRows * grouped::kStageK + k) >> 4), tokens + (k >> 4), part[which % kParts]);
+      if constexpr (Shape::kBy128) {
+        Mma::stage(stage + (row0 + b * grouped::kGroupRows) * grouped::kStageK, stage + Shape::kWeights, part[which % kParts], true);
+      } else {
+        const int k = which / kBlocks * kChained;
+        Mma::step(weights + ((b * grouped::kGroupRows * grouped::kStageK + k) >> 4), tokens + (k >> 4), part[which % kParts]);
+      }
       cute::warpgroup_commit_batch();
     };
     // Nothing is under way from one stage to the next: ptxas would serialise all of it. The other warpgroup's products fill the gap.
@@ -81,7 +94,7 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
       }
       fence_registers(part[which % kParts]);
       const int step = which / kBlocks, b = which % kBlocks;
-      const float scale[2] = {upper(scales.factor(b, 0, step)), upper(scales.factor(b, 1, step))};
+      const float scale[2] = {scales.scale(b, 0, step), scales.scale(b, 1, step)};
       promote<Columns>(d[b], part[which % kParts], scale);
     }
     held = slot.index;

@@ -28,6 +28,7 @@ TILES = {
     "fp8 64x8": ("hopper:64x8", "fp8", FP32),
     "fp8 128x128": ("hopper:128x128", "fp8", BF16),  # two products beside the sums
     "fp8 256x128": ("hopper:256x128", "fp8", BF16),  # one
+    "fp8 by 128": ("hopper:128x32", "fp8_128", FP32),
 }
 
 
@@ -50,6 +51,8 @@ def operands(counts: list[int], tokens: int, n: int, k: int, kind: str, seed: in
     spread = lambda shape, most: torch.exp2(torch.randint(-most, most, shape).float())  # noqa: E731
     blocks = len(counts), n, k // mx.BLOCK, 1
     w, w_scale = mx.quantize((torch.randn(*blocks[:3], mx.BLOCK) * spread(blocks, 6)).flatten(-2), "rceil")
+    if kind == "fp8_128":
+        w_scale = w_scale.view(torch.uint8)[..., ::4].repeat_interleave(4, -1).view(E8)
     x = (torch.randn(tokens, k // mx.BLOCK, mx.BLOCK) * spread((tokens, k // mx.BLOCK, 1), 3)).flatten(-2)
     offs = torch.tensor(counts, dtype=torch.int32).cumsum(0).int()
     return [*quantised(x, kind), w, w_scale, offs]
@@ -62,6 +65,11 @@ def quantised(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor | 
         return mx.quantize(x, "rceil")
     scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 448.0
     return (x / scale).to(E4), scale
+
+
+def k_of(key: Any, k: int) -> int:
+    """K that the kernel takes: one that reads a scale for 128 elements has no use for less."""
+    return -(-k // 128) * 128 if key[1] == "fp8_128" else k
 
 
 def run(kernel: Kernel, given: list[Any], out_dtype: torch.dtype, **options: Any) -> torch.Tensor:
@@ -94,18 +102,18 @@ def test_against_the_reference(tile: Any, k: int) -> None:
     """Groups that are empty, of one token, of a quarter, half and all of a tile, and more; N that is no multiple of a tile."""
     key, kernel, channels, tokens = tile
     counts = [1, 0, tokens + 1, tokens // 4, 0, 0, tokens // 2, tokens // 2 + 1, tokens]
-    check(key, kernel, operands(counts, sum(counts), channels + 40, k, key[1]))
+    check(key, kernel, operands(counts, sum(counts), channels + 40, k_of(key, k), key[1]))
 
 
 def test_rows_of_no_group_stay_as_they_are(tile: Any) -> None:
     key, kernel, _, tokens = tile
-    check(key, kernel, operands([3, 2], tokens + 9, 64, 64, key[1]))
-    check(key, kernel, operands([0, 0, 0], 4, 64, 64, key[1]))
+    check(key, kernel, operands([3, 2], tokens + 9, 64, k_of(key, 64), key[1]))
+    check(key, kernel, operands([0, 0, 0], 4, 64, k_of(key, 64), key[1]))
 
 
 def test_all_tokens_on_one_expert(tile: Any) -> None:
     key, kernel, _, tokens = tile
-    check(key, kernel, operands([0] * 40 + [3 * tokens + 2] + [0] * 87, 3 * tokens + 2, 8, 64, key[1]), sms=1)
+    check(key, kernel, operands([0] * 40 + [3 * tokens + 2] + [0] * 87, 3 * tokens + 2, 8, k_of(key, 64), key[1]), sms=1)
 
 
 def test_more_rounds_than_stages(tile: Any) -> None:
@@ -116,22 +124,25 @@ def test_more_rounds_than_stages(tile: Any) -> None:
 
 def test_no_token(tile: Any) -> None:
     key, kernel, _, _ = tile
-    given = operands([0, 0], 0, 16, 64, key[1])
+    given = operands([0, 0], 0, 16, k_of(key, 64), key[1])
     assert run(kernel, given, key[2]).shape == (0, 16)
 
 
 def test_rows_with_a_pitch(tile: Any) -> None:
     key, kernel, _, tokens = tile
-    given = operands([tokens // 2, 3], tokens, 24, 64, key[1])
-    wide = torch.zeros(tokens, 96).to(given[0].dtype)
-    wide[:, 16:80] = given[0]
-    given[0] = wide[:, 16:80]
+    k = k_of(key, 64)
+    given = operands([tokens // 2, 3], tokens, 24, k, key[1])
+    wide = torch.zeros(tokens, k + 32).to(given[0].dtype)
+    wide[:, 16:-16] = given[0]
+    given[0] = wide[:, 16:-16]
     check(key, kernel, given)
 
 
 def test_the_scales_of_the_next_row_do_not_count(tile: Any) -> None:
     """K = 96: a row has three scales, and what is copied for its stage ends with the next row's first one, here a NaN."""
     key, kernel, _, _ = tile
+    if key[1] == "fp8_128":
+        return
     given = operands([4, 5], 9, 16, 96, key[1])
     _, x_scale, _, w_scale, _ = given
     w_scale.view(torch.uint8)[:, 3, 0] = 255
@@ -144,6 +155,18 @@ def test_the_scales_of_the_next_row_do_not_count(tile: Any) -> None:
     wanted[6] = x_scale is not None
     wanted[6, 3] = True
     assert torch.equal(run(kernel, given, key[2]).isnan(), wanted)
+
+
+def test_a_scale_for_128_elements_wants_whole_ones_and_reads_the_first_of_four(tile: Any) -> None:
+    key, kernel, _, _ = tile
+    if key[1] != "fp8_128":
+        return
+    with pytest.raises(RuntimeError, match="w: wanted K to be a multiple of 128, which share a scale, found K = 96"):
+        run(kernel, operands([4, 5], 9, 16, 96, "fp8"), key[2])
+    given = operands([4, 5], 9, 16, 256, key[1])
+    wanted = run(kernel, given, key[2])
+    given[3].view(torch.uint8).unflatten(-1, (-1, 4))[..., 1:] = 255  # the other three
+    assert_same_bytes(run(kernel, given, key[2]), wanted)
 
 
 @pytest.mark.parametrize("ends", [[-4, 3, 9], [5, 2, 9], [2, 40, 50]], ids=["negative", "descending", "past the last row"])
@@ -226,6 +249,8 @@ def test_nan_and_infinity_of_tokens(narrow: Kernel) -> None:
         ("mxfp8", 32768, 128, "128x128"),
         ("fp8", 64, 128, "64x8"),
         ("fp8", 32768, 128, "256x128"),
+        ("fp8_128", 64, 128, "64x8"),
+        ("fp8_128", 32768, 128, "256x128"),
         ("bf16", 0, 0, "64x8"),
     ],
 )
@@ -273,7 +298,7 @@ def built(kind_and_built: tuple[str, Built]) -> Built:
 @pytest.mark.slow
 def test_fp8_is_multiplied_as_it_is(kind_and_built: tuple[str, Built]) -> None:
     kind, built = kind_and_built
-    if kind != "fp8":
+    if not kind.startswith("fp8"):
         return
     found = set(re.findall(r"wgmma\.mma_async\S*", built.ptx))
     assert found and all(".f32.e4m3.e4m3" in each and "k32" in each for each in found)
@@ -286,7 +311,7 @@ def test_fp8_is_multiplied_as_it_is(kind_and_built: tuple[str, Built]) -> None:
 @pytest.mark.slow
 def test_weights_go_from_registers_to_the_tensor_cores(kind_and_built: tuple[str, Built]) -> None:
     kind, built = kind_and_built
-    if kind == "fp8":
+    if kind.startswith("fp8"):
         return
     found = set(re.findall(r"wgmma\.mma_async\S*", built.ptx))
     assert found and all(".bf16.bf16" in each and ".m64n" in each for each in found)
@@ -304,7 +329,7 @@ def test_nothing_spills_and_nothing_waits_too_long(kind_and_built: tuple[str, Bu
     kind, built = kind_and_built
     assert ".local" not in built.ptx
     assert built.instructions("STL|LDL") == []
-    if built.sass and kind != "fp8":  # every wgmma but the last may run on while the next weights are converted
+    if built.sass and not kind.startswith("fp8"):  # every wgmma but the last may run on while the next weights are converted
         assert len(re.findall(r"DEPBAR\.LE gsb0, 0x1", built.sass)) >= len(re.findall(r"DEPBAR\.LE gsb0, 0x0", built.sass))
 
 
@@ -324,7 +349,7 @@ def test_errors_name_the_argument(kind_and_built: tuple[str, Built]) -> None:
 
     module = tvm_ffi.load_module(str(kind_and_built[1].binary))
     kind = kind_and_built[0]
-    given = operands([4, 4], 8, 16, 64, kind)
+    given = operands([4, 4], 8, 16, 128, kind)
     out = torch.empty(8, 16, dtype=BF16)
     with pytest.raises(ValueError, match="x: wanted a CUDA tensor"):
         module.run(*given, out)
@@ -339,6 +364,6 @@ def test_the_source_says_that_it_has_not_run() -> None:
 
 
 def test_tiles_that_compile_are_all_named() -> None:
-    for kind in ("bf16", "fp8"):
+    for kind in ("bf16", "fp8", "fp8_128"):
         sizes = {tuple(map(int, name.partition(":")[2].split("x"))) for name in hopper.ALL_TILES[kind]}
         assert sizes == set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128))) - {(64, 128)}
