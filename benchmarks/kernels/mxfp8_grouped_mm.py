@@ -259,7 +259,7 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
             for kind in hopper.KINDS:
                 found = {}
                 for key in keys:
-                    narrow = int(key[0].rpartition("x")[2]) * 16 < mean  # reads its weights sixteen times: not worth the time
+                    narrow = hopper.sizes(key[0])[1] * 16 < mean  # reads its weights sixteen times: not worth the time
                     if key[1] != kind or narrow:
                         continue
                     calls = [with_tile(modules[key], key, w, s, kind) for s in sets]
@@ -294,7 +294,7 @@ def sanitize() -> None:
     keys += [("hopper:128x32", "bf16", torch.float16), ("hopper:256x128", "bf16", FP32), ("hopper:128x128", "fp8", FP32)]
     modules = build(keys)
     for key in keys:
-        tokens = int(key[0].rpartition("x")[2])
+        tokens = hopper.sizes(key[0])[1]
         for n, k in ((72, 128 if key[1] == "fp8_128" else 96), (264, 256)):
             counts = [3, 0, tokens + 1, tokens // 4 + 1]
             rows = sum(counts) + 2

@@ -11,6 +11,8 @@
 //   consumers      one warpgroup for W = 64 rows of weights, two for 128 and 256. Weights are the M side (swapped operands), since M
 //                  is 64 and an expert often has fewer tokens than that; N tokens are the columns, 8 to 128 of them
 //   a producer     one warp: weights and tokens come by the copy engine, scales in 4-byte asynchronous copies by its lanes
+//   clusters       two CTAs with neighbouring channels and the same tokens (`Cluster`): each brings half of the boxes of tokens, to both.
+//                  Where products bound the speed, L2 is the next limit: 5.5 TB/s, of which 256 x 128 tiles of FP8 ask for 6
 //   converters     one warpgroup, where x is MXFP8 too: writes the tokens of a stage as bf16 beside where they came
 //
 // Bytes: weights are read once where an expert's tokens fit one tile, and 128 KB of them or more are on their way to an SM at any
@@ -109,23 +111,35 @@ __device__ __forceinline__ void copy_row_scales(uint8_t* to, const uint8_t* base
   }
 }
 
+// A box of tokens, for all CTAs of the cluster, at the same place and barrier in each.
+template <int Cluster>
+__device__ __forceinline__ void load_tokens(const CUtensorMap* x, uint64_t* full, uint8_t* to, int k, int token) {
+  if constexpr (Cluster == 1) {
+    load_tile(x, full, to, k, token);
+  } else {
+    load_tile_to((1 << Cluster) - 1, x, full, to, k, token);
+  }
+}
+
 template <typename Shape, int N>
 __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
   constexpr int kBox = Shape::kBoxTokens;
   const int lane = threadIdx.x % 32, per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
+  const int rank = grouped::rank_of(blockIdx.x, Shape::kCluster);
   const int tiles = schedule.first[p.experts];
   const uint8_t* w_end = p.w_scale + static_cast<int64_t>(p.experts) * p.channels * per_row;
   const uint8_t* x_end = p.x_scale + static_cast<int64_t>(p.tokens) * per_row;
   Slot slot;
   slot.phase = 1;  // the first time round every stage is free
   int expert = 0;
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
+  for (int index = blockIdx.x / Shape::kCluster; index < tiles; index += gridDim.x / Shape::kCluster) {
+    const GroupedTile tile = schedule.tile<N, Shape::kChannels, Shape::kCluster>(index, expert);
     const int boxes = grouped::ceil_of(tile.valid, kBox);
     const uint32_t bytes = Shape::kWeights + boxes * kBox * grouped::kStageK * Shape::kSizeOfX;
     const uint64_t hint = tile.alone ? kEvictFirst : kEvictNormal;
-    const int64_t scale_row = static_cast<int64_t>(tile.expert) * p.channels + tile.channel;
-    const int scale_rows = min(Shape::kChannels, p.channels - tile.channel);
+    // A cluster's second CTA may have no channels: it brings tokens, and multiplies zeros.
+    const int scale_rows = min(Shape::kChannels, max(p.channels - tile.channel, 0));
+    const int64_t scale_row = static_cast<int64_t>(tile.expert) * p.channels + (scale_rows > 0 ? tile.channel : 0);
     const int token_rows = min(boxes * kBox, p.tokens - tile.token);
     for (int at = 0; at < stages; ++at) {
       EmptyBarrier::wait(ring.empty + slot.index, slot.phase);
@@ -136,11 +150,11 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
         FullBarrier::arrive_and_expect_tx(full, bytes);
         cute::SM90_TMA_LOAD_3D::copy(&p.w, full, hint, stage, k, tile.channel, tile.expert);
         uint8_t* to = stage + Shape::kWeights + (Shape::kMx ? Shape::kTokens : 0);
-        for (int box = 0; box < boxes; ++box) {
+        for (int box = rank; box < boxes; box += Shape::kCluster) {
           const int token = tile.token + box * kBox;
           uint8_t* rows = to + box * kBox * 128;
-          load_tile(&p.x, full, rows, k, token);
-          if (Shape::kSizeOfX == 2) load_tile(&p.x, full, rows + N * 128, k + 64, token);
+          load_tokens<Shape::kCluster>(&p.x, full, rows, k, token);
+          if (Shape::kSizeOfX == 2) load_tokens<Shape::kCluster>(&p.x, full, rows + N * 128, k + 64, token);
         }
       }
       __syncwarp();
@@ -178,8 +192,8 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
   float d[Shape::kBlocks][N / 2];
   Slot slot;
   int expert = 0;
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
+  for (int index = blockIdx.x / Shape::kCluster; index < tiles; index += gridDim.x / Shape::kCluster) {
+    const GroupedTile tile = schedule.tile<N, Shape::kChannels, Shape::kCluster>(index, expert);
     const int columns = grouped::columns_for(tile.valid, N);
     if (columns == N) {
       sums<Shape, N, N>(d, ring, slot, p, tile);
@@ -200,10 +214,10 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------------
 
-template <GroupedX Kind, typename Out, int W, int N>
-__global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N>::kThreads, GroupedShape<Kind, Out, W, N>::kCtas)
+template <GroupedX Kind, typename Out, int W, int N, int Cluster>
+__global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThreads, GroupedShape<Kind, Out, W, N, Cluster>::kCtas)
     mxfp8_grouped_mm_kernel(const __grid_constant__ GroupedParams p) {
-  using Shape = GroupedShape<Kind, Out, W, N>;
+  using Shape = GroupedShape<Kind, Out, W, N, Cluster>;
   extern __shared__ __align__(1024) uint8_t shared[];
   GroupedRing ring;
   ring.count = p.stages;
@@ -216,7 +230,8 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N>::kThreads, Group
   GroupedSchedule schedule;
   schedule.first = reinterpret_cast<int*>(ring.empty + kGroupedMaxStages);
   schedule.ends = schedule.first + p.experts + 1;
-  schedule.experts = p.experts, schedule.channel_tiles = grouped::ceil_of(p.channels, Shape::kChannels), schedule.group = p.group;
+  schedule.experts = p.experts, schedule.group = p.group;
+  schedule.channel_tiles = grouped::ceil_of(p.channels, Cluster * Shape::kChannels);
 
   const int warp = threadIdx.x / 32;
   constexpr int kProducer = (Shape::kConsumers + Shape::kConverters) / 32;
@@ -224,12 +239,16 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N>::kThreads, Group
     for (int s = 0; s < p.stages; ++s) {
       FullBarrier::init(ring.full + s, 1 + 32);  // the copy engine's bytes, and the producer's lanes
       FullBarrier::init(ring.ready + s, 4);      // the converters' warps
-      EmptyBarrier::init(ring.empty + s, Shape::kConsumers / 32);
+      EmptyBarrier::init(ring.empty + s, Cluster * Shape::kConsumers / 32);  // those of all CTAs that this one's loads reach
     }
     cutlass::arch::fence_barrier_init();
   } else if (threadIdx.x == kProducer * 32) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.w));
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.x));
+  }
+  if constexpr (Cluster > 1) {  // before another CTA's loads and arrivals
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
   }
   // Which weights are needed is in offs, so nothing can be fetched before the kernel ahead has ended.
   wait_for_previous_kernel();
@@ -248,14 +267,18 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N>::kThreads, Group
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     consume<Shape, Out, N>(p, schedule, ring, staged);
   }
+  if constexpr (Cluster > 1) {  // no CTA leaves while another may still arrive at its barriers
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
 }
 
 // ---- host -------------------------------------------------------------------------------------------------------------------
 
-// A tile is W output channels by N tokens. Everything is checked before anything is launched.
-template <GroupedX Kind, typename Out, int W, int N>
+// A CTA's tile is W output channels by N tokens; a cluster has as many side by side. Everything is checked before anything is launched.
+template <GroupedX Kind, typename Out, int W, int N, int Cluster = 1>
 struct Mxfp8GroupedMm {
-  using Shape = GroupedShape<Kind, Out, W, N>;
+  using Shape = GroupedShape<Kind, Out, W, N, Cluster>;
   using X = std::conditional_t<Kind == GroupedX::kBf16, __nv_bfloat16, __nv_fp8_e4m3>;
 
   static void run(TensorView x, Optional<TensorView> x_scale, TensorView w, TensorView w_scale, TensorView offs, TensorView out) {
@@ -265,7 +288,8 @@ struct Mxfp8GroupedMm {
     TensorMatcher({experts, channels, k}).dtype<__nv_fp8_e4m3>().contiguous().device(device).verify(w, "w");
     check_sizes(experts.value(), channels.value(), k.value(), w);
     if (Shape::kBy128 && k.value() % grouped::kStageK != 0) {
-      TVM_FFI_THROW(ValueError) << "w: wanted K to be a multiple of " << grouped::kStageK << ", which share a scale, found K = " << k.value();
+      TVM_FFI_THROW(ValueError) << "w: wanted K to be a multiple of " << grouped::kStageK << ", which share a scale, found K = "
+                                << k.value();
     }
     const int64_t per_row = k.value() / grouped::kBlock;
     TensorMatcher({experts, channels, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(w_scale, "w_scale");
@@ -328,16 +352,18 @@ struct Mxfp8GroupedMm {
   static void launch(const GroupedParams& p, int device) {
     DeviceGuard guard(device);
     const int64_t token_tiles = p.tokens / N + std::min(p.experts, p.tokens);  // the most there can be
-    const int64_t tiles = token_tiles * ceil_div(p.channels, Shape::kChannels);
+    const int64_t tiles = token_tiles * ceil_div(p.channels, Cluster * Shape::kChannels);  // a cluster's
     if (tiles >= (int64_t{1} << 31)) TVM_FFI_THROW(ValueError) << "x: wanted fewer than 2^31 tiles of " << N << " rows, found " << tiles;
-    auto* kernel = mxfp8_grouped_mm_kernel<Kind, Out, W, N>;
+    auto* kernel = mxfp8_grouped_mm_kernel<Kind, Out, W, N, Cluster>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit), "cudaFuncSetAttribute");
     });
-    const int64_t room = static_cast<int64_t>(sm_count(device)) * Shape::kCtas;
-    Launch launch(static_cast<unsigned>(std::min(tiles, room)), Shape::kThreads);
+    const int64_t room = static_cast<int64_t>(sm_count(device)) * Shape::kCtas / Cluster;
+    if (room == 0) TVM_FFI_THROW(RuntimeError) << "a device with no room for a cluster of " << Cluster << " CTAs";
+    Launch launch(static_cast<unsigned>(std::min(tiles, room) * Cluster), Shape::kThreads);
     launch.stream(env_stream(device)).shared_memory(Shape::bytes(p.experts)).programmatic();
+    if (Cluster > 1) launch.cluster(Cluster);
     launch.run(kernel, p);
   }
 };

@@ -1,7 +1,7 @@
 """mxfp8_grouped_mm's kernels for compute capability 9.0: which calls they serve, which tile a call takes, how one is made.
 
-A tile is named ``hopper:<output channels>x<tokens>`` (``hopper.cuh``). None of these kernels has run on a GPU yet; their source
-has run on a CPU (tests/kernels/test_mxfp8_grouped_mm_hopper.py). `TILES` follows from arithmetic, and waits to be measured
+A tile is named ``hopper:<output channels>x<tokens>``, with ``@2`` where two CTAs with neighbouring channels bring the same
+tokens once for both (``hopper.cuh``). `TILES` follows from arithmetic, and waits to be measured
 (``benchmarks/kernels/mxfp8_grouped_mm.py --tune``):
 
 * Weights are read once where an expert's tokens fit one tile, so tiles are wider than a group is on average: twice as wide
@@ -65,12 +65,15 @@ TILES: dict[str, tuple[tuple[float, str], ...]] = {
     ),
 }
 
+_ALL = tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128))
+_CLUSTERS = "hopper:128x128@2", "hopper:256x128@2"
+
 #: Every tile that compiles: what ``--tune`` compares.
 ALL_TILES: dict[str, tuple[str, ...]] = {
-    "bf16": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
-    "mxfp8": tuple(f"hopper:{w}x{n}" for w in (64, 128) for n in (8, 16, 32, 64, 128) if (w, n) < (64, 64) or w == 128),
-    "fp8": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
-    "fp8_128": tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128)),
+    "bf16": (*_ALL, *_CLUSTERS),
+    "mxfp8": tuple(name for name in _ALL if name.startswith("hopper:128") or name in _ALL[:3]),
+    "fp8": (*_ALL, *_CLUSTERS),
+    "fp8_128": (*_ALL, *_CLUSTERS),
 }
 
 # ---- which kernel ----------------------------------------------------------------------------------------------------
@@ -123,11 +126,18 @@ def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
+def sizes(name: str) -> tuple[int, int, int]:
+    """A tile's output channels and tokens of a CTA, and the CTAs of a cluster."""
+    tile, _, cluster = name.partition(":")[2].partition("@")
+    channels, tokens = tile.split("x")
+    return int(channels), int(tokens), int(cluster or 1)
+
+
 def made(key: Any) -> str:
     """The C++ class of a key."""
     name, kind, out_dtype = key
-    channels, tokens = name.partition(":")[2].split("x")
-    return f"inductor_ext::Mxfp8GroupedMm<inductor_ext::GroupedX::{KINDS[kind]}, {OUT_TYPES[out_dtype]}, {channels}, {tokens}>"
+    of = f"inductor_ext::GroupedX::{KINDS[kind]}", OUT_TYPES[out_dtype], *map(str, sizes(name))
+    return f"inductor_ext::Mxfp8GroupedMm<{', '.join(of)}>"
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:

@@ -41,9 +41,8 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
   const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
   const int row = row0 + grouped::fragment_row(thread, 0);
   int first = row0 * grouped::kStageK + grouped::weights_of(thread), first_scale = row * grouped::kScaleSlot;
-  int leads = threadIdx.x % 32 == 0;
-  keep(first), keep(first_scale), keep(leads);
-  const bool leader = leads != 0;
+  keep(first), keep(first_scale);
+  const Release<Shape::kCluster> release;
   const int per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
   // All rows of a thread are multiples of 8 apart, so that their scales begin alike in their words.
   const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.w_scale), tile.expert, p.channels, tile.channel + row, per_row);
@@ -91,7 +90,7 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<1>();
         fence_registers(a[half ^ 1]);  // in use until here
-        if (set == 0 && b == 0 && previous >= 0 && leader) EmptyBarrier::arrive(ring.empty + previous);
+        if (set == 0 && b == 0 && previous >= 0) release(ring.empty + previous);
       }
     }
     previous = slot.index;
@@ -100,7 +99,7 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
   cute::warpgroup_wait<0>();
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
-  if (previous >= 0 && leader) EmptyBarrier::arrive(ring.empty + previous);
+  if (previous >= 0) release(ring.empty + previous);
 }
 
 // MXFP8 tokens to bf16, stage after stage.
@@ -111,7 +110,7 @@ __device__ __forceinline__ void convert(const GroupedParams& p, const GroupedSch
   Slot slot;
   int expert = 0;
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels>(index, expert);
+    const GroupedTile tile = schedule.tile<N, Shape::kChannels, 1>(index, expert);
     const int loaded = grouped::ceil_of(tile.valid, Shape::kBoxTokens) * Shape::kBoxTokens;
     for (int at = 0; at < stages; ++at) {
       FullBarrier::wait(ring.full + slot.index, slot.phase);

@@ -18,7 +18,7 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 // scales that a row of weights has of 128 elements are the same, by contract.
 enum class GroupedX { kBf16, kMxfp8, kFp8, kFp8By128 };
 
-template <GroupedX Kind, typename Out, int W, int N>
+template <GroupedX Kind, typename Out, int W, int N, int Cluster>
 struct GroupedShape {
   static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
   static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128, "of 8 to 128 tokens");
@@ -36,7 +36,9 @@ struct GroupedShape {
   static constexpr int kProducerRegisters = kMx ? 80 : kFp8 ? 72 : 88;
   static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kConverters * kConverterRegisters +
                                             grouped::kGroupThreads * kProducerRegisters <= 65536 / (8 * kThreads) * 8 * kThreads);
-  static constexpr int kChannels = W;
+  static constexpr int kCluster = Cluster;  // CTAs with neighbouring channels and the same tokens, which come once for all
+  static_assert(Cluster == 1 || (Cluster == 2 && kCtas == 1 && !kMx), "a cluster is two CTAs that bring tokens as they are multiplied");
+  static constexpr int kChannels = W;  // of a CTA
   static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
   static constexpr int kWeights = W * grouped::kStageK;
   static constexpr int kTokens = N * grouped::kStageK * (kFp8 ? 1 : 2);  // as they are multiplied
@@ -81,14 +83,14 @@ struct GroupedTile {
   bool alone;                         // the only tile of tokens that reads these weights
 };
 
-// In shared memory: the tiles before each expert and, at [experts], of all; each expert's end.
+// In shared memory: the tiles before each expert and, at [experts], of all; each expert's end. A tile is a cluster's.
 struct GroupedSchedule {
   int* first;
   int* ends;
   int experts, channel_tiles, group;
 
-  // By a whole warp. `expert` is the caller's place in the list, which only moves on.
-  template <int TileTokens, int TileChannels>
+  // This CTA's part of tile `index`. By a whole warp. `expert` is the caller's place in the list, which only moves on.
+  template <int TileTokens, int Channels, int Cluster>
   __device__ __forceinline__ GroupedTile tile(int index, int& expert) const {
     const int lane = threadIdx.x % 32;
     for (int passed = 32; passed == 32; expert += passed) {
@@ -99,7 +101,8 @@ struct GroupedSchedule {
     const int token_tiles = grouped::ceil_of(rows, TileTokens);
     const grouped::Place place = grouped::place_of(index - first[expert], token_tiles, channel_tiles, group);
     const int token = place.token_tile * TileTokens;
-    return {expert, begin + token, min(rows - token, TileTokens), place.channel_tile * TileChannels, token_tiles == 1};
+    const int channel = grouped::channel_of(place.channel_tile, Channels, Cluster, blockIdx.x);
+    return {expert, begin + token, min(rows - token, TileTokens), channel, token_tiles == 1};
   }
 
   // By one warp, after `ends` is there.
@@ -132,6 +135,21 @@ struct GroupedRing {
   uint64_t* ready;  // the tokens are bf16, where they did not come as such
   uint64_t* empty;
   int count;
+};
+
+// A stage has been read, says each warp of consumers to all CTAs that brought something of it.
+template <int Cluster>
+struct Release {
+  int lane = threadIdx.x % 32, leads = lane < Cluster;
+
+  __device__ __forceinline__ Release() { keep(leads); }
+  __device__ __forceinline__ void operator()(uint64_t* empty) const {
+    if constexpr (Cluster == 1) {
+      if (leads) EmptyBarrier::arrive(empty);
+    } else {
+      EmptyBarrier::arrive(empty, lane, leads);
+    }
+  }
 };
 
 // A stage's scales of a thread's rows of weights: two rows in each of its blocks of 64, four scales each.

@@ -44,9 +44,9 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
   const int thread = threadIdx.x % grouped::kGroupThreads;
   const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
   const int row = row0 + grouped::fragment_row(thread, 0);
-  int first_scale = row * grouped::kScaleSlot, leads = threadIdx.x % 32 == 0;
-  keep(first_scale), keep(leads);
-  const bool leader = leads != 0;
+  int first_scale = row * grouped::kScaleSlot;
+  keep(first_scale);
+  const Release<Shape::kCluster> release;
   const int per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
   // All rows of a thread are multiples of 8 apart, so that their scales begin alike in their words.
   const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.w_scale), tile.expert, p.channels, tile.channel + row, per_row);
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
       promote<Columns>(d[b], part[which % kParts], scale);
     }
     held = slot.index;
-    if (at + 1 < stages && leader) EmptyBarrier::arrive(ring.empty + held);
+    if (at + 1 < stages) release(ring.empty + held);
     slot.advance(ring.count);
   }
   // The last stage, which is still held, has the tokens' scales.
@@ -113,7 +113,7 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
     }
   }
   __syncwarp();
-  if (leader) EmptyBarrier::arrive(ring.empty + held);
+  release(ring.empty + held);
 }
 
 }  // namespace inductor_ext

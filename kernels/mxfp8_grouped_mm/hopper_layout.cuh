@@ -105,6 +105,12 @@ struct Place {
   int token_tile, channel_tile;
 };
 
+// Of a cluster's CTAs, which are neighbours in the grid, each has the channels next to those of the one before.
+constexpr int rank_of(int block, int cluster) { return block % cluster; }
+constexpr int channel_of(int channel_tile, int channels, int cluster, int block) {
+  return (channel_tile * cluster + rank_of(block, cluster)) * channels;
+}
+
 // The tiles of one expert in the order they are taken: `group` tiles of tokens together, and for them one tile of channels after
 // the other. Tiles that share weights run at the same time, and `group` bounds the tokens that have to stay in L2.
 constexpr Place place_of(int rest, int token_tiles, int channel_tiles, int group) {

@@ -116,9 +116,9 @@ def check(module: Any, key: Any, given: list[Any], what: Any = "") -> None:
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]}-{key[1]}-{key[2]}".replace("torch.", ""))
 def test_every_tile_against_fp64(modules: dict[Any, Any], key: Any) -> None:
     """Around the tile's edges; K of less than a stage, with odd rows of scales, and of more stages than the ring has."""
-    channels, tokens = map(int, key[0].partition(":")[2].split("x"))
+    channels, tokens, cluster = hopper.sizes(key[0])
     counts = [1, 0, tokens + 1, tokens // 4, 0, tokens // 2, tokens // 2 + 1, tokens]
-    for n, k in itertools.product((8, 64, channels + 40), (32, 96, 768, 2048)):
+    for n, k in itertools.product((8, 64, channels * cluster + 40), (32, 96, 768, 2048)):
         if key[1] == "fp8_128" and k % 128:
             continue
         check(modules[key], key, operands(counts, sum(counts) + 3, n, k, key[1]), (n, k))

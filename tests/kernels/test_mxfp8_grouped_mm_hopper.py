@@ -29,6 +29,8 @@ TILES = {
     "fp8 128x128": ("hopper:128x128", "fp8", BF16),  # two products beside the sums
     "fp8 256x128": ("hopper:256x128", "fp8", BF16),  # one
     "fp8 by 128": ("hopper:128x32", "fp8_128", FP32),
+    "cluster": ("hopper:128x128@2", "bf16", BF16),
+    "fp8 by 128 cluster": ("hopper:256x128@2", "fp8_128", BF16),
 }
 
 
@@ -36,8 +38,8 @@ TILES = {
 def tile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(key, kernel, output channels and tokens of the tile)"""
     key = TILES[request.param]
-    channels, tokens = map(int, key[0].partition(":")[2].split("x"))
-    return key, Kernel(key, tmp_path_factory.mktemp("hopper")), channels, tokens
+    channels, tokens, cluster = hopper.sizes(key[0])
+    return key, Kernel(key, tmp_path_factory.mktemp("hopper")), channels * cluster, tokens
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +115,20 @@ def test_rows_of_no_group_stay_as_they_are(tile: Any) -> None:
 
 def test_all_tokens_on_one_expert(tile: Any) -> None:
     key, kernel, _, tokens = tile
-    check(key, kernel, operands([0] * 40 + [3 * tokens + 2] + [0] * 87, 3 * tokens + 2, 8, k_of(key, 64), key[1]), sms=1)
+    check(key, kernel, operands([0] * 40 + [3 * tokens + 2] + [0] * 87, 3 * tokens + 2, 8, k_of(key, 64), key[1]), clusters=1)
 
 
 def test_more_rounds_than_stages(tile: Any) -> None:
     """The ring goes round many times, over several tiles and with all SMs in turn."""
     key, kernel, channels, tokens = tile
-    check(key, kernel, operands([tokens, tokens], 2 * tokens, 2 * channels, 1280, key[1]), sms=1)
+    check(key, kernel, operands([tokens, tokens], 2 * tokens, 2 * channels, 1280, key[1]), clusters=1)
+
+
+def test_a_cluster_whose_last_cta_has_no_channels(tile: Any) -> None:
+    """It brings its share of the tokens nevertheless."""
+    key, kernel, channels, tokens = tile
+    check(key, kernel, operands([tokens, 3], tokens + 3, channels + 8, 640, key[1]))
+    check(key, kernel, operands([0, tokens // 2 + 1], tokens, 8, 256, key[1]))
 
 
 def test_no_token(tile: Any) -> None:
@@ -180,7 +189,7 @@ def test_a_wrong_offs_writes_nothing_outside(narrow: Kernel, ends: list[int]) ->
 def test_1024_experts(narrow: Kernel) -> None:
     counts = [0] * 1024
     counts[0], counts[31], counts[32], counts[1023] = 1, 9, 2, 3
-    check(("", "bf16", FP32), narrow, operands(counts, 15, 8, 32, "bf16"), sms=1)
+    check(("", "bf16", FP32), narrow, operands(counts, 15, 8, 32, "bf16"), clusters=1)
 
 
 # ---- FP8 to bf16 -----------------------------------------------------------------------------------------------------
@@ -365,5 +374,6 @@ def test_the_source_says_that_it_has_not_run() -> None:
 
 def test_tiles_that_compile_are_all_named() -> None:
     for kind in ("bf16", "fp8", "fp8_128"):
-        sizes = {tuple(map(int, name.partition(":")[2].split("x"))) for name in hopper.ALL_TILES[kind]}
-        assert sizes == set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128))) - {(64, 128)}
+        sizes = {hopper.sizes(name) for name in hopper.ALL_TILES[kind]}
+        alone = set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128), (1,))) - {(64, 128, 1)}
+        assert sizes == alone | {(128, 128, 2), (256, 128, 2)}

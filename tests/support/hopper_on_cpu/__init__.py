@@ -31,19 +31,22 @@ def _compiled(name: str, folder: Path, options: list[str]) -> ctypes.CDLL:
 
 
 class Kernel:
-    """One tile, by the key that `hopper` has for it. A call raises RuntimeError where hardware would hang or fault."""
+    """One tile, by the key that `hopper` has for it. A call raises RuntimeError where hardware would hang or fault. ``clusters``:
+    how many there is room for, of one CTA each where the tile has no ``@``."""
 
     def __init__(self, key: Any, folder: Path) -> None:
         types, _, _ = hopper.made(key).partition("<")[2].rpartition(">")
-        values = zip(("KIND", "OUT", "W", "N"), types.split(", "))
+        values = zip(("KIND", "OUT", "W", "N", "CLUSTER"), types.split(", "))
         defines = [f"-DMXFP8_{name}={value}" for name, value in values]
+        self.cluster = hopper.sizes(key[0])[2]
         self.library = _compiled("mxfp8_grouped_mm", folder, [*defines, f"-I{HERE}", f"-I{KERNELS / 'include'}"])
 
     def __call__(
-        self, x: torch.Tensor, x_scale: torch.Tensor | None, w: Any, w_scale: Any, offs: Any, out: Any, *, sms: int = 2
+        self, x: torch.Tensor, x_scale: torch.Tensor | None, w: Any, w_scale: Any, offs: Any, out: Any, *, clusters: int = 2
     ) -> None:
         given = [None if each is None else Given.of(each) for each in (x, x_scale, w, w_scale, offs, out)]
         error = ctypes.create_string_buffer(500)
+        sms = clusters * self.cluster
         if self.library.mxfp8_grouped_mm(*(each and ctypes.byref(each) for each in given), sms, error, 500):
             raise RuntimeError(error.value.decode())
 

@@ -1,12 +1,12 @@
 // A compute capability 9.0 CTA on the CPU: enough of it to compile the kernels of mxfp8_grouped_mm and of scaled_mm's tiles with a
-// host compiler and run them. A cluster is one CTA.
+// host compiler and run them. CTAs run one after the other, those of a cluster together, in turns.
 //
 // A thread is a fibre, which runs until it has to wait; turns are taken in a random order, and warps stay behind for a while. What
 // hardware does on its own is done as late as it may be, so that whoever does not wait for it gets old bytes: copies (the copy
 // engine's and cp.async) in a random order some turns later, wgmma and the copy engine's stores when their group is waited for; an
 // operand that is not then what it was at its issue is an error. So is a CTA in which nothing can go on, one that ends before its
-// stores have been read, a read outside of every tensor, and a store of what stmatrix wrote and no proxy fence followed. Shared
-// memory begins as 0xff bytes, NaN in every format. Nothing is said about speed, about memory ordering between threads otherwise,
+// stores have been read or before what another one of its cluster sends has come, a read outside of every tensor, and a store of
+// what stmatrix wrote and no proxy fence followed. Shared memory begins as 0xff bytes, NaN in every format. Nothing is said about speed, about memory ordering between threads otherwise,
 // or about what PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
 #pragma once
 
@@ -127,15 +127,21 @@ struct Cta {
   std::exception_ptr failure;
   std::vector<Pending> pending;
   std::map<int, Meeting> meetings;
-  std::map<uint32_t, uint64_t> barriers;             // where barriers lie; their state is in `Barrier`
   std::vector<std::array<uint64_t, 3>> given;        // by each thread, to the others of its warp
   std::vector<std::vector<std::vector<Step>>> issued;  // by thread: groups of wgmmas, the last one open
   std::vector<int> unfinished;                       // cp.async of each thread
   std::vector<std::vector<std::vector<Store>>> stores;  // by thread: groups of stores, the last one open
   std::map<uint32_t, unsigned> unfenced;  // 16 bytes that stmatrix wrote: by which thread
   std::mt19937 random{seed};
+  unsigned block = 0, left = 0;  // its index; threads that have not ended
+  std::vector<uint8_t> memory;   // its shared memory, while another CTA of its cluster has its turn
+  std::vector<unsigned> order;   // of its threads, in a turn
+  std::vector<bool> stalled;     // warps that stay behind
+  unsigned arrivals = 0;         // of other CTAs, on their way to its barriers
+  unsigned cluster_arrives = 0;  // threads of it that came to the cluster's barrier, ever
 };
-inline Cta* cta = nullptr;
+inline Cta* cta = nullptr;                        // whose turn it is
+inline std::vector<std::unique_ptr<Cta>> cluster;  // by rank
 
 inline void yield() { swapcontext(&cta->fibres[cta->running], &cta->scheduler); }
 template <typename Condition>
@@ -146,7 +152,11 @@ void wait_until(Condition condition) {
   }
   ++cta->progress;
 }
-inline void later(std::function<void()> act) { cta->pending.push_back({1 + static_cast<int>(cta->random() % 6), std::move(act)}); }
+inline void later_in(Cta& where, std::function<void()> act) {  // in one of its turns
+  if (where.left == 0) fail("what is sent to a CTA that has ended");
+  where.pending.push_back({1 + static_cast<int>(cta->random() % 6), std::move(act)});
+}
+inline void later(std::function<void()> act) { later_in(*cta, std::move(act)); }
 
 inline void start() {
   try {
@@ -167,56 +177,87 @@ inline void run_pending() {
   for (Pending& each : due) each.act(), ++cta->progress;
 }
 
-inline void run_cta(unsigned threads, std::function<void()> body) {
-  Cta made;
-  cta = &made;
-  made.threads = threads, made.body = std::move(body);
+inline void make_cta(Cta& made, unsigned block, unsigned threads, std::function<void()> body, char* stacks) {
+  made.block = block, made.threads = made.left = threads, made.body = std::move(body), made.random.seed(seed + block);
   made.fibres.resize(threads), made.ended.assign(threads, false), made.given.resize(threads), made.unfinished.assign(threads, 0);
-  made.issued.assign(threads, {{}}), made.stores.assign(threads, {{}}), made.awaited.resize(threads);
-  std::memset(inductor_ext::shared, 0xff, inductor_ext::kSharedBytes);
-  const std::unique_ptr<char[]> stacks(new char[threads * kStack]);
+  made.issued.assign(threads, {{}}), made.stores.assign(threads, {{}}), made.awaited.resize(threads), made.stalled.resize(threads / 32);
+  made.order.resize(threads), made.memory.assign(inductor_ext::kSharedBytes, 0xff);
+  std::iota(made.order.begin(), made.order.end(), 0u);
   for (unsigned i = 0; i < threads; ++i) {
     getcontext(&made.fibres[i]);
     made.fibres[i].uc_stack = {&stacks[i * kStack], 0, kStack};
     made.fibres[i].uc_link = nullptr;
     makecontext(&made.fibres[i], start, 0);
   }
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
-  std::vector<bool> stalled(threads / 32);
+}
+
+// Each thread that is not held up goes on until it has to wait.
+inline void take_turn() {
+  Cta& own = *cta;
+  for (unsigned warp = 0; warp < own.stalled.size(); ++warp) {
+    own.stalled[warp] = own.stalled[warp] ? own.random() % 4 != 0 : own.random() % 8 == 0;
+  }
+  std::shuffle(own.order.begin(), own.order.end(), own.random);
+  for (unsigned i : own.order) {
+    if (own.ended[i] || own.stalled[i / 32]) continue;
+    if (own.awaited[i] && !own.awaited[i]()) continue;
+    own.awaited[i] = nullptr;
+    own.running = i;
+    threadIdx = dim3(i, 0, 0);
+    swapcontext(&own.scheduler, &own.fibres[i]);
+    own.left -= own.ended[i];
+  }
+  run_pending();
+}
+
+// Blocks from `first` on. The kernel knows one array of shared memory: it is the CTA's whose turn it is.
+inline void run_cluster(unsigned first, unsigned ctas, unsigned threads, const std::function<void()>& body) {
+  const std::unique_ptr<char[]> stacks(new char[ctas * threads * kStack]);
+  cluster.clear();
+  for (unsigned rank = 0; rank < ctas; ++rank) {
+    cluster.push_back(std::make_unique<Cta>());
+    make_cta(*cluster[rank], first + rank, threads, body, &stacks[rank * threads * kStack]);
+  }
+  auto have = [](Cta& next) {
+    if (cta != nullptr) cta->memory.assign(inductor_ext::shared, inductor_ext::shared + inductor_ext::kSharedBytes);
+    cta = &next, blockIdx = dim3(next.block, 0, 0);
+    std::copy(next.memory.begin(), next.memory.end(), inductor_ext::shared);
+  };
+  cta = nullptr;
+  have(*cluster[0]);
   int quiet = 0;
   uint64_t seen = ~0ull;
-  for (unsigned left = threads; left > 0 && !made.failure;) {
-    quiet = made.progress == seen && made.pending.empty() ? quiet + 1 : 0;
-    if (quiet == 64) fail("every thread waits for another");
-    seen = made.progress;
-    for (unsigned warp = 0; warp < stalled.size(); ++warp) stalled[warp] = stalled[warp] ? made.random() % 4 != 0 : made.random() % 8 == 0;
-    std::shuffle(order.begin(), order.end(), made.random);
-    for (unsigned i : order) {
-      if (made.ended[i] || stalled[i / 32]) continue;
-      if (made.awaited[i] && !made.awaited[i]()) continue;
-      made.awaited[i] = nullptr;
-      made.running = i;
-      threadIdx = dim3(i, 0, 0);
-      swapcontext(&made.scheduler, &made.fibres[i]);
-      left -= made.ended[i];
+  std::mt19937 random{seed + first};
+  for (;;) {
+    uint64_t progress = 0;
+    bool idle = true;
+    std::vector<Cta*> running;
+    for (const auto& each : cluster) {
+      if (each->failure) std::rethrow_exception(each->failure);
+      progress += each->progress, idle &= each->pending.empty();
+      if (each->left > 0) running.push_back(each.get());
     }
-    run_pending();
+    if (running.empty()) break;
+    quiet = progress == seen && idle ? quiet + 1 : 0;
+    if (quiet == 64) fail("every thread waits for another");
+    seen = progress;
+    Cta& next = *running[running.size() == 1 ? 0 : random() % running.size()];
+    if (&next != cta) have(next);
+    for (int turns = ctas == 1 ? 1 : 1 + static_cast<int>(random() % 16); turns > 0 && next.left > 0 && !next.failure; --turns) take_turn();
   }
-  if (made.failure) std::rethrow_exception(made.failure);
-  if (!made.pending.empty()) fail("copies that no one waited for");
-  for (const auto& groups : made.stores) {
-    if (groups.size() > 1 || !groups[0].empty()) fail("a CTA that ended before the copy engine had read what it stores");
+  for (const auto& each : cluster) {
+    if (!each->pending.empty()) fail("copies that no one waited for");
+    for (const auto& groups : each->stores) {
+      if (groups.size() > 1 || !groups[0].empty()) fail("a CTA that ended before the copy engine had read what it stores");
+    }
   }
 }
 
 template <typename... Params, typename... Args>
-void run_grid(unsigned grid, unsigned threads, void (*kernel)(Params...), Args&&... args) {
+void run_grid(unsigned grid, unsigned ctas, unsigned threads, void (*kernel)(Params...), Args&&... args) {
   gridDim = dim3(grid), blockDim = dim3(threads);
-  for (unsigned x = 0; x < grid; ++x) {
-    blockIdx = dim3(x, 0, 0);
-    run_cta(threads, [&] { kernel(args...); });
-  }
+  if (grid % ctas != 0) fail("a grid that is no multiple of its clusters");
+  for (unsigned x = 0; x < grid; x += ctas) run_cluster(x, ctas, threads, [&] { kernel(args...); });
 }
 
 // One of `count` threads is here; the last to come acts for all.
@@ -278,6 +319,29 @@ static_assert(sizeof(Barrier) == 8);
 inline Barrier& barrier_at(const void* p) {
   in_shared(p);
   return *reinterpret_cast<Barrier*>(const_cast<void*>(p));
+}
+
+// ---- clusters ---------------------------------------------------------------------------------------------------------------
+
+inline Cta& cta_of(unsigned rank) {
+  if (rank >= cluster.size()) fail("a CTA that the cluster does not have");
+  return *cluster[rank];
+}
+// At the barrier that lies in CTA `rank` where `p` lies here.
+inline void arrive_in(unsigned rank, const void* p) {
+  Cta& where = cta_of(rank);
+  if (&where == cta) return barrier_at(p).arrive();
+  ++where.arrivals;
+  later_in(where, [p] { --cta->arrivals, barrier_at(p).arrive(); });
+}
+// All threads of all CTAs meet. Who waits sees what was sent to its own CTA before the others came; each comes before it waits.
+inline void cluster_arrive() { ++cta->cluster_arrives, ++cta->progress; }
+inline void cluster_wait() {
+  const unsigned threads = cta->threads, times = (cta->cluster_arrives + threads - 1) / threads;
+  wait_until([=] {
+    auto came = [=](const auto& each) { return each->cluster_arrives >= times * threads; };
+    return std::all_of(cluster.begin(), cluster.end(), came) && cta->arrivals == 0;
+  });
 }
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ void warpgroup_wait() {
   });
 }
 
-inline void cluster_arrive_relaxed() { hopper_on_cpu::fail("a cluster of more than one CTA"); }
-inline void cluster_arrive() { cluster_arrive_relaxed(); }
-inline void cluster_wait() { cluster_arrive_relaxed(); }
+inline void cluster_arrive_relaxed() { hopper_on_cpu::cluster_arrive(); }
+inline void cluster_arrive() { hopper_on_cpu::cluster_arrive(); }
+inline void cluster_wait() { hopper_on_cpu::cluster_wait(); }
 
 struct SM90_TMA_STORE_2D {
   static void copy(const CUtensorMap* map, const void* from, int x, int y) { map->store({x, y, 0}, static_cast<const uint8_t*>(from)); }
@@ -180,8 +180,7 @@ struct FullBarrier {
   }
   static void arrive(uint64_t* p) { hopper_on_cpu::barrier_at(p).arrive(); }
   static void arrive(uint64_t* p, int cta, bool reaches) {
-    if (reaches && cta != 0) hopper_on_cpu::fail("a cluster of more than one CTA");
-    if (reaches) arrive(p);
+    if (reaches) hopper_on_cpu::arrive_in(cta, p);
   }
   static void arrive_and_expect_tx(uint64_t* p, uint32_t bytes) {
     hopper_on_cpu::barrier_at(p).bytes += static_cast<int>(bytes);
@@ -194,8 +193,10 @@ inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int k
   map->load({k, row}, barrier, static_cast<uint8_t*>(to));
 }
 
-inline void load_tile_to(uint16_t, const CUtensorMap*, uint64_t*, void*, int, int) {
-  hopper_on_cpu::fail("a cluster of more than one CTA");
+inline void load_tile_to(uint16_t ctas, const CUtensorMap* map, uint64_t* barrier, void* to, int k, int row) {
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if (ctas >> rank & 1) map->load({k, row}, barrier, static_cast<uint8_t*>(to), hopper_on_cpu::cta_of(rank));
+  }
 }
 
 inline uint32_t bits_of(float v) {

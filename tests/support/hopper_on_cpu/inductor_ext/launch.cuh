@@ -1,4 +1,4 @@
-// Stand-in for launches: the grid runs at once, one CTA after the other.
+// Stand-in for launches: the grid runs at once, one cluster after the other.
 #pragma once
 
 #include "hopper_on_cpu.h"
@@ -24,14 +24,17 @@ struct Launch {
   Launch(unsigned grid, unsigned block) : grid(grid), block(block) {}
   Launch& stream(void*) { return *this; }
   Launch& programmatic() { return *this; }
-  Launch& cluster(unsigned) { hopper_on_cpu::fail("a cluster of more than one CTA"); }
+  Launch& cluster(unsigned count) {
+    ctas = count;
+    return *this;
+  }
   Launch& shared_memory(size_t bytes) {
     if (bytes > kSharedBytes) hopper_on_cpu::fail("more shared memory than a CTA may have");
     return *this;
   }
   template <typename... Params, typename... Args>
-  void run(void (*kernel)(Params...), Args&&... args) { hopper_on_cpu::run_grid(grid, block, kernel, std::forward<Args>(args)...); }
-  unsigned grid, block;
+  void run(void (*kernel)(Params...), Args&&... args) { hopper_on_cpu::run_grid(grid, ctas, block, kernel, std::forward<Args>(args)...); }
+  unsigned grid, block, ctas = 1;
 };
 
 inline void wait_for_previous_kernel() {}

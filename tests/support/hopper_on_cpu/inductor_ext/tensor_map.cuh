@@ -17,9 +17,10 @@ struct CUtensorMap {
   int64_t sizes[3], pitches[3];
   int box[3];
 
-  void load(std::array<int, 3> at, uint64_t* barrier, uint8_t* to) const {
+  // To CTA `where`; `barrier` and `to` are places in its shared memory.
+  void load(std::array<int, 3> at, uint64_t* barrier, uint8_t* to, hopper_on_cpu::Cta& where = *hopper_on_cpu::cta) const {
     if (hopper_on_cpu::in_shared(to) % 1024 != 0) hopper_on_cpu::fail("a box that does not begin at a multiple of 1024 bytes");
-    hopper_on_cpu::later([=, map = *this] { map.bring(at, barrier, to); });
+    hopper_on_cpu::later_in(where, [=, map = *this] { map.bring(at, barrier, to); });
   }
   void store(std::array<int, 3> at, const uint8_t* from) const {
     if (hopper_on_cpu::in_shared(from) % 1024 != 0) hopper_on_cpu::fail("a box that does not begin at a multiple of 1024 bytes");
