@@ -32,6 +32,8 @@ WORKS: tuple[tuple[tuple[int, ...], torch.dtype, int, bool], ...] = (
     ((65536, 2048), BF16, 0, True),
     ((65536, 2048), BF16, 128, True),
     ((64, 2048), BF16, 128, True),
+    ((2048, 2048), BF16, 128, True),
+    ((65536, 2048), BF16, 1024, True),  # more groups than a block of threads lists at once
     ((1, 2048), BF16, 0, False),
     ((512, 2048), BF16, 0, False),
     ((8192, 4096), BF16, 0, False),

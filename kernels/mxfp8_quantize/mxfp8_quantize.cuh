@@ -8,14 +8,26 @@
 // All bytes of swizzled scales are written: those that pad are zero. Ends that are no ends (decreasing, or past T) give wrong
 // scales, and no access outside the tensors.
 //
-// A warp takes 32 blocks at a time (mx.cuh: a warp's share): whole lines are read, and written but for an fp32 x's, and the
-// scales of the share are one sector of 32 bytes that one store writes. Work is taken from the end backwards: what the kernel
-// ahead wrote last is still in L2, and what this one writes last is what a product reads first.
+// A warp takes 32 blocks one after the other at a time (mx.cuh: a warp's share), wherever their scales go: whole lines are read,
+// and written but for an fp32 x's. Work is taken from the end backwards: what the kernel ahead wrote last is still in L2, and what
+// this one writes last is what a product reads first.
+//
+// Swizzled scales of a row are four bytes in every tile that it crosses, so a warp's store of 32 reaches eight sectors where tiles
+// taken whole would fill one. That is 1/12 more sectors for L2 and none more for DRAM, which sees a sector once it is full. Tiles
+// taken whole read 256 bytes of each of 128 rows, and had to know their group before they could ask for x: on H200 that was 0.95
+// of a copy's bandwidth with one group and 0.89 with 128, where plain scales were written at 1.02 ([65536, 2048] bf16). Here x is
+// on its way while the group is looked for. (Swizzled scales as they are now have not been timed on a GPU.)
+//
+// What pads is the work of blocks of threads of their own, the first of the grid, in stores of 16 bytes: with T = 64, K = 2048 and
+// E = 128 it is 1.05 MB of scales beside 16 blocks of data, so 129 blocks of threads with 8 KB each, all resident at once. (Taken
+// as 2064 tiles that each looked for their group, in bytes, that was five waves and 19.6 us.)
 #pragma once
 
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
+#include <climits>
+#include <type_traits>
 
 #include "inductor_ext/fp8.cuh"
 #include "inductor_ext/launch.cuh"
@@ -34,12 +46,18 @@ struct Mxfp8QuantizeParams {
   int64_t group_pitch, pitch;  // of x, in elements
   // swizzled
   const int32_t* offs;
-  int offs_count;       // E, negative without offs
+  int offs_count;       // E
   int tiles;            // of a row of tiles
-  int tiles_run;        // that a block of threads takes
-  int64_t tile_rows;    // rows of tiles, of all groups
+  unsigned pad_blocks;  // blocks of threads that write what pads, the first of the grid
   int64_t scale_bytes;  // the buffer's size
+  int steps;            // of a block of threads; each is `step_rows` rows and `step_cols` blocks further
+  uint32_t step_rows, step_cols;
 };
+
+// kTiles: every matrix of x is a group. kGroups: offs says where they end.
+enum class Mxfp8Scales { kPlain, kTiles, kGroups };
+
+constexpr int kMxThreads = 256, kMxWarps = kMxThreads / 32;
 
 // A share in registers: vector u is what access u gave.
 template <typename In, typename Rounding, int E>
@@ -102,133 +120,235 @@ struct Mxfp8Share {
   }
 };
 
-// ---- plain scales -----------------------------------------------------------------------------------------------------------
+// ---- groups -----------------------------------------------------------------------------------------------------------------
 
-constexpr int kPlainThreads = 256;
-
-// A share is 32 consecutive blocks of a group. Run: a group's rows follow one another, and it is one run of blocks.
-template <typename In, typename Rounding, int E, bool Run>
-__global__ void __launch_bounds__(kPlainThreads) mxfp8_quantize_plain_kernel(const __grid_constant__ Mxfp8QuantizeParams p) {
-  const int lane = threadIdx.x % 32;
-  const int64_t share = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32;
-  const int64_t first = share * 32, blocks = p.rows * p.row_blocks, begin = blockIdx.y * blocks + first;
-  const int left = static_cast<int>(min(blocks - first, int64_t{32}));  // of the share; none or fewer behind the end
-  const In* x = static_cast<const In*>(p.x) + blockIdx.y * p.group_pitch;
-  uint8_t* data = p.data + begin * mx::kBlock;
-
-  const auto inside = [&](int block) { return block < left; };
-  Mxfp8Share<In, Rounding, E> held;
-  wait_for_previous_kernel();
-  if constexpr (Run) {
-    x += first * mx::kBlock;
-    held.load(lane, inside, [&](int block) { return x + block * mx::kBlock; });
-  } else {
-    const int64_t first_row = first / p.row_blocks;
-    const uint32_t row_blocks = static_cast<uint32_t>(p.row_blocks), first_col = static_cast<uint32_t>(first - first_row * p.row_blocks);
-    held.load(lane, inside, [&](int block) {
-      const uint32_t col = first_col + block, further = col < row_blocks ? 0 : col / row_blocks;
-      return x + (first_row + further) * p.pitch + static_cast<int64_t>(col - further * row_blocks) * mx::kBlock;
-    });
-  }
-  allow_next_kernel();
-  const uint8_t scale = held.store(lane, inside, [&](int block) { return data + block * mx::kBlock; });
-  const int block = mx::written_by<mx::kBlock / E>(lane);
-  if (block < left) p.scales[begin + block] = scale;
-}
-
-// ---- swizzled scales --------------------------------------------------------------------------------------------------------
-
-constexpr int kSwizzledThreads = 32 * mx::kShares;
-
-// The group that a row of tiles belongs to.
-struct TileRow {
-  int64_t group;      // of x [groups, rows, K]
-  int64_t first_row;  // of that, the tiles' first
-  int64_t rows;       // how many of the 128 there are, at most 0 for none
-  bool scaled;        // false: the rows have data and no scales
+struct GroupEnds {
+  int begin, end;  // rows of x
 };
 
-// From cumulative ends: every thread takes one group, and their padded sizes are summed over the block. Rows behind the last end
-// come as one more group, without scales.
-__device__ __forceinline__ TileRow tile_row_of(const int32_t* offs, int groups, int64_t rows, int64_t tile_row) {
-  __shared__ int totals[mx::kShares];
-  __shared__ int found_begin, found_end, found_first, found_group;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int most = static_cast<int>(rows), wanted = static_cast<int>(tile_row);
-  int before = 0;
-  for (int base = 0; base <= groups; base += kSwizzledThreads) {
-    const int group = base + threadIdx.x;
-    int begin = 0, end = 0;
-    if (group <= groups) {
-      begin = group == 0 ? 0 : min(max(offs[group - 1], 0), most);
-      end = group == groups ? most : min(max(offs[group], 0), most);
-    }
-    const int count = (max(end - begin, 0) + mx::kTileRows - 1) / mx::kTileRows;
+// Of cumulative ends. Behind the last group is a row that never comes.
+__device__ __forceinline__ GroupEnds group_ends(const int32_t* offs, int groups, int64_t rows, int group) {
+  const int most = static_cast<int>(rows);
+  if (group >= groups) return {most, INT_MAX};
+  return {group == 0 ? 0 : min(max(offs[group - 1], 0), most), min(max(offs[group], 0), most)};
+}
+
+// The group of a row: its rows of x, and its first row of tiles, negative for rows of no group.
+struct RowGroup {
+  int begin, end, tile_row;
+};
+
+// kMxThreads groups, and the rows of tiles before each of them.
+struct GroupTable {
+  int begin[kMxThreads], end[kMxThreads];
+  int tile_row[kMxThreads];  // counted from the first group of the same warp
+  int of_warp[kMxWarps];     // rows of tiles of a warp's groups
+
+  // Every thread puts in one group. The whole block calls this; one barrier, since a warp's sum goes no further than itself.
+  __device__ __forceinline__ void fill(GroupEnds ends, bool inside) {
+    const int lane = threadIdx.x % 32, rows = inside ? max(ends.end - ends.begin, 0) : 0;
+    const int count = rows / mx::kTileRows + (rows % mx::kTileRows != 0);
     int sum = count;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
-    if (lane == 31) totals[warp] = sum;
+    begin[threadIdx.x] = ends.begin, end[threadIdx.x] = ends.end, tile_row[threadIdx.x] = sum - count;
+    if (lane == 31) of_warp[threadIdx.x / 32] = sum;
     __syncthreads();
-    int all = 0;
-#pragma unroll
-    for (int w = 0; w < mx::kShares; ++w) {
-      if (w < warp) sum += totals[w];
-      all += totals[w];
-    }
-    const int first = before + sum - count;
-    if (first <= wanted && wanted < first + count) {
-      found_begin = begin, found_end = end, found_first = first, found_group = group;
-    }
-    before += all;
-    __syncthreads();
-    if (wanted < before) {
-      const int64_t row = found_begin + int64_t{wanted - found_first} * mx::kTileRows;
-      return {0, row, found_end - row, found_group < groups};
-    }
   }
-  return {0, 0, 0, false};
+  // The rows of tiles of the groups that warps before `warp` put in.
+  __device__ __forceinline__ int before(int warp) const {
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < kMxWarps; ++w) sum += w < warp ? of_warp[w] : 0;
+    return sum;
+  }
+  // The first of `count` groups that ends behind the row. `first`: the rows of tiles of groups before those in the table.
+  __device__ __forceinline__ RowGroup group_of(int row, int count, int first) const {
+    int low = 0;
+    for (int high = count; low < high;) {
+      const int middle = (low + high) / 2;
+      if (end[middle] <= row) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    if (low == count) return {count == 0 ? 0 : end[count - 1], INT_MAX, -1};
+    return {begin[low], end[low], first + before(low / 32) + tile_row[low]};
+  }
+};
+
+// That of `row`, of which every thread has its own. `ends`: those of group threadIdx.x, asked for before. The whole block calls
+// this, and with no more than kMxThreads groups `table` has all of them from then on. They are one step: five shuffles, a barrier
+// and a search in shared memory, done before x arrives.
+__device__ __forceinline__ RowGroup group_of(GroupTable& table, const int32_t* offs, int groups, int64_t rows, int row,
+                                             GroupEnds ends) {
+  RowGroup at{0, INT_MAX, -1};
+  int before = 0;
+  for (int base = 0; base < groups; base += kMxThreads) {
+    if (base > 0) {
+      __syncthreads();  // all have read what the table had
+      ends = group_ends(offs, groups, rows, base + static_cast<int>(threadIdx.x));
+    }
+    table.fill(ends, base + static_cast<int>(threadIdx.x) < groups);
+    if (at.tile_row < 0) at = table.group_of(row, min(groups - base, kMxThreads), before);
+    before += table.before(kMxWarps);
+  }
+  return at;
 }
 
-// A block of threads takes a row of tiles, and of that `tiles_run` tiles; a warp one share of each. Three such blocks at once where
-// a lane's part of a share is 64 bytes, two where it is 128.
-template <typename In, typename Rounding, int E>
-__global__ void __launch_bounds__(kSwizzledThreads, E == 8 ? 3 : 2)
-    mxfp8_quantize_swizzled_kernel(const __grid_constant__ Mxfp8QuantizeParams p) {
-  constexpr int kLanes = mx::kBlock / E;
-  const int lane = threadIdx.x % 32, share = threadIdx.x / 32;
-  const unsigned runs = (p.tiles + p.tiles_run - 1) / p.tiles_run, place = gridDim.x - 1 - blockIdx.x;
-  const int64_t tile_row = place / runs;
-  const int first_tile = static_cast<int>(place % runs) * p.tiles_run;
+// ---- what pads --------------------------------------------------------------------------------------------------------------
+
+// 16 bytes of a tile hold the scales of four rows, 32 apart.
+constexpr int kPadUnit = 16, kTileUnits = mx::kTileBytes / kPadUnit;
+constexpr int kPadPiece = 2 * kMxThreads;  // units of a row of tiles that a block of threads takes at once
+
+// Zeroes piece `piece` of a row of tiles but for its first `rows` rows.
+__device__ __forceinline__ void pad_tiles(const Mxfp8QuantizeParams& p, int64_t tile_row, int rows, int piece) {
+  const int units = min(p.tiles * kTileUnits, (piece + 1) * kPadPiece);
+  for (int unit = piece * kPadPiece + static_cast<int>(threadIdx.x); unit < units; unit += kMxThreads) {
+    const int64_t byte = tile_row * p.tiles * mx::kTileBytes + int64_t{unit} * kPadUnit;
+    if (byte < 0 || byte + kPadUnit > p.scale_bytes) continue;  // ends that are none
+    const int kept = (rows - unit % kTileUnits + 31) / 32;      // of the four rows
+    if (kept == 0) {
+      Bytes<kPadUnit>{}.store(p.scales + byte);
+      continue;
+    }
+#pragma unroll
+    for (int i = 1; i < kPadUnit / mx::kTileCols; ++i) {
+      if (i >= kept) reinterpret_cast<uint32_t*>(p.scales + byte)[i] = 0;
+    }
+  }
+}
+
+// What pads the groups, and all that is behind the last one, spread over `pad_blocks` blocks of threads.
+__device__ __forceinline__ void pad_groups(GroupTable& table, const Mxfp8QuantizeParams& p) {
+  const int pieces = (p.tiles * kTileUnits + kPadPiece - 1) / kPadPiece;
+  int64_t tile_rows = 0;
+  for (int base = 0; base < p.offs_count; base += kMxThreads) {
+    __syncthreads();  // all have read what the table had
+    const int mine = base + static_cast<int>(threadIdx.x), count = min(p.offs_count - base, kMxThreads);
+    table.fill(group_ends(p.offs, p.offs_count, p.rows, mine), mine < p.offs_count);
+    for (int item = blockIdx.x; item < count * pieces; item += p.pad_blocks) {
+      const int group = item / pieces, rows = table.end[group] - table.begin[group];
+      if (rows <= 0 || rows % mx::kTileRows == 0) continue;
+      const int64_t first = tile_rows + table.before(group / 32) + table.tile_row[group];
+      pad_tiles(p, first + rows / mx::kTileRows, rows % mx::kTileRows, item % pieces);
+    }
+    tile_rows += table.before(kMxWarps);
+  }
+  // The buffer has T + 128 E rows, of 4 bytes for each tile: its end is a word's, not always a unit's.
+  const int64_t begin = tile_rows * p.tiles * mx::kTileBytes, units = (p.scale_bytes - begin) / kPadUnit;
+  const int64_t thread = int64_t{blockIdx.x} * kMxThreads + threadIdx.x;
+  for (int64_t unit = thread; unit < units; unit += int64_t{p.pad_blocks} * kMxThreads) {
+    Bytes<kPadUnit>{}.store(p.scales + begin + unit * kPadUnit);
+  }
+  const int64_t word = p.scale_bytes / kPadUnit * (kPadUnit / 4) + thread;
+  if (begin <= word * 4 && word * 4 < p.scale_bytes) reinterpret_cast<uint32_t*>(p.scales)[word] = 0;
+}
+
+// ---- the kernel -------------------------------------------------------------------------------------------------------------
+
+// A share is 32 consecutive blocks of a matrix. Run: a matrix' rows follow one another, and it is one run of blocks. A block of
+// threads takes kMxThreads blocks side by side, and of swizzled scales `steps` times that many, so that groups are listed once
+// for them: listing and looking up is some 150 instructions of a warp, quantising a share 300, and memory lets an SM issue 660
+// in the time of a share. Five such blocks are resident where a lane's part of a share is 64 bytes: 80 KB on the way to an SM.
+// (0: the compiler's choice.)
+template <typename In, typename Rounding, int E, bool Run, Mxfp8Scales Scales>
+__global__ void __launch_bounds__(kMxThreads, E == 8 && Scales != Mxfp8Scales::kPlain ? 5 : 0)
+    mxfp8_quantize_kernel(const __grid_constant__ Mxfp8QuantizeParams p) {
+  constexpr bool kPlain = Scales == Mxfp8Scales::kPlain, kGroups = Scales == Mxfp8Scales::kGroups;
+  const int64_t tile_rows = kPlain ? 0 : mx::ceil_tiles(p.rows, mx::kTileRows);  // of a matrix
+  __shared__ std::conditional_t<kGroups, GroupTable, int> table;                 // not there but for groups
+  if constexpr (!kPlain) {
+    if (blockIdx.x < p.pad_blocks) {
+      wait_for_previous_kernel();
+      allow_next_kernel();
+      if constexpr (kGroups) {
+        pad_groups(table, p);
+      } else {
+        pad_tiles(p, (blockIdx.y + 1) * tile_rows - 1, static_cast<int>(p.rows % mx::kTileRows), blockIdx.x);
+      }
+      return;
+    }
+  }
+  const int lane = threadIdx.x % 32, steps = kPlain ? 1 : p.steps;
+  const int64_t share = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * steps * kMxWarps + threadIdx.x / 32;
+  const int64_t first = share * 32, blocks = p.rows * p.row_blocks, begin = blockIdx.y * blocks + first;
+  const In* x = static_cast<const In*>(p.x) + blockIdx.y * p.group_pitch + (Run ? first * mx::kBlock : 0);
+  uint8_t* data = p.data + begin * mx::kBlock;
+  int left = static_cast<int>(min(blocks - first, int64_t{1 << 20}));  // from the share on; none or fewer behind the end
+  const int written = mx::written_by<mx::kBlock / E>(lane);
 
   wait_for_previous_kernel();
-  TileRow at;
-  if (p.offs_count >= 0) {
-    at = tile_row_of(p.offs, p.offs_count, p.rows, tile_row);
-  } else {
-    const int64_t tile_rows = p.tile_rows / p.groups, group = tile_row / tile_rows;
-    const int64_t row = (tile_row - group * tile_rows) * mx::kTileRows;
-    at = {group, row, p.rows - row, true};
-  }
-  const In* x = static_cast<const In*>(p.x) + at.group * p.group_pitch + at.first_row * p.pitch;
-  uint8_t* data = p.data + (at.group * p.rows + at.first_row) * p.row_blocks * mx::kBlock;
-
-  const int64_t cols = p.row_blocks * mx::kBlock;
-  const int rows = static_cast<int>(min(at.rows, int64_t{mx::kTileRows})), last_tile = min(first_tile + p.tiles_run, p.tiles);
-  for (int tile = first_tile; tile < last_tile; ++tile) {
-    const int64_t first_col = int64_t{tile} * mx::kTileCols;
-    const int left = static_cast<int>(min(p.row_blocks - first_col, int64_t{mx::kTileCols}));
-    const auto inside = [&](int block) { return mx::share_row(share, block) < rows && mx::share_col(block) < left; };
-    const auto column = [&](int block) { return (first_col + mx::share_col(block)) * mx::kBlock; };
+  GroupEnds ends{};
+  if constexpr (kGroups) ends = group_ends(p.offs, p.offs_count, p.rows, threadIdx.x);
+  // Where the share's first block is: row and column.
+  using Row = std::conditional_t<kGroups, int, int64_t>;
+  Row first_row = 0;
+  uint32_t first_col = 0;
+  const uint32_t row_blocks = static_cast<uint32_t>(p.row_blocks);
+  const auto divide = [&] {
+    first_row = static_cast<Row>(first / p.row_blocks);
+    first_col = static_cast<uint32_t>(first - first_row * p.row_blocks);
+  };
+  if constexpr (!Run) divide();
+  const auto place = [&](int block, auto&& then) {
+    const uint32_t col = first_col + block, further = col < row_blocks ? 0 : col / row_blocks;
+    return then(first_row + further, col - further * row_blocks);
+  };
+  RowGroup group{0, 0, -1};
+  for (int step = 0; step < steps; ++step, left -= kMxThreads) {
+    const auto inside = [&](int block) { return block < left; };
+    const auto place_of_data = [&](int block) { return data + block * mx::kBlock; };
     Mxfp8Share<In, Rounding, E> held;
-    held.load(lane, inside, [&](int block) { return x + mx::share_row(share, block) * p.pitch + column(block); });
-    if (tile + 1 == last_tile) allow_next_kernel();
-    const uint8_t scale = held.store(lane, inside, [&](int block) { return data + mx::share_row(share, block) * cols + column(block); });
-    const int block = mx::written_by<kLanes>(lane);
-    const int64_t byte = (tile_row * p.tiles + tile) * mx::kTileBytes + mx::tile_offset(mx::share_row(share, block), mx::share_col(block));
-    if (byte < p.scale_bytes) p.scales[byte] = at.scaled ? scale : 0;
+    held.load(lane, inside, [&](int block) {
+      if constexpr (Run) return x + block * mx::kBlock;
+      return place(block, [&](int64_t row, uint32_t col) { return x + row * p.pitch + static_cast<int64_t>(col) * mx::kBlock; });
+    });
+    if (step + 1 == steps) allow_next_kernel();
+    if constexpr (kPlain) {
+      const uint8_t scale = held.store(lane, inside, place_of_data);
+      if (written < left) p.scales[begin + written] = scale;
+    } else {
+      if (Run && step == 0) divide();  // with x on its way
+      int64_t byte = -1;  // of the scale
+      bool last = false;  // of its row
+      place(written, [&](int64_t row, uint32_t col) {
+        last = col + 1 == row_blocks;
+        int64_t tile_row = blockIdx.y * tile_rows;
+        if constexpr (kGroups) {
+          const int at = static_cast<int>(row);
+          if (step == 0 || p.offs_count > kMxThreads) {
+            if (step > 0) __syncthreads();  // all have read what the table had
+            group = group_of(table, p.offs, p.offs_count, p.rows, at, ends);
+          } else if (at >= group.end) {
+            group = table.group_of(at, p.offs_count, 0);
+          }
+          row -= group.begin, tile_row = group.tile_row;
+          if (tile_row < 0) return;
+        }
+        tile_row += row / mx::kTileRows;
+        byte = (tile_row * p.tiles + col / mx::kTileCols) * mx::kTileBytes;
+        byte += mx::tile_offset(static_cast<int>(row % mx::kTileRows), col % mx::kTileCols);
+      });
+      const uint8_t scale = held.store(lane, inside, place_of_data);
+      if (written < left && byte >= 0 && byte < p.scale_bytes) {
+        p.scales[byte] = scale;
+        if (last) {  // up to three that pad the row follow it in the tile
+#pragma unroll
+          for (int i = 1; i < mx::kTileCols; ++i) {
+            if (static_cast<int>(byte % mx::kTileCols) + i < mx::kTileCols) p.scales[byte + i] = 0;
+          }
+        }
+      }
+      if constexpr (Run) x += kMxThreads * mx::kBlock;
+      data += kMxThreads * mx::kBlock, first_row += p.step_rows, first_col += p.step_cols;
+      if (first_col >= row_blocks) first_col -= row_blocks, ++first_row;
+    }
   }
 }
 
@@ -274,6 +394,26 @@ inline unsigned checked_grid(int64_t blocks) {
 template <typename In>
 constexpr int kMxVector = 16 / sizeof(In);  // elements of one access
 
+// On `device`, `p.pad_blocks` blocks of threads before those of data.
+template <typename In, typename Rounding, Mxfp8Scales Scales>
+void mxfp8_launch(Mxfp8QuantizeParams& p, bool vectors, int device) {
+  if (p.groups > 65535) TVM_FFI_THROW(ValueError) << "x: wanted at most 65535 matrices, found " << p.groups;
+  const int64_t full = ceil_div(p.rows * p.row_blocks, kMxThreads);  // a thread a block of elements
+  // As many steps as leave several waves: five blocks of threads are resident.
+  p.steps = 1;
+  if (Scales != Mxfp8Scales::kPlain) {
+    p.steps = static_cast<int>(std::clamp<int64_t>(full * p.groups / (16 * sm_count(device)), 1, 4));
+    p.step_rows = static_cast<uint32_t>(kMxThreads / p.row_blocks), p.step_cols = static_cast<uint32_t>(kMxThreads % p.row_blocks);
+  }
+  const unsigned blocks = checked_grid(p.pad_blocks + ceil_div(full, p.steps));
+  const bool run = p.rows <= 1 || p.pitch == p.row_blocks * mx::kBlock;
+  const auto kernel = !vectors ? mxfp8_quantize_kernel<In, Rounding, 1, false, Scales>
+                      : run    ? mxfp8_quantize_kernel<In, Rounding, kMxVector<In>, true, Scales>
+                               : mxfp8_quantize_kernel<In, Rounding, kMxVector<In>, false, Scales>;
+  DeviceGuard guard(device);
+  Launch(dim3(blocks, static_cast<unsigned>(p.groups)), kMxThreads).stream(env_stream(device)).programmatic().run(kernel, p);
+}
+
 template <typename In, typename Rounding>
 struct Mxfp8QuantizePlain {
   static void run(TensorView x, TensorView data_out, TensorView scales) {
@@ -282,23 +422,7 @@ struct Mxfp8QuantizePlain {
     const bool vectors = mxfp8_params<In>(x, data_out, scales, device, &p);
     check_scales(scales, p.groups * p.rows * p.row_blocks);
     if (p.group_pitch == p.rows * p.pitch) p.rows *= p.groups, p.groups = 1;
-    if (p.groups > 65535) TVM_FFI_THROW(ValueError) << "x: wanted at most 65535 matrices with strides between, found " << p.groups;
-    DeviceGuard guard(device.id());
-    cudaStream_t stream = env_stream(device.id());
-    const bool run = p.rows <= 1 || p.pitch == p.row_blocks * mx::kBlock;
-    if (vectors && run) return launch<kMxVector<In>, true>(p, stream);
-    if (vectors) return launch<kMxVector<In>, false>(p, stream);
-    launch<1, false>(p, stream);
-  }
-
- private:
-  template <int E, bool Run>
-  static void launch(const Mxfp8QuantizeParams& p, cudaStream_t stream) {
-    const unsigned blocks = checked_grid(ceil_div(p.rows * p.row_blocks, kPlainThreads));  // a thread a block of elements
-    Launch(dim3(blocks, static_cast<unsigned>(p.groups)), kPlainThreads)
-        .stream(stream)
-        .programmatic()
-        .run(mxfp8_quantize_plain_kernel<In, Rounding, E, Run>, p);
+    mxfp8_launch<In, Rounding, Mxfp8Scales::kPlain>(p, vectors, device.id());
   }
 };
 
@@ -308,7 +432,7 @@ struct Mxfp8QuantizeSwizzled {
     Device device;
     Mxfp8QuantizeParams p{};
     const bool vectors = mxfp8_params<In>(x, data_out, scales, device, &p);
-    p.tiles = static_cast<int>(mx::ceil_tiles(p.row_blocks, mx::kTileCols)), p.offs_count = -1;
+    p.tiles = static_cast<int>(mx::ceil_tiles(p.row_blocks, mx::kTileCols));
     int64_t scale_rows = mx::ceil_tiles(p.rows, mx::kTileRows) * mx::kTileRows * p.groups;
     if (offs.has_value()) {
       const TensorView& ends = offs.value();
@@ -322,21 +446,19 @@ struct Mxfp8QuantizeSwizzled {
     }
     p.scale_bytes = scale_rows * p.tiles * mx::kTileCols;
     check_scales(scales, p.scale_bytes);
+    if (!aligned(p.scales, kPadUnit)) {
+      TVM_FFI_THROW(ValueError) << "scales: wanted an address of a multiple of " << kPadUnit << " bytes, as tensor cores do";
+    }
     if (p.scale_bytes == 0) return;
-    p.tile_rows = mx::ceil_tiles(scale_rows, mx::kTileRows);
-    DeviceGuard guard(device.id());
-    // Many tiles: a block takes several and looks for its group once.
-    p.tiles_run = static_cast<int>(std::clamp<int64_t>(p.tile_rows * p.tiles / (16 * sm_count(device.id())), 1, std::min(p.tiles, 8)));
-    vectors ? launch<kMxVector<In>>(p, device.id()) : launch<1>(p, device.id());
-  }
-
- private:
-  template <int E>
-  static void launch(const Mxfp8QuantizeParams& p, int device) {
-    Launch(checked_grid(p.tile_rows * ceil_div(p.tiles, p.tiles_run)), kSwizzledThreads)
-        .stream(env_stream(device))
-        .programmatic()
-        .run(mxfp8_quantize_swizzled_kernel<In, Rounding, E>, p);
+    if (!offs.has_value()) {
+      const int64_t pieces = ceil_div(int64_t{p.tiles} * kTileUnits, kPadPiece);
+      p.pad_blocks = p.rows % mx::kTileRows == 0 ? 0 : static_cast<unsigned>(pieces);
+      return mxfp8_launch<In, Rounding, Mxfp8Scales::kTiles>(p, vectors, device.id());
+    }
+    // All of the buffer may be padding, 8 KB of it a block. One block for each multiprocessor is enough: with many rows at most
+    // 128 of a group are.
+    p.pad_blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.scale_bytes, kPadPiece * kPadUnit), sm_count(device.id())));
+    mxfp8_launch<In, Rounding, Mxfp8Scales::kGroups>(p, vectors, device.id());
   }
 };
 

@@ -349,8 +349,8 @@ def test_source_gives_swizzled_scales(on_cpu: ctypes.CDLL, dtype: torch.dtype) -
     for x in (wide[:, 32:192], wide[:, 1:129], wide[::2]):
         wanted = OP.reference(x, None, "floor", True)
         assert_all_same_bytes(run_on_cpu(on_cpu, x, None, "floor", True), wanted)
-    long = numbers[: 2 * 17280].view(2, 17280)  # 135 tiles: for one multiprocessor, eight for each block of threads
-    assert_all_same_bytes(run_on_cpu(on_cpu, long, None, "rceil", True, 1), OP.reference(long, None, "rceil", True))
+    long = numbers[: 2 * 17280].view(2, 17280)  # 135 tiles: nine blocks of threads for what pads
+    assert_all_same_bytes(run_on_cpu(on_cpu, long, None, "rceil", True), OP.reference(long, None, "rceil", True))
 
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
@@ -361,21 +361,52 @@ def test_source_swizzles_groups(on_cpu: ctypes.CDLL, ends: list[int]) -> None:
     assert_all_same_bytes(run_on_cpu(on_cpu, *empty, "rceil", True), OP.reference(*empty, "rceil", True))
 
 
-@pytest.mark.parametrize("groups", [511, 512, 513, 1600])
-def test_source_finds_its_group_among_many(on_cpu: ctypes.CDLL, groups: int) -> None:
+@pytest.mark.parametrize("groups", [0, 1, 128, 255, 256, 257, 1600])
+def test_source_finds_the_groups_of_rows(on_cpu: ctypes.CDLL, groups: int) -> None:
     made = torch.Generator().manual_seed(groups)
     sizes = torch.randint(0, 300, (groups,), generator=made) * (torch.rand(groups, generator=made) < 0.7)
     offs, rows = sizes.cumsum(0).int(), int(sizes.sum()) + 130
-    begins = [0, *offs.tolist()]
-    tiles = [
-        (begin + done, end - begin - done, group < groups)
-        for group, (begin, end) in enumerate(zip(begins, [*begins[1:], rows]))
-        for done in range(0, end - begin, 128)
-    ]
-    for at in (0, 1, len(tiles) // 2, len(tiles) - 3, len(tiles) - 2, len(tiles) - 1, len(tiles)):
-        found = (ctypes.c_int64 * 3)()
-        on_cpu.mx_tile_row(ctypes.c_void_p(offs.data_ptr()), groups, ctypes.c_int64(rows), ctypes.c_int64(at), found)
-        assert tuple(found) == (tiles[at] if at < len(tiles) else (0, 0, 0))
+    places = torch.full((rows + 256, 2), 0)
+    places[:, 0] = -1  # rows of no group
+    for begin, end, start in zip([0, *offs.tolist()], offs.tolist(), mx.group_starts(offs).tolist()):
+        row = start + torch.arange(end - begin)
+        places[begin:end] = torch.stack([row // 128, row % 128], 1)
+    found = torch.empty(256, 2, dtype=torch.int64)
+    for first in (0, 1, rows // 2, max(rows - 386, 0), rows - 256 if rows > 256 else 0):
+        pointers = ctypes.c_void_p(offs.data_ptr()), ctypes.c_void_p(found.data_ptr())
+        on_cpu.mx_tile_rows(pointers[0], groups, ctypes.c_int64(rows), ctypes.c_int64(first), pointers[1])
+        assert torch.equal(found, places[first : first + 256])
+
+
+@pytest.mark.parametrize("groups", [7, 300])
+@pytest.mark.parametrize("cols", [32, 96, 2048, 17280])
+def test_source_takes_several_steps(on_cpu: ctypes.CDLL, cols: int, groups: int) -> None:
+    """On one multiprocessor four steps a block of threads: rows many a step, some, and one in several."""
+    rows = (4 * 16 * 256 + 300) * 32 // cols
+    x = blocks(BF16).flatten()[: rows * cols].view(rows, cols)
+    offs = (torch.rand(groups, generator=torch.Generator().manual_seed(cols)).sort().values * rows).int()
+    for rows_of, ends in ((x, offs), (x, None), (x[:, 32:] if cols > 32 else x[::2], offs.clamp(max=rows // 2))):
+        assert_all_same_bytes(run_on_cpu(on_cpu, rows_of, ends, "rceil", True, 1), OP.reference(rows_of, ends, "rceil", True))
+
+
+@pytest.mark.parametrize("sms", [1, 3, 132])
+@pytest.mark.parametrize(("groups", "cols"), [(128, 2048), (257, 96), (40, 4224), (3, 36 * 32)])
+def test_source_pads_few_rows_of_many_groups(on_cpu: ctypes.CDLL, groups: int, cols: int, sms: int) -> None:
+    """Most of the buffer is padding, for one block of threads or for many; its end is no multiple of a tile."""
+    made = torch.Generator().manual_seed(groups)
+    x = blocks(BF16)[-3000:].flatten()[: 21 * cols].view(21, cols)
+    for ends in (torch.randint(0, 22, (groups,), generator=made).sort().values, torch.zeros(groups)):
+        offs = ends.int()
+        assert_all_same_bytes(run_on_cpu(on_cpu, x, offs, "rceil", True, sms), OP.reference(x, offs, "rceil", True))
+
+
+def test_source_asks_for_aligned_swizzled_scales(on_cpu: ctypes.CDLL) -> None:
+    x = blocks(BF16)[:4].view(4, 32)
+    data, wide = OP.fake(x, None, "rceil", True)[0], torch.empty(128 * 4 + 8, dtype=U8)
+    error = ctypes.create_string_buffer(200)
+    made = [ctypes.byref(cuda_on_cpu.Given.of(each)) for each in (x, data, wide[8:].view(E8).view(128, 4))]
+    assert on_cpu.mxfp8_quantize(-16, made[0], None, made[1], made[2], True, False, 132, error, 200)
+    assert "scales: wanted an address of a multiple of 16 bytes" in error.value.decode()
 
 
 @pytest.mark.parametrize("ends", [[500, 300], [-5, 300], [300, 0, 300, 0, 300], [200, 100, 2**31 - 1]], ids=str)

@@ -96,9 +96,4 @@ constexpr __host__ __device__ __forceinline__ int written_by(int lane) {
   return block_of<Lanes>(lane % Lanes, lane);
 }
 
-// A tile's 16 shares: share s has rows 2s, 2s + 1 and those 32, 64 and 96 further down, whose scales are bytes 32 s to 32 s + 31.
-constexpr int kShares = 16;
-constexpr __host__ __device__ __forceinline__ int share_row(int share, int block) { return block / 8 * 32 + 2 * share + block / 4 % 2; }
-constexpr __host__ __device__ __forceinline__ int share_col(int block) { return block % 4; }
-
 }  // namespace inductor_ext::mx

@@ -58,17 +58,22 @@ extern "C" void mx_scales(const uint32_t* amax, int64_t count, bool floor, uint8
 extern "C" float mx_value(uint32_t byte) { return mx::e8m0_to_float(byte); }
 extern "C" int64_t mx_swizzled_offset(int64_t row, int64_t col, int64_t cols) { return mx::swizzled_offset(row, col, cols); }
 
-// The group of a row of tiles: its first row, how many it has, whether they have scales.
-extern "C" void mx_tile_row(const int32_t* offs, int groups, int64_t rows, int64_t tile_row, int64_t* found) {
+// Where rows have their scales, 256 of them from `first` on: row of tiles, negative for none, and row of the tile.
+extern "C" void mx_tile_rows(const int32_t* offs, int groups, int64_t rows, int64_t first, int64_t* found) {
   struct Arguments {
     const int32_t* offs;
     int groups;
-    int64_t rows, tile_row, *found;
-  } arguments{offs, groups, rows, tile_row, found};
-  cuda_on_cpu::run_block(kSwizzledThreads, [](void* given) {
+    int64_t rows, first, *found;
+  } arguments{offs, groups, rows, first, found};
+  cuda_on_cpu::run_block(kMxThreads, [](void* given) {
+    static GroupTable table;
     const Arguments& a = *static_cast<Arguments*>(given);
-    const TileRow at = tile_row_of(a.offs, a.groups, a.rows, a.tile_row);
-    if (threadIdx.x == 77) a.found[0] = at.first_row, a.found[1] = at.rows, a.found[2] = at.scaled;
+    const GroupEnds ends = group_ends(a.offs, a.groups, a.rows, threadIdx.x);
+    const int row = static_cast<int>(a.first + threadIdx.x);
+    const RowGroup at = group_of(table, a.offs, a.groups, a.rows, row, ends);
+    const bool scaled = at.tile_row >= 0;
+    a.found[2 * threadIdx.x] = scaled ? at.tile_row + (row - at.begin) / mx::kTileRows : -1;
+    a.found[2 * threadIdx.x + 1] = scaled ? (row - at.begin) % mx::kTileRows : 0;
   }, &arguments);
 }
 
