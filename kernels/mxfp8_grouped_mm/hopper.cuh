@@ -9,7 +9,7 @@
 // that is all that is known: no number below is a measurement of it.
 //
 //   consumers      one warpgroup for W = 64 rows of weights, two for 128 and 256. Weights are the M side (swapped operands), since M
-//                  is 64 and an expert often has fewer tokens than that; N tokens are the columns, 8 to 128 of them
+//                  is 64 and an expert often has fewer tokens than that; N tokens are the columns, 8 to 256 of them
 //   a producer     one warp: weights and tokens come by the copy engine, scales in 4-byte asynchronous copies by its lanes
 //   clusters       two CTAs with neighbouring channels and the same tokens (`Cluster`): each brings half of the boxes of tokens, to both.
 //                  Where products bound the speed, L2 is the next limit: 5.5 TB/s, of which 256 x 128 tiles of FP8 ask for 6
@@ -83,12 +83,12 @@ __device__ __forceinline__ void store_block(const float (&d)[N / 2], uint8_t* st
 
 // ---- loading ----------------------------------------------------------------------------------------------------------------
 
-// The scales of one stage, by the producer's lanes: the four of each of `rows` rows from row `first` on, in two words a row, since
-// they begin anywhere where K is not a multiple of 128. `scales_in` takes them out. Rows that are not there get zeros, numbers:
+// The scales of one stage, by the producer's lanes: those of each of `rows` rows from row `first` on, the row's from its scale
+// `begin` on, in two words a row, since they begin anywhere where K is not a multiple of 128. `scales_in` takes them out. Rows that are not there get zeros, numbers:
 // what they scale is 0. Nothing is read past `end`.
 __device__ __forceinline__ void copy_scales(uint8_t* to, int slots, const uint8_t* base, const uint8_t* end, int64_t first, int rows,
-                                            int per_row, int stage, bool whole_words) {
-  const uint8_t* from = base + first * per_row + stage * 4;
+                                            int per_row, int begin, bool whole_words) {
+  const uint8_t* from = base + first * per_row + begin;
 #pragma unroll 2
   for (int row = threadIdx.x % 32; row < slots; row += 32) {
     const uint8_t* word = from + static_cast<int64_t>(row < rows ? row : 0) * per_row;
@@ -124,7 +124,7 @@ __device__ __forceinline__ void load_tokens(const CUtensorMap* x, uint64_t* full
 template <typename Shape, int N>
 __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
   constexpr int kBox = Shape::kBoxTokens;
-  const int lane = threadIdx.x % 32, per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
+  const int lane = threadIdx.x % 32, per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, Shape::kStageK);
   const int rank = grouped::rank_of(blockIdx.x, Shape::kCluster);
   const int tiles = schedule.first[p.experts];
   const uint8_t* w_end = p.w_scale + static_cast<int64_t>(p.experts) * p.channels * per_row;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
   for (int index = blockIdx.x / Shape::kCluster; index < tiles; index += gridDim.x / Shape::kCluster) {
     const GroupedTile tile = schedule.tile<N, Shape::kChannels, Shape::kCluster>(index, expert);
     const int boxes = grouped::ceil_of(tile.valid, kBox);
-    const uint32_t bytes = Shape::kWeights + boxes * kBox * grouped::kStageK * Shape::kSizeOfX;
+    const uint32_t bytes = Shape::kWeights + boxes * kBox * Shape::kStageK * Shape::kSizeOfX;
     const uint64_t hint = tile.alone ? kEvictFirst : kEvictNormal;
     // A cluster's second CTA may have no channels: it brings tokens, and multiplies zeros.
     const int scale_rows = min(Shape::kChannels, max(p.channels - tile.channel, 0));
@@ -146,7 +146,7 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
       uint64_t* full = ring.full + slot.index;
       uint8_t* stage = ring.stages + slot.index * Shape::kStage;
       if (lane == 0) {
-        const int k = at * grouped::kStageK;
+        const int k = at * Shape::kStageK;
         FullBarrier::arrive_and_expect_tx(full, bytes);
         cute::SM90_TMA_LOAD_3D::copy(&p.w, full, hint, stage, k, tile.channel, tile.expert);
         uint8_t* to = stage + Shape::kWeights + (Shape::kMx ? Shape::kTokens : 0);
@@ -154,15 +154,16 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
           const int token = tile.token + box * kBox;
           uint8_t* rows = to + box * kBox * 128;
           load_tokens<Shape::kCluster>(&p.x, full, rows, k, token);
-          if (Shape::kSizeOfX == 2) load_tokens<Shape::kCluster>(&p.x, full, rows + N * 128, k + 64, token);
+          if (Shape::kStageK * Shape::kSizeOfX == 256) load_tokens<Shape::kCluster>(&p.x, full, rows + N * 128, k + 64, token);
         }
       }
       __syncwarp();
       uint8_t* scales = ring.scales + slot.index * Shape::kScales;
-      copy_scales(scales, Shape::kChannels, p.w_scale, w_end, scale_row, scale_rows, per_row, at, Shape::kBy128 || p.whole_words);
+      const int begin = at * Shape::kStageScales;
+      copy_scales(scales, Shape::kChannels, p.w_scale, w_end, scale_row, scale_rows, per_row, begin, Shape::kBy128 || p.whole_words);
       if constexpr (Shape::kMx) {
         uint8_t* to = scales + Shape::kChannels * grouped::kScaleSlot;
-        copy_scales(to, boxes * kBox, p.x_scale, x_end, tile.token, token_rows, per_row, at, p.whole_words);
+        copy_scales(to, boxes * kBox, p.x_scale, x_end, tile.token, token_rows, per_row, begin, p.whole_words);
       }
       if constexpr (Shape::kFp8) {  // the tokens' own, which are needed once all of K is summed
         if (at + 1 == stages) copy_row_scales<N>(scales + Shape::kChannels * grouped::kScaleSlot, p.x_scale, tile);
@@ -198,7 +199,9 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
     if (columns == N) {
       sums<Shape, N, N>(d, ring, slot, p, tile);
     } else if constexpr (N >= 64) {
-      if (columns == N / 2) {
+      if (N == 256 && columns == N / 4 * 3) {
+        if constexpr (N == 256) sums<Shape, N, N / 4 * 3>(d, ring, slot, p, tile);
+      } else if (columns == N / 2) {
         sums<Shape, N, N / 2>(d, ring, slot, p, tile);
       } else {
         sums<Shape, N, N / 4>(d, ring, slot, p, tile);
@@ -315,7 +318,7 @@ struct Mxfp8GroupedMm {
 
     GroupedParams p;
     encode<3>(&p.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(w), {k.value(), channels.value(), experts.value()},
-              {k.value(), k.value() * channels.value()}, {grouped::kStageK, Shape::kChannels, 1});
+              {k.value(), k.value() * channels.value()}, {Shape::kStageK, Shape::kChannels, 1});
     if constexpr (Shape::kSizeOfX == 1) {
       encode(&p.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(x), tokens.value(), k.value(), x_pitch, Shape::kBoxTokens, 128);
     } else {

@@ -67,10 +67,11 @@ TILES: dict[str, tuple[tuple[float, str], ...]] = {
 
 _ALL = tuple(f"hopper:{w}x{n}" for w in (64, 128, 256) for n in (8, 16, 32, 64, 128) if (w, n) != (64, 128))
 _CLUSTERS = "hopper:128x128@2", "hopper:256x128@2"
+_OF_256 = "hopper:128x256", "hopper:128x256@2"
 
 #: Every tile that compiles: what ``--tune`` compares.
 ALL_TILES: dict[str, tuple[str, ...]] = {
-    "bf16": (*_ALL, *_CLUSTERS),
+    "bf16": (*_ALL, *_CLUSTERS, *_OF_256),
     "mxfp8": tuple(name for name in _ALL if name.startswith("hopper:128") or name in _ALL[:3]),
     "fp8": (*_ALL, *_CLUSTERS),
     "fp8_128": (*_ALL, *_CLUSTERS),

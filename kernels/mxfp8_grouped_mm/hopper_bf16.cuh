@@ -36,14 +36,16 @@ __device__ __forceinline__ void fence_registers(uint32_t (&a)[N][M]) {
 template <typename Shape, int N, int Columns>
 __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2], const GroupedRing& ring, Slot& slot,
                                               const GroupedParams& p, const GroupedTile& tile) {
-  constexpr int kTogether = Shape::kTogether, kSets = grouped::kSteps / kTogether, kBlocks = Shape::kBlocks;
+  constexpr int kTogether = Shape::kTogether, kBlocks = Shape::kBlocks, kStageK = Shape::kStageK, kScales = Shape::kStageScales;
+  constexpr int kSets = kStageK / grouped::kStep / kTogether;
+  static_assert(kSets * kBlocks % 2 == 0, "the last set of weights of a stage is not the first of the next");
   const int thread = threadIdx.x % grouped::kGroupThreads;
   const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
   const int row = row0 + grouped::fragment_row(thread, 0);
-  int first = row0 * grouped::kStageK + grouped::weights_of(thread), first_scale = row * grouped::kScaleSlot;
+  int first = row0 * kStageK + grouped::weights_of(thread, kStageK), first_scale = row * grouped::kScaleSlot;
   keep(first), keep(first_scale);
   const Release<Shape::kCluster> release;
-  const int per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, grouped::kStageK);
+  const int per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, kStageK);
   // All rows of a thread are multiples of 8 apart, so that their scales begin alike in their words.
   const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.w_scale), tile.expert, p.channels, tile.channel + row, per_row);
   uint32_t a[2][kTogether][4];
@@ -57,7 +59,8 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
     FullBarrier::wait(ring.full + slot.index, slot.phase);
     const int weights = slot.index * Shape::kStage + first;
     WeightScales<kBlocks> scales;
-    scales.read(ring.scales + (slot.index * Shape::kScales + first_scale), shift, grouped::scales_there(per_row, at));
+    scales.read(ring.scales + (slot.index * Shape::kScales + first_scale), grouped::scale_shift_of_stage(shift, at, kScales),
+                grouped::scales_there(per_row, at, kScales));
     const uint64_t tokens = operand(ring.stages + (slot.index * Shape::kStage + Shape::kWeights));
     if (Shape::kMx) FullBarrier::wait(ring.ready + slot.index, slot.phase);
 #pragma unroll
@@ -75,7 +78,7 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
             const uint32_t factor = scales.factor(b, i, step / 2);
 #pragma unroll
             for (int high = 0; high < 2; ++high) {
-              const int from = grouped::weights_at(weights, step, i, high) + b * grouped::kGroupRows * grouped::kStageK;
+              const int from = grouped::weights_at(weights, step, i, high, kStageK) + b * grouped::kGroupRows * kStageK;
               a[half][s][2 * high + i] = scaled_pair(*reinterpret_cast<const uint16_t*>(ring.stages + from), factor);
             }
           }
@@ -117,7 +120,7 @@ __device__ __forceinline__ void convert(const GroupedParams& p, const GroupedSch
       uint8_t* to = ring.stages + slot.index * Shape::kStage + Shape::kWeights;
       const uint8_t* from = to + Shape::kTokens;
       const uint8_t* scales = ring.scales + slot.index * Shape::kScales + Shape::kChannels * grouped::kScaleSlot;
-      const uint32_t there = grouped::scales_there(per_row, at);
+      const uint32_t there = grouped::scales_there(per_row, at, Shape::kStageScales);
 #pragma unroll 2
       for (int i = thread; i < loaded * 8; i += grouped::kGroupThreads) {
         const int token = i / 8, sixteen = i % 8;

@@ -21,7 +21,8 @@ enum class GroupedX { kBf16, kMxfp8, kFp8, kFp8By128 };
 template <GroupedX Kind, typename Out, int W, int N, int Cluster>
 struct GroupedShape {
   static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128, "of 8 to 128 tokens");
+  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || (N == 256 && W == 128 && Kind == GroupedX::kBf16),
+                "of 8 to 128 tokens, or 256 where the sums and a stage of them fit");
   static constexpr bool kMx = Kind == GroupedX::kMxfp8, kBy128 = Kind == GroupedX::kFp8By128, kFp8 = kBy128 || Kind == GroupedX::kFp8;
   static constexpr int kSizeOfX = Kind == GroupedX::kBf16 ? 2 : 1;
   static constexpr int kGroups = W == 64 ? 1 : 2;                    // of consumers
@@ -40,8 +41,10 @@ struct GroupedShape {
   static_assert(Cluster == 1 || (Cluster == 2 && kCtas == 1 && !kMx), "a cluster is two CTAs that bring tokens as they are multiplied");
   static constexpr int kChannels = W;  // of a CTA
   static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
-  static constexpr int kWeights = W * grouped::kStageK;
-  static constexpr int kTokens = N * grouped::kStageK * (kFp8 ? 1 : 2);  // as they are multiplied
+  static constexpr int kStageK = N == 256 ? grouped::kStageK / 2 : grouped::kStageK;
+  static constexpr int kStageScales = kStageK / grouped::kBlock;  // of a row
+  static constexpr int kWeights = W * kStageK;
+  static constexpr int kTokens = N * kStageK * (kFp8 ? 1 : 2);  // as they are multiplied
   static constexpr int kRaw = kMx ? N * grouped::kStageK : 0;            // as they come, where that is not the same
   static constexpr int kStage = kWeights + kTokens + kRaw;
   static constexpr int kScales = (W + (kMx ? N : 0)) * grouped::kScaleSlot + (kFp8 ? N * 4 : 0);  // bytes a stage

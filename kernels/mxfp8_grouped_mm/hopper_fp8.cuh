@@ -64,7 +64,7 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
     if constexpr (Shape::kBy128) {
       scales.read(own_scales, shift);
     } else {
-      scales.read(own_scales, shift, grouped::scales_there(per_row, at));
+      scales.read(own_scales, shift, grouped::scales_there(per_row, at, Shape::kStageScales));
     }
     const uint8_t* stage = ring.stages + slot.index * Shape::kStage;
     const uint64_t weights = operand(stage + row0 * grouped::kStageK), tokens = operand(stage + Shape::kWeights);

@@ -2,7 +2,8 @@
 // that a plain C++ program on any machine can check them (tests/kernels/test_mxfp8_grouped_mm_hopper.py does).
 //
 //   stage     128 elements of K: weights [W][128] e4m3 and tokens [2][N][64] bf16, both as rows of 128 bytes in which 16-byte
-//             pieces are exchanged by row (the copy engine's 128-byte swizzle)
+//             pieces are exchanged by row (the copy engine's 128-byte swizzle); or 64, where 256 tokens leave no room for three
+//             such stages: weights [W][64], as rows of 64 bytes with the 64-byte swizzle, and tokens [N][64] as before
 //   step      16 elements of K: one wgmma. Its A operand, the weights, comes from registers
 //   fragment  what a thread has of a step: two rows (i = 0, 1) by two halves of K (high = 0, 1) by two neighbours
 #pragma once
@@ -13,7 +14,7 @@ namespace inductor_ext {
 namespace grouped {
 
 constexpr int kStageK = 128;  // elements of K in a stage
-constexpr int kSteps = 8;     // of 16 elements
+constexpr int kStep = 16;     // elements of K that a wgmma multiplies
 constexpr int kBlock = 32;    // elements that share a scale
 constexpr int kGroupThreads = 128;  // a warpgroup
 constexpr int kGroupRows = 64;      // of weights that it multiplies at once: wgmma's M
@@ -24,14 +25,19 @@ constexpr int ceil_of(int a, int b) { return (a + b - 1) / b; }
 
 // Byte `byte` of row `row` in a tile of 128-byte rows that begins at a multiple of 1 024 bytes.
 constexpr int swizzled(int row, int byte) { return row * 128 + (byte ^ ((row % 8) << 4)); }
+// The same for rows of `width` bytes, 128 or 64, of which two then have 128.
+constexpr int swizzled(int row, int byte, int width) {
+  return width == 128 ? swizzled(row, byte) : row * 64 + (byte ^ ((row / 2 % 4) << 4));
+}
 
 // wgmma's A fragment, by thread of the warpgroup: the row, and the first of two elements of K in the stage.
 constexpr int fragment_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + 8 * i; }
 constexpr int fragment_k(int thread, int step, int high) { return 16 * step + 8 * high + thread % 4 * 2; }
 
-// Where a thread's two weights lie, from where those of step 0 do (`weights_of`): both rows of a thread have the same row % 8.
-constexpr int weights_of(int thread) { return swizzled(fragment_row(thread, 0), fragment_k(thread, 0, 0)); }
-constexpr int weights_at(int first, int step, int i, int high) { return (first ^ (step << 4)) + 1024 * i + 8 * high; }
+// Where a thread's two weights lie in a stage of `width` elements, from where those of step 0 do (`weights_of`): both rows of a
+// thread have the same row % 8.
+constexpr int weights_of(int thread, int width) { return swizzled(fragment_row(thread, 0), fragment_k(thread, 0, 0), width); }
+constexpr int weights_at(int first, int step, int i, int high, int width) { return (first ^ (step << 4)) + 8 * width * i + 8 * high; }
 
 // Tokens: 8 elements of K, `piece` 0 to 15 of a token's 16; and where the B operand of a step begins.
 constexpr int token_piece(int tokens, int token, int piece) { return piece / 8 * tokens * 128 + swizzled(token, piece % 8 * 16); }
@@ -78,9 +84,12 @@ constexpr uint32_t scales_in(uint32_t low, uint32_t high, int shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
 #endif
 }
-// Ones for those that are there: K may end inside the stage, and after a row's last scale come those of the next row.
-constexpr uint32_t scales_there(int per_row, int stage) {
-  return per_row - 4 * stage >= 4 ? ~0u : (1u << 8 * (per_row - 4 * stage)) - 1;
+// Where a stage has two scales of a row, those of every other one begin two bytes on.
+constexpr int scale_shift_of_stage(int shift, int stage, int scales) { return scales == 4 ? shift : shift ^ (stage % 2 << 4); }
+// Ones for those of a stage's `scales` that are there: K may end inside it, and after a row's last one come those of the next row.
+constexpr uint32_t scales_there(int per_row, int stage, int scales) {
+  const int left = per_row - scales * stage, there = left < scales ? left : scales;
+  return there >= 4 ? ~0u : (1u << 8 * there) - 1;
 }
 
 // ---- the output's way through shared memory ---------------------------------------------------------------------------------
@@ -119,9 +128,10 @@ constexpr Place place_of(int rest, int token_tiles, int channel_tiles, int group
   return {first + in_group % together, in_group / together};
 }
 
-// The columns that are multiplied for a tile with `valid` tokens: all N, half or a quarter. Half a tile of an expert's last
-// tokens is empty on average, and wgmma takes as long as it has columns.
+// The columns that are multiplied for a tile with `valid` tokens: all N, half or a quarter, or of 256 three quarters. Half a tile
+// of an expert's last tokens is empty on average, and wgmma takes as long as it has columns.
 constexpr int columns_for(int valid, int tile_tokens) {
+  if (tile_tokens == 256) return ceil_of(valid, 64) * 64;
   if (tile_tokens < 64 || valid > tile_tokens / 2) return tile_tokens;
   return valid > tile_tokens / 4 ? tile_tokens / 2 : tile_tokens / 4;
 }
