@@ -164,7 +164,8 @@ _mx_grouped: list[Callable[..., torch.Tensor]] = []
 
 
 def computes_mx_grouped(function: Callable[..., torch.Tensor]) -> None:
-    """``function(a, scale_a, b [E, N, K], scale_b, offs, out_dtype, swizzled)``: MXFP8's grouped product in plain operators."""
+    """``function(a, scale_a, b [E, N, K], scale_b, offs, out_dtype, swizzled, w_block)``: MXFP8's grouped
+    product in plain operators."""
     _mx_grouped[:] = [function]
 
 
@@ -195,7 +196,7 @@ def _plain_scaled_grouped_mm_v2(
 
         registry.ops()  # whichever of them computes it has said so then
         weight = b.transpose(-2, -1).contiguous()
-        return _mx_grouped[0](a, scale_a[0], weight, scale_b[0], offs, dtype, tiles[0])
+        return _mx_grouped[0](a, scale_a[0], weight, scale_b[0], offs, dtype, tiles[0], 32)
     assert offs is not None
     out, start = a.new_zeros((a.shape[0], b.shape[2]), dtype=dtype), 0
     for expert, end in enumerate(offs.tolist()):

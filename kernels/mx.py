@@ -63,12 +63,15 @@ def block_scale(amax: torch.Tensor, rounding: str) -> tuple[torch.Tensor, torch.
     return byte.to(torch.uint8), factor
 
 
-def quantize(x: torch.Tensor, rounding: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [..., K] as e4m3 data of its shape and plain e8m0 scales [..., K / 32], both contiguous."""
-    blocks = x.contiguous().view(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+def quantize(x: torch.Tensor, rounding: str, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [..., K] as e4m3 data of its shape and plain e8m0 scales [..., K / 32], both contiguous.
+
+    ``block``: so many elements, a multiple of 32 that divides K, get one scale, which is stored once for each 32 of them.
+    """
+    blocks = x.contiguous().view(*x.shape[:-1], x.shape[-1] // block, block)
     byte, factor = block_scale(blocks.abs().amax(-1), rounding)
     scaled = blocks.float() * factor.unsqueeze(-1)
-    return scaled.clamp(-448.0, 448.0).to(DATA).view(x.shape), byte.view(SCALE)
+    return scaled.clamp(-448.0, 448.0).to(DATA).view(x.shape), byte.repeat_interleave(block // BLOCK, -1).view(SCALE)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------

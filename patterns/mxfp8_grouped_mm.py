@@ -3,6 +3,7 @@
     _grouped_mm(x, bf16(data) * 2^(scale - 127), offs)               →   inductor_ext.mxfp8_grouped_mm(x, None, data, scale, …)
     _grouped_mm(mxfp8_round(x), bf16(data) * 2^(scale - 127), offs)  →   … of inductor_ext.mxfp8_quantize(x, …)
     _grouped_mm(bf16(q), bf16(data) * 2^(scale - 127), offs) * s     →   … of q [T, K] e4m3 and s [T, 1] float32
+    … with every fourth scale, for 128 of K                          →   … with w_block 128
 
 The dequantisation, which `MXFP8Weight` brings into the graph, goes: no bf16 copy of the weight is made. A bf16 weight is never
 quantised here. On a GPU the rule waits for ``always`` until the kernel has run there (``HAS_RUN``).
@@ -54,8 +55,9 @@ def trace(node: Node) -> grouped_product.Grouped | Failure:
     scaled = _scaled_rows(node, x)
     if scaled is not None:
         last, data, scale = scaled
-        return grouped_product.Grouped(last, data, scale, *operands, value_of(last).dtype, weight.swizzled)
-    return grouped_product.Grouped(node, x, None, *operands, out_dtype, weight.swizzled, rounding)
+        out_dtype = value_of(last).dtype
+        return grouped_product.Grouped(last, data, scale, *operands, out_dtype, weight.swizzled, w_block=weight.block)
+    return grouped_product.Grouped(node, x, None, *operands, out_dtype, weight.swizzled, rounding, w_block=weight.block)
 
 
 def _scaled_rows(node: Node, x: Node) -> tuple[Node, Node, Node] | None:
@@ -143,6 +145,7 @@ MATCHES = (
     _always("functional", lambda x, w, o: torch.nn.functional.grouped_mm(x, w.mT, offs=o), _quantised),
     _always("activations_too", _product, lambda d: _quantised(d, activations="mxfp8")),
     _always("fp8_rows", _product, lambda d: _quantised(d, activations="fp8")),
+    _always("fp8_rows_by_128", _product, lambda d: _quantised(d, k=128, activations="fp8")),
     _always("floor", _product, lambda d: _quantised(d, activations="mxfp8", rounding="floor")),
     _always("transposed_in_memory", lambda x, w, o: torch._grouped_mm(x, w, o), lambda d: _quantised(d, transposed=True)),
     _always("experts", _experts, _two, count=2),

@@ -50,13 +50,17 @@ def tile(tokens: int, experts: int) -> str:
     return next(name for most, name, _ in TILES if most is None or mean <= most)
 
 
-def key(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> Hashable:
+def key(
+    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
+) -> Hashable:
     if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
         return None
     return tile(x.shape[0], w.shape[0]), out_dtype
 
 
-def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> list[Hashable]:
+def keys(
+    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
+) -> list[Hashable]:
     """Every key that some number of tokens leads to."""
     if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
         return []
@@ -80,7 +84,9 @@ def scratch_bytes(experts: int, sms: int) -> int:
     return 128 * (5 * sms + 1) + array(12) + 8 * array(8) + 2 * array(20)
 
 
-def scratch(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> int:
+def scratch(
+    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
+) -> int:
     if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
         return 0
     return scratch_bytes(w.shape[0], torch.cuda.get_device_properties(x.device).multi_processor_count)
@@ -103,10 +109,11 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     launch = module.run
 
     def run(
-        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, dtype: Any, swizzled: Any, out: Any, kept: Any = None
-    ) -> None:
+        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, dtype: Any, swizzled: Any, w_block: Any, out: Any,
+        kept: Any = None,
+    ) -> None:  # fmt: skip
         if kept is None:  # a call outside of compiled code
-            kept = x.new_empty(scratch(x, x_scale, w, w_scale, offs, dtype, swizzled), dtype=torch.uint8)
+            kept = x.new_empty(scratch(x, x_scale, w, w_scale, offs, dtype, swizzled, w_block), dtype=torch.uint8)
         launch(x, x_scale, w, w_scale, offs, out, kept)
 
     return run

@@ -97,10 +97,12 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
     return None
 
 
-def kind(x_scale: torch.Tensor | None) -> str:
+def kind(x_scale: torch.Tensor | None, w_block: int) -> str:
     if x_scale is None:
         return "bf16"
-    return "fp8" if x_scale.dtype is torch.float32 else "mxfp8"
+    if x_scale.dtype is not torch.float32:
+        return "mxfp8"
+    return "fp8_128" if w_block == 128 else "fp8"
 
 
 def tile(kind: str, tokens: int, experts: int) -> str:
@@ -109,19 +111,25 @@ def tile(kind: str, tokens: int, experts: int) -> str:
     return next(name for most, name in TILES[kind] if mean <= most)
 
 
-def key(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> Hashable:
+def key(
+    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
+) -> Hashable:
     if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
         return None
-    return tile(kind(x_scale), x.shape[0], w.shape[0]), kind(x_scale), out_dtype
+    of = kind(x_scale, w_block)
+    return tile(of, x.shape[0], w.shape[0]), of, out_dtype
 
 
-def keys(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool) -> list[Hashable]:
+def keys(
+    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
+) -> list[Hashable]:
     """Every key that some number of tokens leads to."""
     if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
         return []
     if isinstance(x.shape[0], int):
-        return [key(x, x_scale, w, w_scale, offs, out_dtype, swizzled)]
-    return [(name, kind(x_scale), out_dtype) for _, name in TILES[kind(x_scale)]]
+        return [key(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)]
+    of = kind(x_scale, w_block)
+    return [(name, of, out_dtype) for name in dict.fromkeys(name for _, name in TILES[of])]
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -149,8 +157,9 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     launch = module.run
 
     def run(
-        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, out: Any, _scratch: Any = None
-    ) -> None:
+        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, _block: Any, out: Any,
+        _scratch: Any = None,
+    ) -> None:  # fmt: skip
         launch(x, x_scale, w, w_scale, offs, out)
 
     return run

@@ -4,7 +4,7 @@
 
 MXFP8 is e4m3 with one e8m0 scale (``torch.float8_e8m0fnu``, 2^(byte - 127)) for 32 consecutive elements along K. Products are
 exact, sums fp32, rounded once; where FP8 tensor cores of compute capability 9.0 multiply (x in FP8), they keep about 14 bits of
-the sum of 32 products, which is then added in fp32.
+the sum of 32 products (128 where `w_block` is), which is then added in fp32.
 
 * x [T, K], rows sorted by group, unit stride along K, any pitch of a multiple of 16 bytes: bf16 or fp16 with ``x_scale`` None
   (the weights alone are MXFP8), or e4m3 with ``x_scale``: MXFP8, or FP8 with ``x_scale`` float32 [T, 1], one number a row.
@@ -16,6 +16,8 @@ the sum of 32 products, which is then added in fp32.
   ``w_scale`` [E, ceil128(N) · ceil4(K/32)]. ``x_scale`` [R, ceil4(K/32)]: group after group, each padded to 128 rows of its
   own; how many R has to be depends on ``offs``, and T + 128 · E is enough for any. Too few are an error on a CPU, and not
   looked at on a GPU.
+* w_block: so many elements of K of a row of w have one scale: 32, as MX has it, or 128, where each four scales that follow
+  one another are equal. FP8 tensor cores of 9.0 then scale a quarter as often. On a GPU that they are equal is not looked at.
 * any scales may be given as uint8, their bytes: Inductor has no e8m0.
 * out [T, N] of ``out_dtype``: bf16, fp16 or fp32.
 
@@ -37,6 +39,7 @@ from inductor_ext.op import Kernel, Op
 
 X_DTYPES = (torch.bfloat16, torch.float16)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+W_BLOCKS = (32, 128)
 
 #: Targets whose kernel has run on a GPU and been compared with the reference there. Rules in mode "auto" ask this on a CUDA
 #: device; a kernel that has only been compiled is for "always".
@@ -54,8 +57,9 @@ def fake(
     offs: torch.Tensor,
     out_dtype: torch.dtype,
     swizzled: bool,
+    w_block: int,
 ) -> torch.Tensor:
-    _check(x, x_scale, w, w_scale, offs, out_dtype, swizzled)
+    _check(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)
     return x.new_empty((x.shape[0], w.shape[1]), dtype=out_dtype)
 
 
@@ -67,9 +71,10 @@ def reference(
     offs: torch.Tensor,
     out_dtype: torch.dtype,
     swizzled: bool,
+    w_block: int,
 ) -> torch.Tensor:
     out = x.new_zeros((x.shape[0], w.shape[1]), dtype=out_dtype)
-    reference_into(x, x_scale, w, w_scale, offs, out_dtype, swizzled, out)
+    reference_into(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block, out)
     return out
 
 
@@ -81,10 +86,11 @@ def reference_into(
     offs: torch.Tensor,
     out_dtype: torch.dtype,
     swizzled: bool,
+    w_block: int,
     out: torch.Tensor,
 ) -> None:
     """Rows of groups only. On a CPU sums in float64; on a GPU without a host sync, and as PyTorch sums."""
-    _check(x, x_scale, w, w_scale, offs, out_dtype, swizzled)
+    _check(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)
     if tuple(out.shape) != (x.shape[0], w.shape[1]) or out.dtype is not out_dtype or out.device != x.device:
         wanted = f"{out_dtype} [{x.shape[0]}, {w.shape[1]}] on {x.device}"
         raise ValueError(f"mxfp8_grouped_mm: out: wanted {wanted}, found {out.dtype} {list(out.shape)} on {out.device}")
@@ -96,6 +102,7 @@ def reference_into(
     if any(start > end for start, end in zip(starts, ends)) or (ends and ends[-1] > x.shape[0]):
         raise ValueError(f"mxfp8_grouped_mm: offs: wanted ascending ends from 0 to at most {x.shape[0]}, found {ends}")
     x_scale, w_scale = _plain(x, x_scale, w, w_scale, offs, swizzled)
+    _check_equal(w_scale, w_block)
     for expert, (start, end) in enumerate(zip(starts, ends)):
         if start == end:
             continue
@@ -161,7 +168,7 @@ def _power_of_two(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(edge, (exponent << 23) | (1 << 22), exponent << 23).view(torch.float32)
 
 
-def _check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any, swizzled: bool) -> None:
+def _check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any, swizzled: bool, w_block: int) -> None:
     """TypeError or ValueError naming the argument that is wrong."""
     _check_data(x, w, out_dtype)
     if (x.dtype is mx.DATA) != (x_scale is not None):
@@ -169,6 +176,9 @@ def _check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any
         found = "None" if x_scale is None else f"{x_scale.dtype} {list(x_scale.shape)}"
         raise TypeError(f"mxfp8_grouped_mm: x_scale: wanted {wanted} x, found {found}")
     groups, n, k = w.shape
+    if w_block not in W_BLOCKS or k % w_block:
+        wanted = f"{' or '.join(map(str, W_BLOCKS))}, a divisor of K"
+        raise ValueError(f"mxfp8_grouped_mm: w_block: wanted {wanted}, found {w_block} for K = {k}")
     columns = k // mx.BLOCK
     w_shape = [groups, n, columns]
     if swizzled:
@@ -188,6 +198,16 @@ def _check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any
         raise ValueError(f"mxfp8_grouped_mm: offs: wanted int32 [{groups}], one end a group, on {x.device}, found {found}")
     if not offs.is_contiguous():
         raise ValueError(f"mxfp8_grouped_mm: offs: wanted unit stride, found {list(offs.stride())}")
+
+
+def _check_equal(w_scale: torch.Tensor, w_block: int) -> None:
+    """ValueError unless the plain scales of each ``w_block`` elements of K are equal."""
+    each = w_scale.view(torch.uint8).unflatten(-1, (-1, w_block // mx.BLOCK))
+    if bool((each != each[..., :1]).any()):
+        expert, row, run, _ = (each != each[..., :1]).nonzero()[0].tolist()
+        wanted = f"equal scales for each {w_block} elements of K, as w_block says"
+        found = f"{each[expert, row, run].tolist()} in row {row} of {expert}"
+        raise ValueError(f"mxfp8_grouped_mm: w_scale: wanted {wanted}, found {found}")
 
 
 def _check_data(x: Any, w: Any, out_dtype: Any) -> None:
@@ -294,7 +314,7 @@ torch_compat.computes_mx_grouped(reference)
 OP = Op(
     schema=(
         "mxfp8_grouped_mm(Tensor x, Tensor? x_scale, Tensor w, Tensor w_scale, Tensor offs, ScalarType out_dtype, "
-        "bool swizzled) -> Tensor"
+        "bool swizzled, int w_block) -> Tensor"
     ),
     doc="a matrix product an expert with MXFP8 weights, x in bf16, fp16, FP8 or MXFP8, into a planned buffer",
     fake=fake,

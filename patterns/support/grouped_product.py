@@ -35,6 +35,7 @@ class Grouped:
     swizzled: bool
     rounding: str = ""
     transposed: bool = False
+    w_block: int = mx.BLOCK  # elements of K that share a scale of w
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def match(found: Grouped | Failure, context: Context, fails: str = "") -> Match 
         assert failure is not None
         return context.refuse(failure.node, failure.reason, wanted=failure.wanted, found=failure.found)
     made = _values(found)
-    x, x_scale, w, _, _, out_dtype, swizzled = made[-1].args
+    x, x_scale, w, _, _, out_dtype, swizzled, _ = made[-1].args
     try:
         _fake(OP.fake, made[-1].args, x)
     except (TypeError, ValueError) as error:
@@ -119,14 +120,14 @@ def insert(graph: Graph, found: Grouped) -> Node:
         quantized = call(graph, QUANTIZE.overload, x, offs, found.rounding, found.swizzled, like=found.node)
         x, x_scale = (call(graph, operator.getitem, quantized, i, like=found.node) for i in range(2))
     w = call(graph, aten.permute.default, found.w, [0, 2, 1], like=found.node) if found.transposed else found.w
-    rest = (w, found.w_scale, found.offs, found.out_dtype, found.swizzled)
+    rest = (w, found.w_scale, found.offs, found.out_dtype, found.swizzled, found.w_block)
     return call(graph, OP.overload, x, x_scale, *rest, like=found.node)
 
 
 def _values(found: Grouped) -> tuple[Call, ...]:
     """The calls with fake tensors."""
     x, x_scale, w_scale, offs = (value_of(each) for each in (found.x, found.x_scale, found.w_scale, found.offs))
-    rest = (_weight(found), w_scale, offs, found.out_dtype, found.swizzled)
+    rest = (_weight(found), w_scale, offs, found.out_dtype, found.swizzled, found.w_block)
     if not found.rounding:
         return (Call(OP, (x, x_scale, *rest)),)
     first = (x, offs if found.swizzled else None, found.rounding, found.swizzled)

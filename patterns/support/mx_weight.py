@@ -1,9 +1,10 @@
 """Read what `inductor_ext.moe.MXFP8Weight` leaves in a graph: the dequantisation of MXFP8, in plain operators.
 
-    trace(node)  →  Weight(data, scale, swizzled)   or   Failure   or   None (nothing is dequantised there)
+    trace(node)  →  Weight(data, scale, swizzled, block)   or   Failure   or   None (nothing is dequantised there)
 
 ``node`` is the second operand of a grouped product, [E, K, N]: a transposed view of ``data`` [E, N, K] e4m3 times its scales'
-powers of two. ``scale`` is a node of uint8: [E, N, K/32], or [E, bytes of tiles] where it was un-swizzled on the way.
+powers of two. ``scale`` is a node of uint8: [E, N, K/32], or [E, bytes of tiles] where it was un-swizzled on the way. ``block``
+is 128 where only every fourth scale is read, for 128 elements of K.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.fx import Node
 
 from inductor_ext.graph import CONVERT, aten, describe, is_call, value_of
 from inductor_ext.kernels import mx
+from inductor_ext.kernels.mxfp8_grouped_mm.op import W_BLOCKS
 from inductor_ext.patterns.support.fp8_chain import Failure
 
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
@@ -31,6 +33,7 @@ class Weight:
     data: Node
     scale: Node
     swizzled: bool
+    block: int = mx.BLOCK
 
 
 def trace(node: Node) -> Weight | Failure | None:
@@ -59,15 +62,21 @@ def _weight(node: Node, data: Node, scale: Node) -> Weight | Failure:
         found = f"{describe(data)} strides {list(stored.stride())}"
         return Failure(node, "the weight's data does not lie as [E, N, K]", "three dimensions, contiguous", found)
     experts, n, k = stored.shape
+    block = mx.BLOCK
+    if is_call(scale, aten.slice.Tensor) and scale.args[1] in (2, -1) and scale.args[2:3] == (0,) and len(scale.args) == 5:
+        scale, block = scale.args[0], mx.BLOCK * scale.args[4]
+        if block not in W_BLOCKS or k % block:
+            wanted = f"one for each {' or '.join(map(str, W_BLOCKS))} elements along K"
+            return Failure(node, "the weight's scales", wanted, f"one for each {block} of {describe(data)}")
     tiles = _tiles_of(scale)
     if tiles is not None:
         rows, columns = mx.swizzled_shape(n, k // mx.BLOCK)
         if list(value_of(tiles).shape) == [experts, rows * columns]:
-            return Weight(data, tiles, True)
+            return Weight(data, tiles, True, block)
     if list(value_of(scale).shape) != [experts, n, k // mx.BLOCK] or not value_of(scale).is_contiguous():
         wanted = f"one for each {mx.BLOCK} elements along K, contiguous, or tiles of 128 x 4"
         return Failure(node, "the weight's scales", wanted, f"{describe(scale)} for {describe(data)}")
-    return Weight(data, scale, False)
+    return Weight(data, scale, False, block)
 
 
 def _scale_of(power: Node) -> Node | None:

@@ -261,7 +261,7 @@ def problem(ends: list[int], n: int, k: int, seed: int = 0) -> tuple[list[Any], 
     x = torch.randn(tokens, k, generator=generator).bfloat16()
     w = torch.randn(len(ends), n, k, generator=generator).bfloat16()
     given = [*ops.mxfp8_quantize(x, offs, "rceil", True), *ops.mxfp8_quantize(w, None, "rceil", True), offs]
-    return given, ops.mxfp8_grouped_mm(*given, torch.float32, True)
+    return given, ops.mxfp8_grouped_mm(*given, torch.float32, True, 32)
 
 
 def assert_is_product(out: torch.Tensor, wanted: torch.Tensor, rows: int) -> None:
@@ -292,7 +292,7 @@ def test_streams_and_graphs_share_no_scratch() -> None:
     cases = [problem(ends, 512, 1024, seed) for seed, ends in enumerate(([64, 128], [0, 300], [5, 5], [200, 1000]))]
     given = [[each.cuda() for each in arguments] for arguments, _ in cases]
     graphs, eager = [], []
-    call = lambda arguments, out: ops.mxfp8_grouped_mm.out(*arguments, BF16, True, out=out)  # noqa: E731
+    call = lambda arguments, out: ops.mxfp8_grouped_mm.out(*arguments, BF16, True, 32, out=out)  # noqa: E731
     outs = [[torch.full(wanted.shape, 7, dtype=BF16, device="cuda") for _ in range(2)] for _, wanted in cases]
     for arguments, (one, _) in zip(given, outs):
         call(arguments, one)  # loads the kernel
@@ -317,7 +317,8 @@ def test_streams_and_graphs_share_no_scratch() -> None:
 
 def call(tokens: int = 64, experts: int = 8, n: int = 256, **changed: Any) -> dict[str, Any]:
     given = {"x": torch.empty(tokens, 128, dtype=E4), "x_scale": torch.empty(tokens + 128 * experts, 4, dtype=E8)}
-    given |= {"w": torch.empty(experts, n, 128, dtype=E4), "w_scale": None, "offs": None, "out_dtype": BF16, "swizzled": True}
+    given |= {"w": torch.empty(experts, n, 128, dtype=E4), "w_scale": None, "offs": None, "out_dtype": BF16}
+    given |= {"swizzled": True, "w_block": 32}
     return given | changed
 
 
@@ -352,7 +353,7 @@ def test_generated_code_plans_the_scratch() -> None:
     """A buffer of Inductor's beside the output's, given to the kernel and to nothing else; on Hopper there is none."""
 
     def fn(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any) -> Any:
-        return torch.ops.inductor_ext.mxfp8_grouped_mm(x, x_scale, w, w_scale, offs, BF16, True).relu()
+        return torch.ops.inductor_ext.mxfp8_grouped_mm(x, x_scale, w, w_scale, offs, BF16, True, 32).relu()
 
     def inputs() -> Any:
         def empty(*shape: int, dtype: torch.dtype) -> Any:

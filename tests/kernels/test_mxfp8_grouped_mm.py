@@ -59,7 +59,7 @@ def test_reference(x_dtype: torch.dtype, ends: list[int], swizzled: bool, out_dt
         left = values(x, plain)
         x_scale = mx.swizzle(plain, offs) if swizzled else plain
     scales = mx.swizzle(w_scale) if swizzled else w_scale
-    found = ops.mxfp8_grouped_mm(x, x_scale, w, scales, offs, out_dtype, swizzled)
+    found = ops.mxfp8_grouped_mm(x, x_scale, w, scales, offs, out_dtype, swizzled, 32)
     right = wanted(left, values(w, w_scale), ends, out_dtype)
     assert found.dtype is out_dtype and found.shape == (x.shape[0], w.shape[1])
     assert_same_bytes(found[: ends[-1]], right[: ends[-1]])
@@ -70,10 +70,10 @@ def test_reference(x_dtype: torch.dtype, ends: list[int], swizzled: bool, out_dt
 def test_reference_of_fp8_rows(ends: list[int], out_dtype: torch.dtype) -> None:
     x, w, w_scale, offs = problem(ends)
     scale = torch.rand(x.shape[0], 1) + 0.5
-    found = ops.mxfp8_grouped_mm(x.to(E4), scale, w, w_scale, offs, out_dtype, False)
+    found = ops.mxfp8_grouped_mm(x.to(E4), scale, w, w_scale, offs, out_dtype, False, 32)
     right = wanted(x.to(E4).double() * scale.double(), values(w, w_scale), ends, out_dtype)
     assert_same_bytes(found[: ends[-1]], right[: ends[-1]])
-    swizzled = ops.mxfp8_grouped_mm(x.to(E4), scale, w, mx.swizzle(w_scale), offs, out_dtype, True)
+    swizzled = ops.mxfp8_grouped_mm(x.to(E4), scale, w, mx.swizzle(w_scale), offs, out_dtype, True, 32)
     assert_same_bytes(swizzled[: ends[-1]], found[: ends[-1]])
 
 
@@ -81,22 +81,22 @@ def test_reference_of_fp8_rows(ends: list[int], out_dtype: torch.dtype) -> None:
 def test_rows_of_no_group_are_not_written(ends: list[int]) -> None:
     x, w, w_scale, offs = problem(ends)
     out = torch.full((x.shape[0], w.shape[1]), 7.0, dtype=BF16)
-    ops.mxfp8_grouped_mm.out(x, None, w, w_scale, offs, BF16, False, out=out)
+    ops.mxfp8_grouped_mm.out(x, None, w, w_scale, offs, BF16, False, 32, out=out)
     assert bool((out[ends[-1] :] == 7).all())
-    assert_same_bytes(out[: ends[-1]], ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False)[: ends[-1]])
+    assert_same_bytes(out[: ends[-1]], ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 32)[: ends[-1]])
 
 
 def test_nothing_to_do() -> None:
     _, w, w_scale, offs = problem([0, 0])
-    assert ops.mxfp8_grouped_mm(torch.empty(0, 96, dtype=BF16), None, w, w_scale, offs, BF16, False).shape == (0, 40)
+    assert ops.mxfp8_grouped_mm(torch.empty(0, 96, dtype=BF16), None, w, w_scale, offs, BF16, False, 32).shape == (0, 40)
 
 
 def test_rows_of_a_wider_buffer() -> None:
     x, w, w_scale, offs = problem([4, 9])
     wide = torch.zeros(x.shape[0], 128, dtype=BF16)
     wide[:, :96] = x
-    found = ops.mxfp8_grouped_mm(wide[:, :96], None, w, w_scale, offs, BF16, False)
-    assert_same_bytes(found, ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False))
+    found = ops.mxfp8_grouped_mm(wide[:, :96], None, w, w_scale, offs, BF16, False, 32)
+    assert_same_bytes(found, ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 32))
 
 
 def test_scales_at_the_edges() -> None:
@@ -110,17 +110,17 @@ def test_scales_at_the_edges() -> None:
 def test_fake_agrees_with_real(swizzled: bool) -> None:
     x, w, w_scale, offs = problem([4, 9, 12])
     scales = mx.swizzle(w_scale) if swizzled else w_scale
-    real = ops.mxfp8_grouped_mm(x, None, w, scales, offs, BF16, swizzled)
+    real = ops.mxfp8_grouped_mm(x, None, w, scales, offs, BF16, swizzled, 32)
     with FakeTensorMode() as mode:
         a, b, b_scale, ends = map(mode.from_tensor, (x, w, scales, offs))
-        fake = ops.mxfp8_grouped_mm(a, None, b, b_scale, ends, BF16, swizzled)
+        fake = ops.mxfp8_grouped_mm(a, None, b, b_scale, ends, BF16, swizzled, 32)
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_opcheck() -> None:
     x, w, w_scale, offs = problem([4, 9, 12])
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.mxfp8_grouped_mm.default, (x, None, w, w_scale, offs, BF16, False), test_utils=tests)
+    torch.library.opcheck(ops.mxfp8_grouped_mm.default, (x, None, w, w_scale, offs, BF16, False, 32), test_utils=tests)
 
 
 X, W = torch.zeros(4, 64, dtype=BF16), torch.zeros(2, 16, 64).to(E4)
@@ -142,6 +142,8 @@ ERRORS = [
     ({"w": W.transpose(0, 1).contiguous().transpose(0, 1)}, ValueError, "w: wanted a contiguous tensor"),
     ({"w_scale": S[:, :8]}, ValueError, r"w_scale: wanted shape \[2, 16, 2\], found \[2, 8, 2\]"),
     ({"w_scale": S, "swizzled": True}, ValueError, r"w_scale: wanted shape \[2, 512\], found \[2, 16, 2\]"),
+    ({"w_block": 64}, ValueError, "w_block: wanted 32 or 128, a divisor of K, found 64 for K = 64"),
+    ({"w_block": 128}, ValueError, "w_block: wanted 32 or 128, a divisor of K, found 128 for K = 64"),
     ({"offs": OFFS.long()}, ValueError, r"offs: wanted int32 \[2\], one end a group, on cpu, found torch.int64"),
     ({"offs": OFFS[:1]}, ValueError, r"offs: wanted int32 \[2\]"),
     ({"out_dtype": E4}, TypeError, "out_dtype: wanted bfloat16, float16 or float32"),
@@ -150,7 +152,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    given = {"x": X, "x_scale": None, "w": W, "w_scale": S, "offs": OFFS, "out_dtype": BF16, "swizzled": False, **changes}
+    given = {"x": X, "x_scale": None, "w": W, "w_scale": S, "offs": OFFS, "out_dtype": BF16, "swizzled": False, "w_block": 32, **changes}
     with pytest.raises(error, match=message):
         ops.mxfp8_grouped_mm(*given.values())
     out = torch.full((4, 16), 7.0, dtype=given["out_dtype"] if given["out_dtype"] is BF16 else BF16)
@@ -162,18 +164,29 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 @pytest.mark.parametrize("ends", [[3, 2], [2, 5], [-1, 4]])
 def test_ends_that_are_none(ends: list[int]) -> None:
     with pytest.raises(ValueError, match="offs: wanted ascending ends from 0 to at most 4"):
-        ops.mxfp8_grouped_mm(X, None, W, S, torch.tensor(ends, dtype=torch.int32), BF16, False)
+        ops.mxfp8_grouped_mm(X, None, W, S, torch.tensor(ends, dtype=torch.int32), BF16, False, 32)
 
 
 def test_a_scale_buffer_that_is_too_short() -> None:
     x, w, w_scale, offs = problem([130, 131, 290])
     q, plain = ops.mxfp8_quantize(x, None, "rceil", False)
     scales = mx.swizzle(plain, offs)[:640]
-    ops.mxfp8_grouped_mm(q, scales, w, mx.swizzle(w_scale), offs, BF16, True)
+    ops.mxfp8_grouped_mm(q, scales, w, mx.swizzle(w_scale), offs, BF16, True, 32)
     with pytest.raises(ValueError, match="x_scale: wanted at least 640 rows for the groups of offs"):
-        ops.mxfp8_grouped_mm(q, scales[:512], w, mx.swizzle(w_scale), offs, BF16, True)
+        ops.mxfp8_grouped_mm(q, scales[:512], w, mx.swizzle(w_scale), offs, BF16, True, 32)
 
 
 def test_out_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"out: wanted torch.bfloat16 \[4, 16\] on cpu, found torch.bfloat16 \[4, 8\]"):
-        ops.mxfp8_grouped_mm.out(X, None, W, S, OFFS, BF16, False, out=torch.zeros(4, 8, dtype=BF16))
+        ops.mxfp8_grouped_mm.out(X, None, W, S, OFFS, BF16, False, 32, out=torch.zeros(4, 8, dtype=BF16))
+
+
+def test_scales_that_128_elements_share() -> None:
+    x, (w, w_scale) = torch.randn(6, 256).bfloat16(), mx.quantize(torch.randn(2, 16, 256), "rceil", 128)
+    offs = torch.tensor([2, 6], dtype=torch.int32)
+    found = ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 128)
+    assert_same_bytes(found, ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 32))
+    assert_same_bytes(found, ops.mxfp8_grouped_mm(x, None, w, mx.swizzle(w_scale), offs, BF16, True, 128))
+    w_scale.view(torch.uint8)[1, 3, 6] += 1
+    with pytest.raises(ValueError, match="w_scale: wanted equal scales for each 128 elements of K, .* in row 3 of 1"):
+        ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 128)

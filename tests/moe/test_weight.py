@@ -227,3 +227,24 @@ def test_stock_inductor_compiles_it_too(activations: str, swizzled: bool) -> Non
 
 def test_it_is_public() -> None:
     assert {"MXFP8Weight", "quantize_moe_"} <= set(inductor_ext.__all__)
+
+
+@pytest.mark.parametrize("outliers", [0.0, 1.0], ids=["normal", "channels of all sizes"])
+def test_one_scale_for_128_costs_no_accuracy(outliers: float) -> None:
+    """e4m3 has an exponent of its own: only numbers below 2^-14 of the largest are rounded otherwise."""
+    w = (torch.randn(2, 48, 512) * torch.exp(torch.randn(512) * outliers)).bfloat16()
+    errors = []
+    for activations in ("bf16", "fp8"):
+        found = MXFP8Weight.quantize(w, activations=activations).dequantize()
+        errors.append(float((found - w).double().norm() / w.double().norm()))
+    assert MXFP8Weight.quantize(w, activations="fp8")._block == 128 and 0.02 < errors[0] < 0.03
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_what_128_elements_share_is_still_mxfp8() -> None:
+    weight = MXFP8Weight.quantize(torch.randn(2, 48, 256).bfloat16(), activations="fp8")
+    runs = weight.plain_scale.unflatten(-1, (-1, 4))
+    assert bool((runs == runs[..., :1]).all()) and "block=128" in repr(weight)
+    assert torch.equal(weight.dequantize(), weights.dequantize(weight._data, weight.plain_scale))
+    assert copy.deepcopy(weight)._block == 128 and weight.transpose(-2, -1)._block == 128
+    assert MXFP8Weight.quantize(torch.randn(2, 48, 96).bfloat16(), activations="fp8")._block == 32

@@ -38,7 +38,7 @@ MATCHES, NEAR_MISSES = _examples("matches"), _examples("near_misses")
 #: Inductor's own code for the rest of such a graph need not give eager's bytes: rsqrt and silu are its own.
 WITH_PRODUCER = {"norm_forced", "three_users_of_one_norm"}
 #: What is replaced rounds once more than the op.
-ROUNDED_TWICE = {"fp8_rows"}
+ROUNDED_TWICE = {"fp8_rows", "fp8_rows_by_128"}
 
 
 @functools.cache

@@ -196,7 +196,7 @@ def test_the_output_is_a_planned_buffer(gpu: FakeGpu) -> None:
     source = body(gpu, grouped_mm, lambda: weights_only("cuda"))
     (call,) = calls(source)
     (buffer,) = re.findall(r"(buf\d+) = empty_strided_cuda\(\(12, 48\), \(48, 1\), torch.bfloat16\)", source)
-    assert call.endswith(f"torch.bfloat16, False, out={buffer})")
+    assert call.endswith(f"torch.bfloat16, False, 32, out={buffer})")
     assert len(re.findall(r"= empty_strided_cuda\(", source)) == 1, "and nothing else: no bf16 weight"
     assert "_grouped_mm(" not in source.replace(call, "") and ".run(" not in source
 

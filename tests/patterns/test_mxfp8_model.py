@@ -131,7 +131,7 @@ def test_rows_of_no_group() -> None:
     (found, *_), recorder = run_compiled(experts, (x, offs))
     assert recorder.counts() == {"mxfp8_grouped_mm": 1}
     weight = experts.weight
-    wanted = torch.ops.inductor_ext.mxfp8_grouped_mm(x, None, weight._data, weight._scale, offs, torch.bfloat16, False)
+    wanted = torch.ops.inductor_ext.mxfp8_grouped_mm(x, None, weight._data, weight._scale, offs, torch.bfloat16, False, 32)
     assert_same_bytes(found[:9], wanted[:9])
 
 
