@@ -152,7 +152,8 @@ ERRORS = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    given = {"x": X, "x_scale": None, "w": W, "w_scale": S, "offs": OFFS, "out_dtype": BF16, "swizzled": False, "w_block": 32, **changes}
+    given = {"x": X, "x_scale": None, "w": W, "w_scale": S, "offs": OFFS, "out_dtype": BF16, "swizzled": False, "w_block": 32}
+    given |= changes
     with pytest.raises(error, match=message):
         ops.mxfp8_grouped_mm(*given.values())
     out = torch.full((4, 16), 7.0, dtype=given["out_dtype"] if given["out_dtype"] is BF16 else BF16)

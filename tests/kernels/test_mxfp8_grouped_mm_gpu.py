@@ -100,7 +100,7 @@ def run(module: Any, key: Any, given: list[Any]) -> torch.Tensor:
     """Into the middle of a buffer of NaN: what is not written shows, and what is written outside."""
     tokens, n = given[0].shape[0], given[2].shape[1]
     buffer = torch.full((tokens + 2, n), torch.nan, device="cuda", dtype=key[2])
-    hopper.bind(module, key)(*given, key[2], False, buffer[1:-1])
+    hopper.bind(module, key)(*given, key[2], False, 128 if key[1] == "fp8_128" else 32, buffer[1:-1])
     assert buffer[0].isnan().all() and buffer[-1].isnan().all(), "written outside of out"
     return buffer[1:-1]
 
@@ -191,7 +191,7 @@ def test_offs_out_of_order_or_range_writes_nothing_outside(modules: dict[Any, An
 
 
 def through_the_op(given: list[Any], out: torch.Tensor) -> None:
-    torch.ops.inductor_ext.mxfp8_grouped_mm.out(*given, BF16, False, out=out)
+    torch.ops.inductor_ext.mxfp8_grouped_mm.out(*given, BF16, False, 32, out=out)
 
 
 def near(found: torch.Tensor, given: list[Any]) -> bool:
@@ -202,10 +202,10 @@ def near(found: torch.Tensor, given: list[Any]) -> bool:
 def test_the_op_takes_these_kernels(modules: dict[Any, Any]) -> None:
     given = operands(counts_of("uniform", 64, 8), 64, 64, 768, "bf16")
     expected = (hopper.TARGET, ("hopper:64x16", "bf16", BF16))
-    assert OP.kernel is not None and OP.kernel.key(*given, BF16, False) == expected
-    assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*given, BF16, False), given)
+    assert OP.kernel is not None and OP.kernel.key(*given, BF16, False, 32) == expected
+    assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*given, BF16, False, 32), given)
     bytes_for_scales = [*given[:3], given[3].view(U8), given[4]]
-    assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*bytes_for_scales, BF16, False), given)
+    assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*bytes_for_scales, BF16, False, 32), given)
 
 
 def test_another_stream(modules: dict[Any, Any]) -> None:
