@@ -8,8 +8,8 @@ Both matmuls of an expert of Qwen3-30B-A3B and of Mixtral-8x7B, uniform random r
 dequantised operands first. Times are CUDA-graph replays, in turn, medians of three rounds. Weights are cold in L2: where the
 experts hit would fit it, each call of a graph hits others. TB/s count the weights of the experts hit, in the dtype that a side
 reads. ``ours`` has x in bf16, ``ours, mx`` in MXFP8 and ``ours, fp8`` in FP8 with a scale a row (quantised beforehand, as for
-row-wise FP8). 128 elements of K of the weights share a scale, as `quantize_moe_` makes them for FP8 tokens; ``ours, fp8, 32`` does
-not know that, and scales after every 32.
+row-wise FP8). 128 elements of K of the weights share a scale, as `quantize_moe_` makes them for FP8 tokens; ``ours, fp8, 32``
+does not know that, and scales after every 32.
 """
 
 from __future__ import annotations

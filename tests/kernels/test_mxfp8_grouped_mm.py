@@ -189,5 +189,5 @@ def test_scales_that_128_elements_share() -> None:
     assert_same_bytes(found, ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 32))
     assert_same_bytes(found, ops.mxfp8_grouped_mm(x, None, w, mx.swizzle(w_scale), offs, BF16, True, 128))
     w_scale.view(torch.uint8)[1, 3, 6] += 1
-    with pytest.raises(ValueError, match="w_scale: wanted equal scales for each 128 elements of K, .* in row 3 of 1"):
+    with pytest.raises(ValueError, match=r"w_scale: wanted equal scales for each 128 elements of K, .* in row 3 of 1"):
         ops.mxfp8_grouped_mm(x, None, w, w_scale, offs, BF16, False, 128)
