@@ -33,8 +33,9 @@ struct GroupedShape {
   static constexpr int kConverters = kMx ? grouped::kGroupThreads : 0;
   static constexpr int kThreads = kConsumers + kConverters + (kMovesRegisters ? grouped::kGroupThreads : 32);
   // What a CTA starts with is all that it ever has, and asking for more hangs: of 65 536, as many as its threads get in eighths.
-  static constexpr int kConsumerRegisters = kMx ? 176 : kFp8 ? 216 : 208, kConverterRegisters = 80;
-  static constexpr int kProducerRegisters = kMx ? 80 : kFp8 ? 72 : 88;
+  static constexpr bool kManySums = Kind == GroupedX::kBf16 && W == 256 && N == 128;  // beside four wgmmas' weights, twice
+  static constexpr int kConsumerRegisters = kMx ? 176 : kFp8 ? 216 : kManySums ? 224 : 208, kConverterRegisters = 80;
+  static constexpr int kProducerRegisters = kMx ? 80 : kFp8 ? 72 : kManySums ? 56 : 88;
   static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kConverters * kConverterRegisters +
                                             grouped::kGroupThreads * kProducerRegisters <= 65536 / (8 * kThreads) * 8 * kThreads);
   static constexpr int kCluster = Cluster;  // CTAs with neighbouring channels and the same tokens, which come once for all
@@ -54,7 +55,7 @@ struct GroupedShape {
   static constexpr int kStaged = kStagedTokens * grouped::staged_pitch(kSize);  // bytes of each group of consumers
   // Sets of registers for products that are not in the sums yet: two, where they fit beside the sums.
   static constexpr int kParts = (kBlocks + 2) * N / 2 <= 192 ? 2 : 1;
-  static constexpr int kTogether = N >= 128 ? 2 : 4;  // wgmmas issued together: registers for two such sets of weights
+  static constexpr int kTogether = N < 128 || kManySums ? 4 : 2;  // wgmmas issued together: registers for two such sets of weights
   static constexpr int fixed(int experts) { return kGroups * kStaged + 3 * kGroupedMaxStages * 8 + (2 * experts + 1) * 4; }
   static constexpr int stages(int experts) {
     const int budget = kCtas == 2 ? kGroupedSharedOfTwo : kSharedLimit;
