@@ -166,6 +166,6 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
 
 
 def examples() -> Sequence[Hashable]:
-    """What CI compiles: the narrowest and the widest tile, and x in MXFP8 and FP8."""
-    widest = ("256x128", "bf16"), ("128x128", "mxfp8"), ("256x128", "fp8"), ("256x128", "fp8_128")
+    """What CI compiles: the narrowest and the widest tiles, and x in MXFP8 and FP8."""
+    widest = ("256x128", "bf16"), ("128x256@2", "bf16"), ("128x128", "mxfp8"), ("256x128", "fp8"), ("256x128@2", "fp8_128")
     return [(f"hopper:{tile}", kind, torch.bfloat16) for tile, kind in (("64x8", "bf16"), *widest)]

@@ -42,7 +42,9 @@ __device__ __forceinline__ void multiply_fp8(float (&d)[Shape::kBlocks][N / 2], 
   constexpr int kChained = Shape::kBy128 ? grouped::kStageK : grouped::kBlock;  // elements of K that share a scale
   constexpr int kProducts = grouped::kStageK / kChained * kBlocks;
   const int thread = threadIdx.x % grouped::kGroupThreads;
-  const int row0 = threadIdx.x / grouped::kGroupThreads * kBlocks * grouped::kGroupRows;
+  // Of one lane, so that the compiler knows that a warp's are the same: descriptors then need no way to uniform registers.
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x / grouped::kGroupThreads), 0);
+  const int row0 = group * kBlocks * grouped::kGroupRows;
   const int row = row0 + grouped::fragment_row(thread, 0);
   int first_scale = row * grouped::kScaleSlot;
   keep(first_scale);

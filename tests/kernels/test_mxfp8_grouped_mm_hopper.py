@@ -87,7 +87,7 @@ def check(key: Any, kernel: Kernel, given: list[Any], **options: Any) -> None:
     x, x_scale, w, w_scale, offs = given
     found = run(kernel, given, key[2], **options)
     wanted = torch.full_like(found, torch.nan)
-    grouped.reference_into(x, x_scale, w, w_scale, offs, key[2], False, wanted)
+    grouped.reference_into(x, x_scale, w, w_scale, offs, key[2], False, 128 if key[1] == "fp8_128" else 32, wanted)
     rows = int(offs[-1])
     assert found[rows:].isnan().all(), "rows of no group were written"
     error = (found[:rows].double() - wanted[:rows].double()).norm() / wanted[:rows].double().norm().clamp_min(1e-30)
@@ -285,7 +285,7 @@ def test_what_has_no_kernel() -> None:
     ):
         refused = hopper.unsupported(*call)
         assert refused is not None and refused[0].startswith(wanted)
-        assert hopper.key(*call[:3], w_scale, None, *call[3:]) is None
+        assert hopper.key(*call[:3], w_scale, None, *call[3:], 32) is None
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
@@ -340,6 +340,16 @@ def test_nothing_spills_and_nothing_waits_too_long(kind_and_built: tuple[str, Bu
     assert built.instructions("STL|LDL") == []
     if built.sass and not kind.startswith("fp8"):  # every wgmma but the last may run on while the next weights are converted
         assert len(re.findall(r"DEPBAR\.LE gsb0, 0x1", built.sass)) >= len(re.findall(r"DEPBAR\.LE gsb0, 0x0", built.sass))
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_a_cluster_brings_tokens_to_both(request: pytest.FixtureRequest, kind_and_built: tuple[str, Built]) -> None:
+    built = kind_and_built[1]
+    clusters = "@2" in request.node.callspec.id
+    assert (".multicast::cluster" in built.ptx) == clusters
+    assert len(re.findall(r"barrier\.cluster\.wait", built.ptx)) == (2 if clusters else 0)
+    assert ("mapa.shared::cluster" in built.ptx) == clusters
 
 
 @pytest.mark.nvcc
