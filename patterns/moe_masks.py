@@ -226,7 +226,7 @@ RULE = Rule(
     replace=replace,
     matches=(
         Example("around_the_first_matmul", _mlp, _inputs, count=2),
-        Example("whole_layer", _whole, _inputs, count=2),
+        Example("whole_layer", _whole, _inputs, count=2, before=(("moe_combine", "always"),)),  # which takes the third mask
     ),
     near_misses=(
         Example("other_ids", _of_other_ids, _inputs, reason="mask and group ends are of other ids"),

@@ -1,10 +1,10 @@
 """moe_combine against stock Inductor's code for the same lines, and a device copy of as many bytes.
 
-    python benchmarks/kernels/moe_combine.py --out benchmarks/results/h200/moe_combine.json
+    python benchmarks/kernels/moe_combine.py --out benchmarks/results/h200/moe_combine.json     (--quick: few rows a token)
 
 Stock is ``torch.compile`` of transformers' lines from the second grouped matmul's result on: weights, mask, inverse
 permutation, sum. Both sides make the inverse; ours is the op behind Inductor's scatter. CUDA-graph replays in turn, three
-rounds, medians, over enough buffers to find L2 cold. Not run on a GPU yet.
+rounds, medians, over enough buffers to find L2 cold. Few rows a token (k below 6) are what decides the rule's LEAST_TOP_K.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from benchmarks import timing
 from benchmarks.kernels.shared import show
 from inductor_ext import registry
 
-#: tokens, k, hidden, experts: Qwen3-30B-A3B, Mixtral-8x7B, and a width of 7168
+#: tokens, k, hidden, experts: Qwen3-30B-A3B, Mixtral-8x7B, widths of gpt-oss and DeepSeek-V3, and other k
 SHAPES = (
     *((tokens, 8, 2048, 128) for tokens in (1, 16, 128, 1024, 4096, 16384)),
     *((tokens, 2, 4096, 8) for tokens in (1, 4096)),
+    (4096, 1, 4096, 16),
+    (512, 2, 4096, 8),
+    (16384, 2, 4096, 8),
+    (4096, 3, 2048, 64),
     (4096, 4, 2048, 64),
+    (4096, 4, 2880, 32),
+    (4096, 5, 2048, 64),
     (4096, 6, 2048, 64),
     (4096, 8, 7168, 256),
 )
 MASKED_TOO = (4096, 8, 2048, 128)
+QUICK = tuple(shape for shape in SHAPES if shape[1] <= 6 or shape == MASKED_TOO)
 ROUNDS = 3
 Call = Callable[[], Any]
 
@@ -84,9 +91,12 @@ def measure(tokens: int, top_k: int, hidden: int, experts: int, masked: bool) ->
 def main(
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON too.")] = False,
+    quick: Annotated[bool, typer.Option(help="Few rows a token, and one shape with eight.")] = False,
 ) -> None:
     registry.ops()
-    rows = [measure(*shape, masked) for shape in SHAPES for masked in ((False, True) if shape == MASKED_TOO else (False,))]
+    shapes = QUICK if quick else SHAPES
+    masks = {MASKED_TOO: (False, True)} if not quick else {}
+    rows = [measure(*shape, masked) for shape in shapes for masked in masks.get(shape, (False,))]
     if out is not None:
         timing.write_json(out, {"rows": rows})
     if as_json:

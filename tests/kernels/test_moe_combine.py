@@ -170,7 +170,7 @@ def on_cpu(library: ctypes.CDLL, kind: str, given: tuple[Any, ...]) -> torch.Ten
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-@pytest.mark.parametrize("top_k", [1, 2, 4, 5, 8, 9, 16, 64])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64])
 def test_the_source_gives_every_byte(library: ctypes.CDLL, kind: str, top_k: int) -> None:
     """Widths of a few lanes, of all, and of several pieces; the last, with no whole vectors, element by element."""
     for tokens, columns in ((1, 8), (19, 40), (3, 1032), (2, 2048), (3, 100)):
@@ -179,6 +179,31 @@ def test_the_source_gives_every_byte(library: ctypes.CDLL, kind: str, top_k: int
             found = on_cpu(library, kind, given)
             assert_same_bytes(found, summed_by_fours(*given))
             torch.testing.assert_close(found, OP.reference(*given), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_the_source_takes_several_vectors_where_there_are_many(library: ctypes.CDLL, kind: str, top_k: int) -> None:
+    """On one multiprocessor: several tokens a block and one, whole pieces, and one whose last vectors are not there."""
+    library.set_multiprocessors(1)
+    try:
+        for tokens, columns in ((3300, 40), (130, 1032), (33, 4096), (19, 7176)):
+            assert tokens * columns // 8 >= 16 * 128 * 8 // top_k, "enough for the kernels that this is about"
+            for masked in (True, False):
+                given = operands(tokens, top_k, columns, kind, masked=masked)
+                assert_same_bytes(on_cpu(library, kind, given), summed_by_fours(*given))
+    finally:
+        library.set_multiprocessors(132)
+
+
+def test_the_source_keeps_no_negative_zero(library: ctypes.CDLL) -> None:
+    """A sum begins at +0, in PyTorch too, and so does one of one value."""
+    for top_k in (1, 2, 5):
+        y, weights, inverse, _, experts, dtype = operands(4, top_k, 64, masked=False)
+        given = torch.full_like(y, -0.0), weights, inverse, None, experts, dtype
+        found = on_cpu(library, "bf16", given)
+        assert not found.signbit().any()
+        assert_same_bytes(found, summed_by_fours(*given))
 
 
 def test_the_source_without_weights_with_a_pitch_and_with_no_tokens(library: ctypes.CDLL) -> None:
@@ -219,7 +244,8 @@ def built() -> None:
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_the_kernel_gives_every_byte(kind: str) -> None:
     for (tokens, top_k), columns in itertools.product(
-        ((1, 1), (1, 8), (37, 2), (130, 8), (65, 9), (9, MAX_TOP_K)), (8, 64, 100, 1032, 2048, 7168)
+        ((1, 1), (1, 8), (37, 2), (130, 8), (65, 9), (9, MAX_TOP_K), (2500, 1), (2500, 2), (2500, 4), (70, 6)),
+        (8, 64, 100, 1032, 2048, 7168),
     ):
         for masked in (True, False):
             given = operands(tokens, top_k, columns, kind, "cuda", masked)
@@ -242,7 +268,7 @@ def test_the_kernel_without_weights_with_a_pitch_and_with_no_tokens() -> None:
 
 @gpu
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("top_k", [1, 2, 4, 6, 8, 10])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8, 10])
 def test_the_order_of_the_sum_is_that_of_pytorchs_kernel(top_k: int) -> None:
     """What the .cuh says of PyTorch's CUDA reduction; should it fail, only that sentence is wrong."""
     given = operands(300, top_k, 2048, device="cuda", masked=False)

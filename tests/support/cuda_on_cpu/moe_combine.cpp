@@ -42,3 +42,6 @@ VARIANT(bf16, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, int64_
 VARIANT(bf16_by_fp32, __nv_bfloat16, float, float, __nv_bfloat16, int64_t, int32_t)
 VARIANT(fp16, __half, __half, __half, float, int32_t, int64_t)
 VARIANT(fp32, float, float, float, float, int32_t, int32_t)
+
+// The GPU's multiprocessors, which the choice of a kernel asks for.
+extern "C" void set_multiprocessors(int count) { multiprocessors = count; }
