@@ -4,7 +4,8 @@
 
 The sum is that of the two operators given the product: rounded, added, rounded. A norm that follows reads the sum alone, where
 it read the product and the residual and wrote the sum: of Qwen3-0.6B's 7168 × 1024 activations 51 MB become 22, and the
-product, which is busy with arithmetic, reads 15 more. Not measured yet, so only on request.
+product, which is busy with arithmetic, reads 15 more. That pays for some sizes: those that the table of the op
+(``kernels/scaled_mm_add/table_<target>.json``) says it does for, norm included.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.fx import Graph, Node
 from inductor_ext import torch_compat
 from inductor_ext.graph import aten, call, describe, erase_dead, is_call, known_equal, same_sizes, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm.choice import MEASURED_GAIN
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
@@ -71,9 +73,10 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return refused
     device = value_of(found.a).device
     target = scaled_mm.target_of(device)
-    if not context.forced and target not in scaled_mm_add.HAS_RUN:
-        wanted = f'a kernel that was measured on {target}, or rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, "the kernel was not measured on this GPU", wanted=wanted, found="none")
+    why = "" if context.forced else _gain(target, found)
+    if isinstance(why, Failure):
+        wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
+        return context.refuse(node, why.reason, wanted=wanted, found=why.found)
     static = isinstance(found.m, int)
     most = found.m if static else scaled_mm.bounds(found.m)[1]
     name = scaled_mm_add.choose(target, most, found.n, found.k, found.rowwise, found.fast)
@@ -83,7 +86,22 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     rows = _fake_rows(residual, found)
     arguments = torch.fx.map_arg(plan.arguments(rows), value_of)
     detail = name if device.type == "cuda" else "reference"
-    return Match(node, (Call(scaled_mm_add.OP, arguments),), detail, "the residual is read with the product", plan)
+    return Match(node, (Call(scaled_mm_add.OP, arguments),), detail, why or "the residual is read with the product", plan)
+
+
+def _gain(target: str, found: Product) -> str | Failure:
+    """What was measured, where it is a gain for every M that there may be."""
+    problem = found.n, found.k, found.rowwise, found.fast
+    sizes = [found.m] if isinstance(found.m, int) else scaled_mm_add.sizes(target, found.m, *problem)
+    each = [(m, scaled_mm_add.decide(target, m, *problem)) for m in sizes]
+    unknown = next((m for m, choice in each if choice is None), None)
+    if unknown is not None:
+        wanted = "a measured number of rows, with fast accumulation, on a measured GPU"
+        return Failure(found.node, "not measured", wanted, f"{unknown} rows on {target}")
+    least = min((choice for _, choice in each if choice is not None), key=lambda choice: choice.gain)
+    if not least.use:
+        return Failure(found.node, "it would not be faster", f"{MEASURED_GAIN} times the speed of two launches", least.why)
+    return least.why
 
 
 def _unlike(node: Node, part: Node, residual: Node, found: Product, context: Context) -> Refusal | None:
@@ -204,7 +222,7 @@ RULE = Rule(
         _always("dynamic_shape", _any_rows, rowwise, dynamic=True),
     ),
     near_misses=(
-        Example("not_measured", _added, _and_residual(rowwise), reason="the kernel was not measured on this GPU"),
+        Example("not_measured", _added, _and_residual(rowwise), reason="not measured"),
         _always(
             "second_user",
             lambda *i: (i[4] + (p := product(*i[:4])), p.float().sigmoid()),

@@ -1,6 +1,7 @@
 """An output projection, the residual and the norm after it: the residual added by the norm, or by the product.
 
     python benchmarks/kernels/scaled_mm_add.py --out benchmarks/results/h200/scaled_mm_add.json
+    python benchmarks/kernels/scaled_mm_add.py --table-of benchmarks/results/h200/scaled_mm_add.json     the op's table from it
 
     apart   scaled_mm, by PyTorch's operator or by ours, whichever is faster here; then rms_norm_quantize with the residual
     added   scaled_mm_add in every configuration; then rms_norm_quantize of the sum
@@ -13,6 +14,7 @@ first compared, byte for byte, with its own product and PyTorch's addition.
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +25,13 @@ import typer
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
-from benchmarks.kernels.shared import built, show
+from benchmarks.kernels.shared import built, show, table_text
 from inductor_ext import registry
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
+from inductor_ext.kernels.scaled_mm_add import op as op_module
 from inductor_ext.kernels.scaled_mm_add.op import OP
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -36,6 +39,7 @@ SHAPES = ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))  # N, K of o 
 TOKENS = (512, 1024, 4096, 7168, 16384)
 CONFIGS = ("tile:128x128p", "tile:128x160p", "tile:128x128c", "tile:128x128p@2x1", "tile:64x128p")
 ROUNDS = 3
+COMMAND = "python benchmarks/kernels/scaled_mm_add.py --table-of benchmarks/results/h200/scaled_mm_add.json"
 
 
 class Case:
@@ -105,7 +109,26 @@ def measure(problem: cases.Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_add.json")) -> None:
+def table(measured: dict[str, Any]) -> str:
+    """What `kernels/scaled_mm/choice.py` reads, from a file of results."""
+    shapes: dict[tuple[str, int, int], list[Any]] = {}
+    for row in measured["rows"]:
+        found = [row["m"], row["added"], row["added_us"], round(row["added_us"] * row["ratio"], 2)]
+        shapes.setdefault((choice.kind(row["rowwise"], True), row["n"], row["k"]), []).append(found)
+    made = [{"kind": kind, "n": n, "k": k, "rows": rows} for (kind, n, k), rows in shapes.items()]
+    columns = ["M", "configuration", "ours and the norm after it, µs", "two launches and the norm, µs"]
+    gpu, torch_version = (measured["environment"][name] for name in ("gpu", "torch"))
+    over = "a product and a norm that adds"
+    return table_text(made, gpu=gpu, made_by=COMMAND, torch=torch_version, columns=columns, over=over)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_add.json"),
+    table_of: Annotated[Path | None, typer.Option("--table-of", help="Measure nothing: make the op's table of these.")] = None,
+) -> None:
+    if table_of is not None:
+        (Path(op_module.__file__).parent / "table_sm_90a.json").write_text(table(json.loads(table_of.read_text())))
+        return
     registry.ops()
     built(op.spec_of_key((config, E4, E4, BF16, True), "sm_90a") for op in (OP, SCALED_MM) for config in CONFIGS)
     problems = [cases.Problem(m, n, k, rowwise, True) for n, k in SHAPES for rowwise in (True, False) for m in TOKENS]

@@ -9,7 +9,6 @@ only the best of those are timed, since the kernels are the same.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.progress import Progress
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
 from benchmarks.kernels.scaled_mm_cases import Problem
+from benchmarks.kernels.shared import table_text
 from inductor_ext import registry
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import Config, parse
@@ -116,20 +116,15 @@ def main(
 
 
 def _table(entries: list[dict[str, Any]]) -> str:
-    """JSON with a line a row, so that a new measurement reads as a diff."""
-    lines = []
+    shapes = []
     for entry in entries:
-        rows = []
-        for row in entry["rows"]:
-            name, ours = next(iter(row["ours_us"].items()))
-            rows.append(json.dumps([row["m"], name, ours, row["stock_us"]]))
-        head = json.dumps({"kind": entry["kind"], "n": entry["n"], "k": entry["k"]})[:-1]
-        lines.append(f'  {head}, "rows": [\n   ' + ",\n   ".join(rows) + "]}")
+        fastest = [(row, *next(iter(row["ours_us"].items()))) for row in entry["rows"]]
+        rows = [[row["m"], name, ours, row["stock_us"]] for row, name, ours in fastest]
+        shapes.append({"kind": entry["kind"], "n": entry["n"], "k": entry["k"], "rows": rows})
     command = "python benchmarks/kernels/scaled_mm_tune.py --table kernels/scaled_mm/table_sm_90a.json"
-    head = f' "gpu": {json.dumps(torch.cuda.get_device_name())},\n "made_by": {json.dumps(command)},\n'
     columns = ["M", "configuration", "ours, µs", "torch._scaled_mm, µs"]
-    head += f' "torch": {json.dumps(torch.__version__)},\n "columns": {json.dumps(columns, ensure_ascii=False)},\n'
-    return "{\n" + head + ' "shapes": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    gpu = torch.cuda.get_device_name()
+    return table_text(shapes, gpu=gpu, made_by=command, torch=torch.__version__, columns=columns)
 
 
 if __name__ == "__main__":

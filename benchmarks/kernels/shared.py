@@ -1,7 +1,8 @@
-"""What the scripts here begin and end with: their kernels, built; their rows, shown."""
+"""What the scripts here begin and end with: their kernels, built; their rows, shown, or written as a table."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -27,3 +28,13 @@ def show(rows: Sequence[dict[str, Any]], width: int, without: Collection[str] = 
     for row in rows:
         table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
     Console(width=width).print(table)
+
+
+def table_text(shapes: Iterable[dict[str, Any]], **head: Any) -> str:
+    """A table of configurations as JSON, a line for each of a shape's rows, so that a new measurement reads as a diff."""
+    made = []
+    for shape in shapes:
+        rows = ",\n   ".join(json.dumps(row) for row in shape["rows"])
+        made.append("  " + json.dumps({**shape, "rows": 0})[:-2] + f"[\n   {rows}]}}")
+    first = "".join(f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)},\n" for name, value in head.items())
+    return "{\n" + first + ' "shapes": [\n' + ",\n".join(made) + "\n ]\n}\n"

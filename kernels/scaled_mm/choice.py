@@ -47,6 +47,10 @@ class Choice:
     use: bool
     why: str
 
+    @property
+    def gain(self) -> float:
+        return self.stock_us / self.ours_us
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -57,10 +61,10 @@ class Row:
 
 
 class Table:
-    """One target's measurements."""
+    """One target's measurements. ``over`` names what ours were measured against."""
 
     def __init__(self, content: dict[str, Any]) -> None:
-        self.gpu = content["gpu"]
+        self.gpu, self.over = content["gpu"], content.get("over", "torch._scaled_mm")
         self.kinds: dict[str, dict[tuple[int, int], list[Row]]] = {}
         for entry in content["shapes"]:
             rows = [Row(m, parse(config), ours, stock) for m, config, ours, stock in entry["rows"]]
@@ -82,7 +86,7 @@ class Table:
         gain = row.stock_us / row.ours_us
         wanted = MEASURED_GAIN if shape == (n, k) else UNMEASURED_GAIN
         where = f"M={row.m} N={shape[0]} K={shape[1]}" + ("" if shape == (n, k) else f", the nearest measured to N={n} K={k}")
-        why = f"{gain:.2f}x the speed of torch._scaled_mm at {where}, {kind}, on {self.gpu}"
+        why = f"{gain:.2f}x the speed of {self.over} at {where}, {kind}, on {self.gpu}"
         scale = n * k / (shape[0] * shape[1]) * max(1.0, m / row.m)
         return Choice(row.config, row.ours_us * scale, row.stock_us * scale, gain >= wanted, why)
 
@@ -92,9 +96,9 @@ class Table:
 
 
 @functools.cache
-def table(arch: str) -> Table | None:
-    """The table of a target; None when nothing was measured there."""
-    path = _HERE / f"table_{arch}.json"
+def table(arch: str, folder: Path = _HERE) -> Table | None:
+    """The table of a target, of the op in ``folder``; None when nothing was measured there."""
+    path = folder / f"table_{arch}.json"
     return Table(json.loads(path.read_text())) if path.is_file() else None
 
 
@@ -116,9 +120,11 @@ def possible(arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int 
     return [choice for choice in choices if choice is not None]
 
 
-def possible_sizes(arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int = 1, most_m: int = MAX_M) -> list[int]:
+def possible_sizes(
+    arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int = 1, most_m: int = MAX_M, folder: Path = _HERE
+) -> list[int]:
     """The M between two bounds at which the choice may become another: each measured one and the next above it."""
-    found = table(arch)
+    found = table(arch, folder)
     rows = found.rows(kind(rowwise, fast), n, k) if found else []
     sizes = {least_m, *(row.m for row in rows if least_m <= row.m <= most_m)}
     sizes |= {m + 1 for m in sizes if m < most_m}

@@ -7,12 +7,15 @@ Operands are those of ``scaled_mm`` (``kernels/scaled_mm/op.py``), one of each; 
 the residual is added, as two operators do it. The residual is read while its tile is multiplied: a norm after it then reads one
 tensor where it read two and wrote one.
 
-Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``, ``AddResidual``). None has been measured: `HAS_RUN`.
+Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``, ``AddResidual``). Which one, and whether it is faster than a
+product and a norm that adds, is in ``table_<target>.json`` (``benchmarks/kernels/scaled_mm_add.py``): on an H200 it is where
+the product is small, as those of Qwen3-0.6B are, and not where arithmetic takes longer than the addition's traffic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +25,7 @@ from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.op import Kernel, Op
 
-#: Targets on which the kernels ran, were compared with the reference and measured. The rule takes no other by itself.
-HAS_RUN: frozenset[str] = frozenset()
+_HERE = Path(__file__).parent
 
 #: What a problem takes for which scaled_mm's table names a kernel of another family: 128 × 128 fills most grids.
 DEFAULT = "tile:128x128p"
@@ -74,15 +76,26 @@ def reference(
     return out + residual
 
 
+def decide(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
+    """What was measured of one problem, the norm after it included; None below the least M that was, and without a table."""
+    found, kind = choice.table(target, _HERE), choice.kind(rowwise, fast)
+    rows = found.rows(kind, n, k) if found is not None else []
+    return found.choose(kind, m, n, k) if found is not None and rows and m >= rows[0].m else None
+
+
 def choose(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> str:
     """The configuration for one problem on ``target``; "" where there is none."""
     if target != "sm_90a":
         return ""
-    found = scaled_mm.decide(target, m, (n,), k, rowwise, fast)
-    config = found.config if found is not None else None
-    if config is not None and config.family == "tile" and config.accumulators <= MAX_ACCUMULATORS and config.supports(not fast):
-        return config.name
+    found = decide(target, m, n, k, rowwise, fast)
+    if found is not None:
+        return found.config.name
     return DEFAULT if parse(DEFAULT).supports(not fast) else "tile:128x128c"
+
+
+def sizes(target: str, m: torch.SymInt, n: int, k: int, rowwise: bool, fast: bool) -> list[int]:
+    """The M in its range at which `decide` may change its mind."""
+    return choice.possible_sizes(target, n, k, rowwise, fast, *scaled_mm.bounds(m), _HERE)
 
 
 def key(
@@ -120,8 +133,7 @@ def keys(
         return [key(a, b, scale_a, scale_b, bias, residual, out_dtype, fast, static_b, config)]
     target, (k, n) = scaled_mm.target_of(a.device), b.shape
     rowwise = scaled_mm.is_rowwise((scale_a, scale_b))
-    sizes = choice.possible_sizes(target, n, k, rowwise, fast, *scaled_mm.bounds(m))
-    names = dict.fromkeys(choose(target, size, n, k, rowwise, fast) for size in sizes)
+    names = dict.fromkeys(choose(target, size, n, k, rowwise, fast) for size in sizes(target, m, n, k, rowwise, fast))
     return [(name, a.dtype, b.dtype, out_dtype, fast) for name in names if name]
 
 

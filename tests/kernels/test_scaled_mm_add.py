@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inductor_ext import jit, registry, settings
+from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
-from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, choose
+from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, choose, decide, keys
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -77,6 +81,31 @@ def test_every_choice_is_a_kernel_that_adds() -> None:
         config = parse(choose("sm_90a", m, n, k, rowwise, fast))
         assert config.family == "tile" and config.supports(not fast) and config.accumulators <= MAX_ACCUMULATORS
     assert choose("sm_100a", 512, 1024, 1024, True, True) == ""
+
+
+def test_the_table_says_where_it_pays() -> None:
+    """Qwen3-0.6B's o and down do on an H200, Llama-3.1-8B's do not; fewer rows than were measured are not known."""
+    pays = {
+        (n, k): decide("sm_90a", 7168, n, k, True, True) for n, k in ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))
+    }
+    assert [found.use for found in pays.values() if found is not None] == [True, True, False, False]
+    assert all(found is not None and "a product and a norm that adds at M=7168" in found.why for found in pays.values())
+    assert decide("sm_90a", 511, 1024, 2048, True, True) is None and decide("sm_90a", 512, 1024, 2048, True, True) is not None
+    assert decide("sm_90a", 7168, 1024, 2048, True, False) is None, "exact accumulation was not measured"
+    assert decide("sm_100a", 7168, 1024, 2048, True, True) is None
+
+
+def test_keys_of_a_symbolic_number_of_rows() -> None:
+    """Each a tuple of a name and dtypes: a symbolic truth value among them cannot be looked up."""
+    env = ShapeEnv()
+    m = env.create_unbacked_symint()
+    torch._check(m >= 512)
+    with FakeTensorMode(shape_env=env):
+        given = torch.empty(m, 2048, dtype=E4), torch.empty(2048, 1024, dtype=E4), torch.empty(m, 1), torch.empty(1, 1024)
+        with mock.patch.object(scaled_mm, "target_of", lambda device: "sm_90a"):
+            found = keys(*given, None, None, BF16, True, False, "")
+    assert {type(each) for key in found for each in key} == {str, torch.dtype, bool}
+    assert {key[0] for key in found} == {"tile:64x128p", "tile:128x128c", "tile:128x128p"}
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

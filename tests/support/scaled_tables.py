@@ -36,7 +36,7 @@ def forget() -> None:
 def use(monkeypatch: pytest.MonkeyPatch, shapes: dict[tuple[int, int], tuple[Row, ...]], target: str = "sm_90a") -> None:
     """Let these measurements be all there are, on ``target`` only."""
     made = choice.Table(content(shapes))
-    monkeypatch.setattr(choice, "table", lambda arch: made if arch == target else None)
+    monkeypatch.setattr(choice, "table", lambda arch, folder=None: made if arch == target else None)
     forget()
 
 
