@@ -11,8 +11,9 @@
 //   consumers      one warpgroup for W = 64 rows of weights, two for 128 and 256. Weights are the M side (swapped operands), since M
 //                  is 64 and an expert often has fewer tokens than that; N tokens are the columns, 8 to 256 of them
 //   a producer     one warp: weights and tokens come by the copy engine, scales in 4-byte asynchronous copies by its lanes
-//   clusters       two CTAs with neighbouring channels and the same tokens (`Cluster`): each brings half of the boxes of tokens, to both.
-//                  Where products bound the speed, L2 is the next limit: 5.5 TB/s, of which 256 x 128 tiles of FP8 ask for 6
+//   clusters       two CTAs with neighbouring channels and the same tokens (`ClusterW`), or the other way round (`ClusterN`): each
+//                  brings half of what they share, to both. Where products bound the speed, L2 is the next limit: 5.5 TB/s, of
+//                  which 256 x 128 tiles of FP8 at 1 000 TFLOP/s ask for 6.3; 5.2 with tokens shared, 4.2 with weights
 //   converters     one warpgroup, where x is MXFP8 too: writes the tokens of a stage as bf16 beside where they came
 //
 // Bytes: weights are read once where an expert's tokens fit one tile, and 128 KB of them or more are on their way to an SM at any
@@ -84,8 +85,8 @@ __device__ __forceinline__ void store_block(const float (&d)[N / 2], uint8_t* st
 // ---- loading ----------------------------------------------------------------------------------------------------------------
 
 // The scales of one stage, by the producer's lanes: those of each of `rows` rows from row `first` on, the row's from its scale
-// `begin` on, in two words a row, since they begin anywhere where K is not a multiple of 128. `scales_in` takes them out. Rows that are not there get zeros, numbers:
-// what they scale is 0. Nothing is read past `end`.
+// `begin` on, in two words a row, since they begin anywhere where K is not a multiple of 128. `scales_in` takes them out. Rows
+// that are not there get zeros, numbers: what they scale is 0. Nothing is read past `end`.
 __device__ __forceinline__ void copy_scales(uint8_t* to, int slots, const uint8_t* base, const uint8_t* end, int64_t first, int rows,
                                             int per_row, int begin, bool whole_words) {
   const uint8_t* from = base + first * per_row + begin;
@@ -111,7 +112,16 @@ __device__ __forceinline__ void copy_row_scales(uint8_t* to, const uint8_t* base
   }
 }
 
-// A box of tokens, for all CTAs of the cluster, at the same place and barrier in each.
+// A box of weights or tokens, where the cluster's CTAs share them for all, at the same place and barrier in each.
+template <int Cluster>
+__device__ __forceinline__ void load_weights(const CUtensorMap* w, uint64_t* full, uint64_t hint, uint8_t* to, int k, int channel,
+                                             int expert) {
+  if constexpr (Cluster == 1) {
+    cute::SM90_TMA_LOAD_3D::copy(w, full, hint, to, k, channel, expert);
+  } else {
+    cute::SM90_TMA_LOAD_MULTICAST_3D::copy(w, full, (1 << Cluster) - 1, hint, to, k, channel, expert);
+  }
+}
 template <int Cluster>
 __device__ __forceinline__ void load_tokens(const CUtensorMap* x, uint64_t* full, uint8_t* to, int k, int token) {
   if constexpr (Cluster == 1) {
@@ -125,7 +135,7 @@ template <typename Shape, int N>
 __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
   constexpr int kBox = Shape::kBoxTokens;
   const int lane = threadIdx.x % 32, per_row = p.k / grouped::kBlock, stages = grouped::ceil_of(p.k, Shape::kStageK);
-  const int rank = grouped::rank_of(blockIdx.x, Shape::kCluster);
+  const int rank_w = grouped::rank_of(blockIdx.x, Shape::kClusterW), rank_n = grouped::rank_of(blockIdx.x, Shape::kClusterN);
   const int tiles = schedule.first[p.experts];
   const uint8_t* w_end = p.w_scale + static_cast<int64_t>(p.experts) * p.channels * per_row;
   const uint8_t* x_end = p.x_scale + static_cast<int64_t>(p.tokens) * per_row;
@@ -133,11 +143,11 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
   slot.phase = 1;  // the first time round every stage is free
   int expert = 0;
   for (int index = blockIdx.x / Shape::kCluster; index < tiles; index += gridDim.x / Shape::kCluster) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels, Shape::kCluster>(index, expert);
+    const GroupedTile tile = schedule.tile<Shape>(index, expert);
     const int boxes = grouped::ceil_of(tile.valid, kBox);
     const uint32_t bytes = Shape::kWeights + boxes * kBox * Shape::kStageK * Shape::kSizeOfX;
     const uint64_t hint = tile.alone ? kEvictFirst : kEvictNormal;
-    // A cluster's second CTA may have no channels: it brings tokens, and multiplies zeros.
+    // A cluster's second CTA may have no channels, or no tokens: it brings its part, and what it multiplies is not stored.
     const int scale_rows = min(Shape::kChannels, max(p.channels - tile.channel, 0));
     const int64_t scale_row = static_cast<int64_t>(tile.expert) * p.channels + (scale_rows > 0 ? tile.channel : 0);
     const int token_rows = min(boxes * kBox, p.tokens - tile.token);
@@ -148,13 +158,14 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
       if (lane == 0) {
         const int k = at * Shape::kStageK;
         FullBarrier::arrive_and_expect_tx(full, bytes);
-        cute::SM90_TMA_LOAD_3D::copy(&p.w, full, hint, stage, k, tile.channel, tile.expert);
+        const int row = rank_n * Shape::kBoxChannels;
+        load_weights<Shape::kClusterN>(&p.w, full, hint, stage + row * Shape::kStageK, k, tile.channel + row, tile.expert);
         uint8_t* to = stage + Shape::kWeights + (Shape::kMx ? Shape::kTokens : 0);
-        for (int box = rank; box < boxes; box += Shape::kCluster) {
+        for (int box = rank_w; box < boxes; box += Shape::kClusterW) {
           const int token = tile.token + box * kBox;
           uint8_t* rows = to + box * kBox * 128;
-          load_tokens<Shape::kCluster>(&p.x, full, rows, k, token);
-          if (Shape::kStageK * Shape::kSizeOfX == 256) load_tokens<Shape::kCluster>(&p.x, full, rows + N * 128, k + 64, token);
+          load_tokens<Shape::kClusterW>(&p.x, full, rows, k, token);
+          if (Shape::kStageK * Shape::kSizeOfX == 256) load_tokens<Shape::kClusterW>(&p.x, full, rows + N * 128, k + 64, token);
         }
       }
       __syncwarp();
@@ -166,7 +177,7 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
         copy_scales(to, boxes * kBox, p.x_scale, x_end, tile.token, token_rows, per_row, begin, p.whole_words);
       }
       if constexpr (Shape::kFp8) {  // the tokens' own, which are needed once all of K is summed
-        if (at + 1 == stages) copy_row_scales<N>(scales + Shape::kChannels * grouped::kScaleSlot, p.x_scale, tile);
+        if (at + 1 == stages && tile.valid > 0) copy_row_scales<N>(scales + Shape::kChannels * grouped::kScaleSlot, p.x_scale, tile);
       }
       cutlass::arch::cpasync_barrier_arrive_noinc(full);
       slot.advance(ring.count);
@@ -194,7 +205,7 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
   Slot slot;
   int expert = 0;
   for (int index = blockIdx.x / Shape::kCluster; index < tiles; index += gridDim.x / Shape::kCluster) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels, Shape::kCluster>(index, expert);
+    const GroupedTile tile = schedule.tile<Shape>(index, expert);
     const int columns = grouped::columns_for(tile.valid, N);
     if (columns == N) {
       sums<Shape, N, N>(d, ring, slot, p, tile);
@@ -217,10 +228,9 @@ __device__ __forceinline__ void consume(const GroupedParams& p, const GroupedSch
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------------
 
-template <GroupedX Kind, typename Out, int W, int N, int Cluster>
-__global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThreads, GroupedShape<Kind, Out, W, N, Cluster>::kCtas)
-    mxfp8_grouped_mm_kernel(const __grid_constant__ GroupedParams p) {
-  using Shape = GroupedShape<Kind, Out, W, N, Cluster>;
+template <GroupedX Kind, typename Out, int W, int N, int ClusterW, int ClusterN,
+          typename Shape = GroupedShape<Kind, Out, W, N, ClusterW, ClusterN>>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas) mxfp8_grouped_mm_kernel(const __grid_constant__ GroupedParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   GroupedRing ring;
   ring.count = p.stages;
@@ -234,7 +244,7 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThrea
   schedule.first = reinterpret_cast<int*>(ring.empty + kGroupedMaxStages);
   schedule.ends = schedule.first + p.experts + 1;
   schedule.experts = p.experts, schedule.group = p.group;
-  schedule.channel_tiles = grouped::ceil_of(p.channels, Cluster * Shape::kChannels);
+  schedule.channel_tiles = grouped::ceil_of(p.channels, ClusterW * Shape::kChannels);
 
   const int warp = threadIdx.x / 32;
   constexpr int kProducer = (Shape::kConsumers + Shape::kConverters) / 32;
@@ -242,14 +252,14 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThrea
     for (int s = 0; s < p.stages; ++s) {
       FullBarrier::init(ring.full + s, 1 + 32);  // the copy engine's bytes, and the producer's lanes
       FullBarrier::init(ring.ready + s, 4);      // the converters' warps
-      EmptyBarrier::init(ring.empty + s, Cluster * Shape::kConsumers / 32);  // those of all CTAs that this one's loads reach
+      EmptyBarrier::init(ring.empty + s, Shape::kCluster * Shape::kConsumers / 32);  // those of all CTAs that this one's loads reach
     }
     cutlass::arch::fence_barrier_init();
   } else if (threadIdx.x == kProducer * 32) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.w));
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.x));
   }
-  if constexpr (Cluster > 1) {  // before another CTA's loads and arrivals
+  if constexpr (Shape::kCluster > 1) {  // before another CTA's loads and arrivals
     cute::cluster_arrive_relaxed();
     cute::cluster_wait();
   }
@@ -257,7 +267,7 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThrea
   wait_for_previous_kernel();
   for (int e = threadIdx.x; e < p.experts; e += Shape::kThreads) schedule.ends[e] = grouped::bounded_end(__ldg(p.offs + e), p.tokens);
   __syncthreads();
-  if (warp == 0) schedule.make<N>();
+  if (warp == 0) schedule.make<N * ClusterN>();
   __syncthreads();
 
   if (warp >= kProducer) {
@@ -270,7 +280,7 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThrea
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     consume<Shape, Out, N>(p, schedule, ring, staged);
   }
-  if constexpr (Cluster > 1) {  // no CTA leaves while another may still arrive at its barriers
+  if constexpr (Shape::kCluster > 1) {  // no CTA leaves while another may still arrive at its barriers
     cute::cluster_arrive();
     cute::cluster_wait();
   }
@@ -278,10 +288,10 @@ __global__ void __launch_bounds__(GroupedShape<Kind, Out, W, N, Cluster>::kThrea
 
 // ---- host -------------------------------------------------------------------------------------------------------------------
 
-// A CTA's tile is W output channels by N tokens; a cluster has as many side by side. Everything is checked before anything is launched.
-template <GroupedX Kind, typename Out, int W, int N, int Cluster = 1>
+// A CTA's tile is W output channels by N tokens; a cluster's are side by side. Everything is checked before anything is launched.
+template <GroupedX Kind, typename Out, int W, int N, int ClusterW = 1, int ClusterN = 1>
 struct Mxfp8GroupedMm {
-  using Shape = GroupedShape<Kind, Out, W, N, Cluster>;
+  using Shape = GroupedShape<Kind, Out, W, N, ClusterW, ClusterN>;
   using X = std::conditional_t<Kind == GroupedX::kBf16, __nv_bfloat16, __nv_fp8_e4m3>;
 
   static void run(TensorView x, Optional<TensorView> x_scale, TensorView w, TensorView w_scale, TensorView offs, TensorView out) {
@@ -318,7 +328,7 @@ struct Mxfp8GroupedMm {
 
     GroupedParams p;
     encode<3>(&p.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(w), {k.value(), channels.value(), experts.value()},
-              {k.value(), k.value() * channels.value()}, {Shape::kStageK, Shape::kChannels, 1});
+              {k.value(), k.value() * channels.value()}, {Shape::kStageK, Shape::kBoxChannels, 1});
     if constexpr (Shape::kSizeOfX == 1) {
       encode(&p.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(x), tokens.value(), k.value(), x_pitch, Shape::kBoxTokens, 128);
     } else {
@@ -331,7 +341,7 @@ struct Mxfp8GroupedMm {
     p.experts = static_cast<int>(experts.value()), p.tokens = static_cast<int>(tokens.value());
     p.channels = static_cast<int>(channels.value()), p.k = static_cast<int>(k.value());
     p.stages = Shape::stages(p.experts);
-    p.group = std::max(1, 1024 / N);
+    p.group = std::max(1, 1024 / (N * ClusterN));
     p.whole_words = p.k % grouped::kStageK == 0 && aligned(p.w_scale, 4) && (!Shape::kMx || aligned(p.x_scale, 4));
     launch(p, device.id());
   }
@@ -354,19 +364,19 @@ struct Mxfp8GroupedMm {
   }
   static void launch(const GroupedParams& p, int device) {
     DeviceGuard guard(device);
-    const int64_t token_tiles = p.tokens / N + std::min(p.experts, p.tokens);  // the most there can be
-    const int64_t tiles = token_tiles * ceil_div(p.channels, Cluster * Shape::kChannels);  // a cluster's
+    const int64_t token_tiles = p.tokens / (N * ClusterN) + std::min(p.experts, p.tokens);  // the most there can be
+    const int64_t tiles = token_tiles * ceil_div(p.channels, ClusterW * Shape::kChannels);  // a cluster's
     if (tiles >= (int64_t{1} << 31)) TVM_FFI_THROW(ValueError) << "x: wanted fewer than 2^31 tiles of " << N << " rows, found " << tiles;
-    auto* kernel = mxfp8_grouped_mm_kernel<Kind, Out, W, N, Cluster>;
+    auto* kernel = mxfp8_grouped_mm_kernel<Kind, Out, W, N, ClusterW, ClusterN>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit), "cudaFuncSetAttribute");
     });
-    const int64_t room = static_cast<int64_t>(sm_count(device)) * Shape::kCtas / Cluster;
-    if (room == 0) TVM_FFI_THROW(RuntimeError) << "a device with no room for a cluster of " << Cluster << " CTAs";
-    Launch launch(static_cast<unsigned>(std::min(tiles, room) * Cluster), Shape::kThreads);
+    const int64_t room = static_cast<int64_t>(sm_count(device)) * Shape::kCtas / Shape::kCluster;
+    if (room == 0) TVM_FFI_THROW(RuntimeError) << "a device with no room for a cluster of " << Shape::kCluster << " CTAs";
+    Launch launch(static_cast<unsigned>(std::min(tiles, room) * Shape::kCluster), Shape::kThreads);
     launch.stream(env_stream(device)).shared_memory(Shape::bytes(p.experts)).programmatic();
-    if (Cluster > 1) launch.cluster(Cluster);
+    if (Shape::kCluster > 1) launch.cluster(Shape::kCluster);
     launch.run(kernel, p);
   }
 };

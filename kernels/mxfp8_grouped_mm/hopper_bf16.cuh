@@ -113,7 +113,7 @@ __device__ __forceinline__ void convert(const GroupedParams& p, const GroupedSch
   Slot slot;
   int expert = 0;
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const GroupedTile tile = schedule.tile<N, Shape::kChannels, 1>(index, expert);
+    const GroupedTile tile = schedule.tile<Shape>(index, expert);
     const int loaded = grouped::ceil_of(tile.valid, Shape::kBoxTokens) * Shape::kBoxTokens;
     for (int at = 0; at < stages; ++at) {
       FullBarrier::wait(ring.full + slot.index, slot.phase);

@@ -18,7 +18,7 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 // scales that a row of weights has of 128 elements are the same, by contract.
 enum class GroupedX { kBf16, kMxfp8, kFp8, kFp8By128 };
 
-template <GroupedX Kind, typename Out, int W, int N, int Cluster>
+template <GroupedX Kind, typename Out, int W, int N, int ClusterW, int ClusterN>
 struct GroupedShape {
   static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
   static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || (N == 256 && W == 128 && Kind == GroupedX::kBf16),
@@ -38,9 +38,13 @@ struct GroupedShape {
   static constexpr int kProducerRegisters = kMx ? 80 : kFp8 ? 72 : kManySums ? 56 : 88;
   static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kConverters * kConverterRegisters +
                                             grouped::kGroupThreads * kProducerRegisters <= 65536 / (8 * kThreads) * 8 * kThreads);
-  static constexpr int kCluster = Cluster;  // CTAs with neighbouring channels and the same tokens, which come once for all
-  static_assert(Cluster == 1 || (Cluster == 2 && kCtas == 1 && !kMx), "a cluster is two CTAs that bring tokens as they are multiplied");
-  static constexpr int kChannels = W;  // of a CTA
+  // CTAs with neighbouring channels and the same tokens, or with neighbouring tokens and the same channels: what they share comes
+  // once, each of them bringing a part of it to all.
+  static constexpr int kClusterW = ClusterW, kClusterN = ClusterN, kCluster = ClusterW * ClusterN;
+  static_assert(kCluster == 1 || (kCluster == 2 && kCtas == 1 && !kMx),
+                "a cluster is two CTAs, each alone on an SM, whose tokens come as they are multiplied");
+  static constexpr int kChannels = W, kColumns = N;    // of a CTA
+  static constexpr int kBoxChannels = W / ClusterN;    // that one copy brings
   static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
   static constexpr int kStageK = N == 256 ? grouped::kStageK / 2 : grouped::kStageK;
   static constexpr int kStageScales = kStageK / grouped::kBlock;  // of a row
@@ -94,7 +98,7 @@ struct GroupedSchedule {
   int experts, channel_tiles, group;
 
   // This CTA's part of tile `index`. By a whole warp. `expert` is the caller's place in the list, which only moves on.
-  template <int TileTokens, int Channels, int Cluster>
+  template <typename Shape>
   __device__ __forceinline__ GroupedTile tile(int index, int& expert) const {
     const int lane = threadIdx.x % 32;
     for (int passed = 32; passed == 32; expert += passed) {
@@ -102,11 +106,11 @@ struct GroupedSchedule {
       passed = __popc(__ballot_sync(~0u, next <= experts && first[next] <= index));
     }
     const int begin = expert > 0 ? ends[expert - 1] : 0, rows = grouped::rows_between(begin, ends[expert]);
-    const int token_tiles = grouped::ceil_of(rows, TileTokens);
+    const int token_tiles = grouped::ceil_of(rows, Shape::kColumns * Shape::kClusterN);
     const grouped::Place place = grouped::place_of(index - first[expert], token_tiles, channel_tiles, group);
-    const int token = place.token_tile * TileTokens;
-    const int channel = grouped::channel_of(place.channel_tile, Channels, Cluster, blockIdx.x);
-    return {expert, begin + token, min(rows - token, TileTokens), channel, token_tiles == 1};
+    const int token = grouped::first_of(place.token_tile, Shape::kColumns, Shape::kClusterN, blockIdx.x);
+    const int channel = grouped::first_of(place.channel_tile, Shape::kChannels, Shape::kClusterW, blockIdx.x);
+    return {expert, begin + token, min(max(rows - token, 0), Shape::kColumns), channel, token_tiles == 1};
   }
 
   // By one warp, after `ends` is there.

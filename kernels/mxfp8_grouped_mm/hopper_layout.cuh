@@ -114,11 +114,10 @@ struct Place {
   int token_tile, channel_tile;
 };
 
-// Of a cluster's CTAs, which are neighbours in the grid, each has the channels next to those of the one before.
+// A cluster's CTAs, which are neighbours in the grid, have tiles side by side: along channels, or along tokens. The first of `size`
+// elements that is the CTA's, in the cluster's tile number `tile` along one of them, of `cluster` CTAs there.
 constexpr int rank_of(int block, int cluster) { return block % cluster; }
-constexpr int channel_of(int channel_tile, int channels, int cluster, int block) {
-  return (channel_tile * cluster + rank_of(block, cluster)) * channels;
-}
+constexpr int first_of(int tile, int size, int cluster, int block) { return (tile * cluster + rank_of(block, cluster)) * size; }
 
 // The tiles of one expert in the order they are taken: `group` tiles of tokens together, and for them one tile of channels after
 // the other. Tiles that share weights run at the same time, and `group` bounds the tokens that have to stay in L2.

@@ -31,15 +31,17 @@ TILES = {
     "fp8 by 128": ("hopper:128x32", "fp8_128", FP32),
     "cluster of 256 tokens": ("hopper:128x256@2", "bf16", BF16),
     "fp8 by 128 cluster": ("hopper:256x128@2", "fp8_128", BF16),
+    "cluster along tokens": ("hopper:256x128@1x2", "fp8_128", BF16),
 }
 
 
 @pytest.fixture(scope="module", params=list(TILES))
 def tile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(key, kernel, output channels and tokens of the tile)"""
+    """(key, kernel, output channels and tokens of a cluster's tile)"""
     key = TILES[request.param]
     channels, tokens, cluster = hopper.sizes(key[0])
-    return key, Kernel(key, tmp_path_factory.mktemp("hopper")), channels * cluster, tokens
+    of_cluster = (channels, tokens * cluster) if key[0].endswith("@1x2") else (channels * cluster, tokens)
+    return key, Kernel(key, tmp_path_factory.mktemp("hopper")), *of_cluster
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,8 @@ def test_more_rounds_than_stages(tile: Any) -> None:
     check(key, kernel, operands([tokens, tokens], 2 * tokens, 2 * channels, 1280, key[1]), clusters=1)
 
 
-def test_a_cluster_whose_last_cta_has_no_channels(tile: Any) -> None:
-    """It brings its share of the tokens nevertheless."""
+def test_a_cluster_whose_last_cta_has_no_channels_or_tokens(tile: Any) -> None:
+    """It brings its share of what both need nevertheless."""
     key, kernel, channels, tokens = tile
     check(key, kernel, operands([tokens, 3], tokens + 3, channels + 8, 640, key[1]))
     check(key, kernel, operands([0, tokens // 2 + 1], tokens, 8, 256, key[1]))
@@ -388,3 +390,4 @@ def test_tiles_that_compile_are_all_named() -> None:
         alone = set(itertools.product((64, 128, 256), (8, 16, 32, 64, 128), (1,))) - {(64, 128, 1)}
         wide = {(128, 256, 1), (128, 256, 2)} if kind == "bf16" else set()
         assert sizes == alone | {(128, 128, 2), (256, 128, 2)} | wide
+        assert len(hopper.ALL_TILES[kind]) == len(sizes) + 1  # clusters along tokens have the same

@@ -31,12 +31,12 @@ def _compiled(name: str, folder: Path, options: list[str]) -> ctypes.CDLL:
 
 
 class Kernel:
-    """One tile, by the key that `hopper` has for it. A call raises RuntimeError where hardware would hang or fault. ``clusters``:
-    how many there is room for, of one CTA each where the tile has no ``@``."""
+    """One tile, by the key that `hopper` has for it. A call raises RuntimeError where hardware would hang or fault. There is
+    room for so many ``clusters``, of one CTA each where the tile's name has no ``@``."""
 
     def __init__(self, key: Any, folder: Path) -> None:
         types, _, _ = hopper.made(key).partition("<")[2].rpartition(">")
-        values = zip(("KIND", "OUT", "W", "N", "CLUSTER"), types.split(", "))
+        values = zip(("KIND", "OUT", "W", "N", "CLUSTER_W", "CLUSTER_N"), types.split(", "))
         defines = [f"-DMXFP8_{name}={value}" for name, value in values]
         self.cluster = hopper.sizes(key[0])[2]
         self.library = _compiled("mxfp8_grouped_mm", folder, [*defines, f"-I{HERE}", f"-I{KERNELS / 'include'}"])

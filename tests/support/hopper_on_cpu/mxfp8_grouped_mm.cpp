@@ -8,7 +8,7 @@ extern "C" int mxfp8_grouped_mm(const Given* x, const Given* x_scale, const Give
                                 const Given* out, int sms, char* error, int length) {
   return attempt(sms, hopper_on_cpu::seed, error, length, [&] {
     const TensorView x_view = view(*x), w_view = view(*w), w_scale_view = view(*w_scale), offs_view = view(*offs);
-    using Made = Mxfp8GroupedMm<MXFP8_KIND, MXFP8_OUT, MXFP8_W, MXFP8_N, MXFP8_CLUSTER>;
+    using Made = Mxfp8GroupedMm<MXFP8_KIND, MXFP8_OUT, MXFP8_W, MXFP8_N, MXFP8_CLUSTER_W, MXFP8_CLUSTER_N>;
     Made::run(x_view, optional(x_scale), w_view, w_scale_view, offs_view, view(*out));
   });
 }

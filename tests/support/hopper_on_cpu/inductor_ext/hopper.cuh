@@ -79,6 +79,11 @@ struct SM90_TMA_LOAD_3D {
     map->load({x, y, z}, barrier, static_cast<uint8_t*>(to));
   }
 };
+struct SM90_TMA_LOAD_MULTICAST_3D {
+  static void copy(const CUtensorMap* map, uint64_t* barrier, uint16_t ctas, uint64_t, void* to, int x, int y, int z) {
+    map->load_to(ctas, {x, y, z}, barrier, static_cast<uint8_t*>(to));
+  }
+};
 // Fragments of two 8 x 8 matrices, transposed; lane 8 * m + r gives the address of row r of matrix m.
 struct SM90_U16x4_STSM_T {
   static void copy(uint32_t one, uint32_t two, uint128_t& to) {
@@ -194,9 +199,7 @@ inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int k
 }
 
 inline void load_tile_to(uint16_t ctas, const CUtensorMap* map, uint64_t* barrier, void* to, int k, int row) {
-  for (unsigned rank = 0; rank < 16; ++rank) {
-    if (ctas >> rank & 1) map->load({k, row}, barrier, static_cast<uint8_t*>(to), hopper_on_cpu::cta_of(rank));
-  }
+  map->load_to(ctas, {k, row}, barrier, static_cast<uint8_t*>(to));
 }
 
 inline uint32_t bits_of(float v) {

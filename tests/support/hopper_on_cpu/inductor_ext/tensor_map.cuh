@@ -22,6 +22,11 @@ struct CUtensorMap {
     if (hopper_on_cpu::in_shared(to) % 1024 != 0) hopper_on_cpu::fail("a box that does not begin at a multiple of 1024 bytes");
     hopper_on_cpu::later_in(where, [=, map = *this] { map.bring(at, barrier, to); });
   }
+  void load_to(unsigned ctas, std::array<int, 3> at, uint64_t* barrier, uint8_t* to) const {
+    for (unsigned rank = 0; ctas >> rank != 0; ++rank) {
+      if (ctas >> rank & 1) load(at, barrier, to, hopper_on_cpu::cta_of(rank));
+    }
+  }
   void store(std::array<int, 3> at, const uint8_t* from) const {
     if (hopper_on_cpu::in_shared(from) % 1024 != 0) hopper_on_cpu::fail("a box that does not begin at a multiple of 1024 bytes");
     hopper_on_cpu::store_later(from, box[1] * width(), [=, map = *this] {
