@@ -177,7 +177,8 @@ class Op:
             return {}
         args = torch.fx.map_arg(node.args, lambda each: each.meta["val"])
         size = self.kernel.scratch(*args)
-        return {"scratch": _planned_empty([size], [1], torch.uint8, device_of(args))} if size else {}
+        needed = isinstance(size, torch.SymInt) or size > 0
+        return {"scratch": _planned_empty([size], [1], torch.uint8, device_of(args))} if needed else {}
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 

@@ -251,7 +251,7 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
         for _, _, tokens in group:
             sets = make_sets(w, tokens)
             mean = tokens * w.top_k / w.data.shape[0]
-            for kind in hopper.KINDS:
+            for kind in hopper.ALL_TILES:
                 found = {}
                 for key in keys:
                     narrow = hopper.sizes(key[0])[1] * 16 < mean  # reads its weights sixteen times: not worth the time
@@ -268,7 +268,7 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
             del sets
         del w
         torch.cuda.empty_cache()
-    for kind in hopper.KINDS:
+    for kind in hopper.ALL_TILES:
         columns = "tokens a group", "matmul", "fastest", "second", "third", "chosen now"
         table = Table(*columns, title=f"x in {kind}")
         for row in sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["mean"]):

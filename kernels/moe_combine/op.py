@@ -25,7 +25,7 @@ from inductor_ext.kernels import steps
 from inductor_ext.op import Kernel, Op
 
 #: Architectures on which the kernel has run and was compared with the reference. The rule asks in mode ``auto``.
-HAS_RUN: frozenset[str] = frozenset()
+HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
 
 MAX_TOP_K = 64
 _CPP_INTEGERS = {torch.int64: "int64_t", torch.int32: "int32_t"}

@@ -1,12 +1,12 @@
 // mxfp8_grouped_mm for compute capability 9.0, which has no tensor core for MX: weights stay FP8 in memory and in shared memory, and
 // become bf16, their scale with them, on the way into wgmma's registers (`hopper_bf16.cuh`); or, where x is FP8 with a scale a row,
-// FP8 tensor cores multiply, and each product of 32 is scaled when it is added (`hopper_fp8.cuh`). One persistent, warp-specialised
-// kernel for few and for many rows an expert.
+// FP8 tensor cores multiply, and each product of 32 is scaled when it is added (`hopper_fp8.cuh`). x in MXFP8 becomes bf16 first, by a
+// launch of its own (`to_bf16.cuh`). One persistent, warp-specialised kernel for few and for many rows an expert.
 //
 //   out[t, n] = sum_k x[t, k] * 2^sx[t, k / 32] * w[e, n, k] * 2^sw[e, n, k / 32]     rows t of expert e, see op.py
 //
-// NOT RUN ON HARDWARE YET. Its source runs on a CPU in the tests (tests/support/hopper_on_cpu), its machine code was looked at, and
-// that is all that is known: no number below is a measurement of it.
+// Measured on an H200 (benchmarks/results/h200/mxfp8_grouped_mm.json); its source also runs on a CPU in the tests
+// (tests/support/hopper_on_cpu).
 //
 //   consumers      one warpgroup for W = 64 rows of weights, two for 128 and 256. Weights are the M side (swapped operands), since M
 //                  is 64 and an expert often has fewer tokens than that; N tokens are the columns, 8 to 256 of them
@@ -14,7 +14,6 @@
 //   clusters       two CTAs with neighbouring channels and the same tokens (`ClusterW`), or the other way round (`ClusterN`): each
 //                  brings half of what they share, to both. Where products bound the speed, L2 is the next limit: 5.5 TB/s, of
 //                  which 256 x 128 tiles of FP8 at 1 000 TFLOP/s ask for 6.3; 5.2 with tokens shared, 4.2 with weights
-//   converters     one warpgroup, where x is MXFP8 too: writes the tokens of a stage as bf16 beside where they came
 //
 // Bytes: weights are read once where an expert's tokens fit one tile, and 128 KB of them or more are on their way to an SM at any
 // time where they bound the speed; 4 TB/s take 30. Instructions: at 4 TB/s an SM (132 of them, 1.7 GHz) gets 17.8 weights a clock.
@@ -38,6 +37,7 @@
 #include "mxfp8_grouped_mm/hopper_bf16.cuh"
 #include "mxfp8_grouped_mm/hopper_common.cuh"
 #include "mxfp8_grouped_mm/hopper_fp8.cuh"
+#include "mxfp8_grouped_mm/to_bf16.cuh"
 
 namespace inductor_ext {
 
@@ -138,7 +138,6 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
   const int rank_w = grouped::rank_of(blockIdx.x, Shape::kClusterW), rank_n = grouped::rank_of(blockIdx.x, Shape::kClusterN);
   const int tiles = schedule.first[p.experts];
   const uint8_t* w_end = p.w_scale + static_cast<int64_t>(p.experts) * p.channels * per_row;
-  const uint8_t* x_end = p.x_scale + static_cast<int64_t>(p.tokens) * per_row;
   Slot slot;
   slot.phase = 1;  // the first time round every stage is free
   int expert = 0;
@@ -150,7 +149,6 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
     // A cluster's second CTA may have no channels, or no tokens: it brings its part, and what it multiplies is not stored.
     const int scale_rows = min(Shape::kChannels, max(p.channels - tile.channel, 0));
     const int64_t scale_row = static_cast<int64_t>(tile.expert) * p.channels + (scale_rows > 0 ? tile.channel : 0);
-    const int token_rows = min(boxes * kBox, p.tokens - tile.token);
     for (int at = 0; at < stages; ++at) {
       EmptyBarrier::wait(ring.empty + slot.index, slot.phase);
       uint64_t* full = ring.full + slot.index;
@@ -160,7 +158,7 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
         FullBarrier::arrive_and_expect_tx(full, bytes);
         const int row = rank_n * Shape::kBoxChannels;
         load_weights<Shape::kClusterN>(&p.w, full, hint, stage + row * Shape::kStageK, k, tile.channel + row, tile.expert);
-        uint8_t* to = stage + Shape::kWeights + (Shape::kMx ? Shape::kTokens : 0);
+        uint8_t* to = stage + Shape::kWeights;
         for (int box = rank_w; box < boxes; box += Shape::kClusterW) {
           const int token = tile.token + box * kBox;
           uint8_t* rows = to + box * kBox * 128;
@@ -172,10 +170,6 @@ __device__ __forceinline__ void produce(const GroupedParams& p, const GroupedSch
       uint8_t* scales = ring.scales + slot.index * Shape::kScales;
       const int begin = at * Shape::kStageScales;
       copy_scales(scales, Shape::kChannels, p.w_scale, w_end, scale_row, scale_rows, per_row, begin, Shape::kBy128 || p.whole_words);
-      if constexpr (Shape::kMx) {
-        uint8_t* to = scales + Shape::kChannels * grouped::kScaleSlot;
-        copy_scales(to, boxes * kBox, p.x_scale, x_end, tile.token, token_rows, per_row, begin, p.whole_words);
-      }
       if constexpr (Shape::kFp8) {  // the tokens' own, which are needed once all of K is summed
         if (at + 1 == stages && tile.valid > 0) copy_row_scales<N>(scales + Shape::kChannels * grouped::kScaleSlot, p.x_scale, tile);
       }
@@ -238,8 +232,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas) mxfp8_grouped_m
   ring.scales = shared + p.stages * Shape::kStage;
   uint8_t* staged = ring.scales + p.stages * Shape::kScales;
   ring.full = reinterpret_cast<uint64_t*>(staged + Shape::kGroups * Shape::kStaged);
-  ring.ready = ring.full + kGroupedMaxStages;
-  ring.empty = ring.ready + kGroupedMaxStages;
+  ring.empty = ring.full + kGroupedMaxStages;
   GroupedSchedule schedule;
   schedule.first = reinterpret_cast<int*>(ring.empty + kGroupedMaxStages);
   schedule.ends = schedule.first + p.experts + 1;
@@ -247,11 +240,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas) mxfp8_grouped_m
   schedule.channel_tiles = grouped::ceil_of(p.channels, ClusterW * Shape::kChannels);
 
   const int warp = threadIdx.x / 32;
-  constexpr int kProducer = (Shape::kConsumers + Shape::kConverters) / 32;
+  constexpr int kProducer = Shape::kConsumers / 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stages; ++s) {
       FullBarrier::init(ring.full + s, 1 + 32);  // the copy engine's bytes, and the producer's lanes
-      FullBarrier::init(ring.ready + s, 4);      // the converters' warps
       EmptyBarrier::init(ring.empty + s, Shape::kCluster * Shape::kConsumers / 32);  // those of all CTAs that this one's loads reach
     }
     cutlass::arch::fence_barrier_init();
@@ -273,9 +265,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas) mxfp8_grouped_m
   if (warp >= kProducer) {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
     if (warp == kProducer) produce<Shape, N>(p, schedule, ring);
-  } else if (Shape::kMx && warp >= Shape::kConsumers / 32) {
-    if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<Shape::kConverterRegisters>();
-    if constexpr (Shape::kMx) convert<Shape, N>(p, schedule, ring);
   } else {
     if constexpr (Shape::kMovesRegisters) cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     consume<Shape, Out, N>(p, schedule, ring, staged);
@@ -310,9 +299,7 @@ struct Mxfp8GroupedMm {
       TVM_FFI_THROW(ValueError) << "x_scale: wanted " << (Kind != GroupedX::kBf16 ? "the scales of x" : "None") << " for "
                                 << dtype_name(DTypeOf<X>::value) << " x, found " << (x_scale.has_value() ? "a tensor" : "None");
     }
-    if constexpr (Shape::kMx) {
-      TensorMatcher({tokens, per_row}).dtype<__nv_fp8_e8m0, uint8_t>().contiguous().device(device).verify(*x_scale, "x_scale");
-    } else if constexpr (Shape::kFp8) {
+    if constexpr (Shape::kFp8) {
       TensorMatcher({tokens, 1}).dtype<float>().contiguous().device(device).verify(*x_scale, "x_scale");
     }
     TensorMatcher({experts}).dtype<int32_t>().contiguous().device(device).verify(offs, "offs");
@@ -342,7 +329,7 @@ struct Mxfp8GroupedMm {
     p.channels = static_cast<int>(channels.value()), p.k = static_cast<int>(k.value());
     p.stages = Shape::stages(p.experts);
     p.group = std::max(1, 1024 / (N * ClusterN));
-    p.whole_words = p.k % grouped::kStageK == 0 && aligned(p.w_scale, 4) && (!Shape::kMx || aligned(p.x_scale, 4));
+    p.whole_words = p.k % grouped::kStageK == 0 && aligned(p.w_scale, 4);
     launch(p, device.id());
   }
 

@@ -1,5 +1,5 @@
-// Sums on bf16 tensor cores: weights become bf16, their scale with them, on the way into wgmma's registers; MXFP8 tokens become bf16
-// in shared memory. The arithmetic is in `hopper.cuh`.
+// Sums on bf16 tensor cores: weights become bf16, their scale with them, on the way into wgmma's registers. The arithmetic
+// is in `hopper.cuh`.
 #pragma once
 
 #include "mxfp8_grouped_mm/hopper_common.cuh"
@@ -62,7 +62,6 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
     scales.read(ring.scales + (slot.index * Shape::kScales + first_scale), grouped::scale_shift_of_stage(shift, at, kScales),
                 grouped::scales_there(per_row, at, kScales));
     const uint64_t tokens = operand(ring.stages + (slot.index * Shape::kStage + Shape::kWeights));
-    if (Shape::kMx) FullBarrier::wait(ring.ready + slot.index, slot.phase);
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
 #pragma unroll
@@ -103,50 +102,6 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2],
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
   if (previous >= 0) release(ring.empty + previous);
-}
-
-// MXFP8 tokens to bf16, stage after stage.
-template <typename Shape, int N>
-__device__ __forceinline__ void convert(const GroupedParams& p, const GroupedSchedule& schedule, const GroupedRing& ring) {
-  const int thread = threadIdx.x % grouped::kGroupThreads, stages = grouped::ceil_of(p.k, grouped::kStageK);
-  const int per_row = p.k / grouped::kBlock, tiles = schedule.first[p.experts];
-  Slot slot;
-  int expert = 0;
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const GroupedTile tile = schedule.tile<Shape>(index, expert);
-    const int loaded = grouped::ceil_of(tile.valid, Shape::kBoxTokens) * Shape::kBoxTokens;
-    for (int at = 0; at < stages; ++at) {
-      FullBarrier::wait(ring.full + slot.index, slot.phase);
-      uint8_t* to = ring.stages + slot.index * Shape::kStage + Shape::kWeights;
-      const uint8_t* from = to + Shape::kTokens;
-      const uint8_t* scales = ring.scales + slot.index * Shape::kScales + Shape::kChannels * grouped::kScaleSlot;
-      const uint32_t there = grouped::scales_there(per_row, at, Shape::kStageScales);
-#pragma unroll 2
-      for (int i = thread; i < loaded * 8; i += grouped::kGroupThreads) {
-        const int token = i / 8, sixteen = i % 8;
-        const uint4 raw = *reinterpret_cast<const uint4*>(from + grouped::swizzled(token, sixteen * 16));
-        const uint2 slot = *reinterpret_cast<const uint2*>(scales + token * grouped::kScaleSlot);
-        const int shift = grouped::scale_shift(reinterpret_cast<uintptr_t>(p.x_scale), 0, 0, tile.token + token, per_row);
-        const uint32_t factor = grouped::factor_of((grouped::scales_in(slot.x, slot.y, shift) & there) >> 8 * (sixteen / 2) & 0xff);
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-        uint4 pieces[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t low = words[2 * half], high = words[2 * half + 1];
-          pieces[half] = make_uint4(scaled_pair(low & 0xffff, factor), scaled_pair(low >> 16, factor),
-                                    scaled_pair(high & 0xffff, factor), scaled_pair(high >> 16, factor));
-        }
-        // The upper 64 of K begin at the same banks as the lower: their two pieces go in the other order.
-        const int one = sixteen / 4;
-        *reinterpret_cast<uint4*>(to + grouped::token_piece(N, token, 2 * sixteen + one)) = one ? pieces[1] : pieces[0];
-        *reinterpret_cast<uint4*>(to + grouped::token_piece(N, token, 2 * sixteen + 1 - one)) = one ? pieces[0] : pieces[1];
-      }
-      cutlass::arch::fence_view_async_shared();  // wgmma reads what was written here
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(ring.ready + slot.index);
-      slot.advance(ring.count);
-    }
-  }
 }
 
 }  // namespace inductor_ext

@@ -14,45 +14,42 @@ constexpr int kGroupedSharedOfTwo = 112 * 1024;  // bytes of shared memory for e
 constexpr int kGroupedMaxExperts = 1024;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
-// What a token is: bf16, MXFP8 (e4m3 with a scale for 32 elements), or e4m3 with one fp32 scale for the row; that too where the four
-// scales that a row of weights has of 128 elements are the same, by contract.
-enum class GroupedX { kBf16, kMxfp8, kFp8, kFp8By128 };
+// What a token is: bf16, or e4m3 with one fp32 scale for the row; that too where the four scales that a row of weights has of 128
+// elements are the same, by contract.
+enum class GroupedX { kBf16, kFp8, kFp8By128 };
 
 template <GroupedX Kind, typename Out, int W, int N, int ClusterW, int ClusterN>
 struct GroupedShape {
   static_assert(W == 64 || W == 128 || W == 256, "a tile is 64, 128 or 256 output channels");
   static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || (N == 256 && W == 128 && Kind == GroupedX::kBf16),
                 "of 8 to 128 tokens, or 256 where the sums and a stage of them fit");
-  static constexpr bool kMx = Kind == GroupedX::kMxfp8, kBy128 = Kind == GroupedX::kFp8By128, kFp8 = kBy128 || Kind == GroupedX::kFp8;
+  static constexpr bool kBy128 = Kind == GroupedX::kFp8By128, kFp8 = kBy128 || Kind == GroupedX::kFp8;
   static constexpr int kSizeOfX = Kind == GroupedX::kBf16 ? 2 : 1;
   static constexpr int kGroups = W == 64 ? 1 : 2;                    // of consumers
   static constexpr int kBlocks = W / (kGroups * grouped::kGroupRows);  // of 64 rows that each has
-  static constexpr int kCtas = W == 64 || (W == 128 && N <= 32 && !kMx) ? 2 : 1;  // of an SM
+  static constexpr int kCtas = W == 64 || (W == 128 && N <= 32) ? 2 : 1;  // of an SM
   static constexpr bool kMovesRegisters = kCtas == 1;  // from the producer, then a whole warpgroup, to the consumers
   static constexpr int kConsumers = kGroups * grouped::kGroupThreads;
-  static constexpr int kConverters = kMx ? grouped::kGroupThreads : 0;
-  static constexpr int kThreads = kConsumers + kConverters + (kMovesRegisters ? grouped::kGroupThreads : 32);
+  static constexpr int kThreads = kConsumers + (kMovesRegisters ? grouped::kGroupThreads : 32);
   // What a CTA starts with is all that it ever has, and asking for more hangs: of 65 536, as many as its threads get in eighths.
   static constexpr bool kManySums = Kind == GroupedX::kBf16 && W == 256 && N == 128;  // beside four wgmmas' weights, twice
-  static constexpr int kConsumerRegisters = kMx ? 176 : kFp8 ? 216 : kManySums ? 224 : 208, kConverterRegisters = 80;
-  static constexpr int kProducerRegisters = kMx ? 80 : kFp8 ? 72 : kManySums ? 56 : 88;
-  static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kConverters * kConverterRegisters +
-                                            grouped::kGroupThreads * kProducerRegisters <= 65536 / (8 * kThreads) * 8 * kThreads);
+  static constexpr int kConsumerRegisters = kFp8 ? 216 : kManySums ? 224 : 208;
+  static constexpr int kProducerRegisters = kFp8 ? 72 : kManySums ? 56 : 88;
+  static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + grouped::kGroupThreads * kProducerRegisters <=
+                                        65536 / (8 * kThreads) * 8 * kThreads);
   // CTAs with neighbouring channels and the same tokens, or with neighbouring tokens and the same channels: what they share comes
   // once, each of them bringing a part of it to all.
   static constexpr int kClusterW = ClusterW, kClusterN = ClusterN, kCluster = ClusterW * ClusterN;
-  static_assert(kCluster == 1 || (kCluster == 2 && kCtas == 1 && !kMx),
-                "a cluster is two CTAs, each alone on an SM, whose tokens come as they are multiplied");
+  static_assert(kCluster == 1 || (kCluster == 2 && kCtas == 1), "a cluster is two CTAs, each alone on an SM");
   static constexpr int kChannels = W, kColumns = N;    // of a CTA
   static constexpr int kBoxChannels = W / ClusterN;    // that one copy brings
   static constexpr int kBoxTokens = N <= 16 ? N : N <= 64 ? 16 : 32;  // that one copy brings: a tile of few tokens reads few
   static constexpr int kStageK = N == 256 ? grouped::kStageK / 2 : grouped::kStageK;
   static constexpr int kStageScales = kStageK / grouped::kBlock;  // of a row
   static constexpr int kWeights = W * kStageK;
-  static constexpr int kTokens = N * kStageK * (kFp8 ? 1 : 2);  // as they are multiplied
-  static constexpr int kRaw = kMx ? N * grouped::kStageK : 0;            // as they come, where that is not the same
-  static constexpr int kStage = kWeights + kTokens + kRaw;
-  static constexpr int kScales = (W + (kMx ? N : 0)) * grouped::kScaleSlot + (kFp8 ? N * 4 : 0);  // bytes a stage
+  static constexpr int kTokens = N * kStageK * kSizeOfX;
+  static constexpr int kStage = kWeights + kTokens;
+  static constexpr int kScales = W * grouped::kScaleSlot + (kFp8 ? N * 4 : 0);  // bytes a stage
   static constexpr int kSize = static_cast<int>(sizeof(Out));
   static constexpr int kMostStaged = kSize == 2 ? 32 : 16;  // tokens of the output that are staged at a time
   static constexpr int kStagedTokens = N < kMostStaged ? N : kMostStaged;
@@ -60,7 +57,7 @@ struct GroupedShape {
   // Sets of registers for products that are not in the sums yet: two, where they fit beside the sums.
   static constexpr int kParts = (kBlocks + 2) * N / 2 <= 192 ? 2 : 1;
   static constexpr int kTogether = N < 128 || kManySums ? 4 : 2;  // wgmmas issued together: registers for two such sets of weights
-  static constexpr int fixed(int experts) { return kGroups * kStaged + 3 * kGroupedMaxStages * 8 + (2 * experts + 1) * 4; }
+  static constexpr int fixed(int experts) { return kGroups * kStaged + 2 * kGroupedMaxStages * 8 + (2 * experts + 1) * 4; }
   static constexpr int stages(int experts) {
     const int budget = kCtas == 2 ? kGroupedSharedOfTwo : kSharedLimit;
     const int fit = (budget - fixed(experts)) / (kStage + kScales);
@@ -74,7 +71,7 @@ struct GroupedShape {
 struct GroupedParams {
   CUtensorMap w, x;
   const uint8_t* w_scale;  // [E, N, K / 32]
-  const uint8_t* x_scale;  // [T, K / 32], or fp32 [T], or null
+  const uint8_t* x_scale;  // fp32 [T], or null
   const int32_t* offs;
   void* out;
   int64_t out_pitch;  // elements
@@ -140,7 +137,6 @@ struct GroupedRing {
   uint8_t* stages;
   uint8_t* scales;
   uint64_t* full;   // weights, tokens and scales are there
-  uint64_t* ready;  // the tokens are bf16, where they did not come as such
   uint64_t* empty;
   int count;
 };

@@ -21,8 +21,8 @@ the sum of 32 products (128 where `w_block` is), which is then added in fp32.
 * any scales may be given as uint8, their bytes: Inductor has no e8m0.
 * out [T, N] of ``out_dtype``: bf16, fp16 or fp32.
 
-The schedule is made on the device: no host sync, and nothing allocated but the output and, on 10.0, a scratch buffer that is
-planned as the output is.
+The schedule is made on the device: no host sync, and nothing allocated but the output and, on 10.0 and for x in MXFP8, a
+scratch buffer that is planned as the output is.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ W_BLOCKS = (32, 128)
 
 #: Targets whose kernel has run on a GPU and been compared with the reference there. Rules in mode "auto" ask this on a CUDA
 #: device; a kernel that has only been compiled is for "always".
-HAS_RUN: frozenset[str] = frozenset()
+HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
 
-#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``key``, ``keys``, ``exports``, ``bind``, ``examples``.
+#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``key``, ``keys``, ``scratch``, ``exports``,
+#: ``bind``, ``examples``.
 KERNELS: dict[str, Any] = {hopper.TARGET: hopper, blackwell.TARGET: blackwell}
 
 
@@ -300,9 +301,10 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     return with_bytes
 
 
-def scratch(x: Any, *rest: Any) -> int:
-    """Bytes that a kernel keeps its schedule in: those of 10.0 alone."""
-    return blackwell.scratch(x, *rest) if x.device.type == "cuda" and target_of(x.device) == blackwell.TARGET else 0
+def scratch(x: Any, *rest: Any) -> Any:
+    """Bytes that a kernel keeps its schedule in (10.0), or x as bf16 (9.0, where x is MXFP8)."""
+    target = target_of(x.device) if x.device.type == "cuda" else ""
+    return KERNELS[target].scratch(x, *rest) if target in KERNELS else 0
 
 
 def examples(target: str) -> tuple[Hashable, ...]:

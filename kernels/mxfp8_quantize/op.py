@@ -25,7 +25,7 @@ from inductor_ext.op import Kernel, Op
 
 #: Targets whose kernels have run on a GPU and been compared with the reference there, those of the ops that quantise what they
 #: compute ("mx" of rms_norm_quantize and act_mul_quantize) too. Rules in mode "auto" ask this on a CUDA device.
-HAS_RUN: frozenset[str] = frozenset()
+HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
 
 
 def fake(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool) -> Any:

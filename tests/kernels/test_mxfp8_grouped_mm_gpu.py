@@ -23,6 +23,7 @@ LIMIT = {BF16: 3e-3, FP16: 5e-4, FP32: 5e-5}  # ‖out - fp64‖ / ‖fp64‖
 FP8_LIMIT = {BF16: 3e-3, FP16: 7e-4, FP32: 5e-4}  # FP8 tensor cores keep 14 bits of 32 products' sum, or of 128's
 KEYS = [(name, kind, BF16) for kind, names in hopper.ALL_TILES.items() for name in names]
 KEYS += [("hopper:64x8", "bf16", FP32), ("hopper:128x32", "bf16", FP16), ("hopper:256x128", "bf16", FP32)]
+KEYS += [(name, "mxfp8", BF16) for _, name in hopper.TILES["mxfp8"]]
 KEYS += [("hopper:128x128", "mxfp8", FP32), ("hopper:128x128", "fp8", FP32), ("hopper:64x8", "fp8", FP16)]
 
 
@@ -201,7 +202,7 @@ def near(found: torch.Tensor, given: list[Any]) -> bool:
 
 def test_the_op_takes_these_kernels(modules: dict[Any, Any]) -> None:
     given = operands(counts_of("uniform", 64, 8), 64, 64, 768, "bf16")
-    expected = (hopper.TARGET, ("hopper:64x16", "bf16", BF16))
+    expected = (hopper.TARGET, ("hopper:128x16", "bf16", BF16))
     assert OP.kernel is not None and OP.kernel.key(*given, BF16, False, 32) == expected
     assert near(torch.ops.inductor_ext.mxfp8_grouped_mm(*given, BF16, False, 32), given)
     bytes_for_scales = [*given[:3], given[3].view(U8), given[4]]

@@ -51,6 +51,14 @@ class Kernel:
             raise RuntimeError(error.value.decode())
 
 
+    def to_bf16(self, x: torch.Tensor, x_scale: torch.Tensor, out: torch.Tensor) -> None:
+        """What makes bf16 of MXFP8 tokens, whatever the tile."""
+        given = [Given.of(each) for each in (x, x_scale, out.view(-1).view(torch.uint8))]
+        error = ctypes.create_string_buffer(500)
+        if self.library.mxfp8_to_bf16(*(ctypes.byref(each) for each in given), 2, error, 500):
+            raise RuntimeError(error.value.decode())
+
+
 class TileKernel:
     """One class of scaled_mm's tile family, by its C++ name. A call raises RuntimeError where hardware would hang or fault, or
     where what it reads changes while it does. Options: ``static_b``; ``sms``, how many CTAs there are at most; ``seed`` of the

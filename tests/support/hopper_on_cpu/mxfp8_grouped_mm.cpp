@@ -12,3 +12,7 @@ extern "C" int mxfp8_grouped_mm(const Given* x, const Given* x_scale, const Give
     Made::run(x_view, optional(x_scale), w_view, w_scale_view, offs_view, view(*out));
   });
 }
+
+extern "C" int mxfp8_to_bf16(const Given* x, const Given* scale, const Given* out, int sms, char* error, int length) {
+  return attempt(sms, hopper_on_cpu::seed, error, length, [&] { Mxfp8ToBf16::run(view(*x), view(*scale), view(*out)); });
+}
