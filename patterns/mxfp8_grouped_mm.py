@@ -6,7 +6,7 @@
     … with every fourth scale, for 128 of K                          →   … with w_block 128
 
 The dequantisation, which `MXFP8Weight` brings into the graph, goes: no bf16 copy of the weight is made. A bf16 weight is never
-quantised here. On a GPU the rule waits for ``always`` until the kernel has run there (``HAS_RUN``).
+quantised here. On a GPU whose kernel has not run yet (``HAS_RUN``) the rule waits for ``always``.
 """
 
 from __future__ import annotations

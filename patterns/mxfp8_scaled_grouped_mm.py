@@ -4,7 +4,8 @@
         →   inductor_ext.mxfp8_grouped_mm(x, x_scale, w, w_scale, offs, …)
 
 which is ``aten._scaled_grouped_mm_v2`` with 1x32 blocks, scales plain or in tiles (SWIZZLE_32_4_4), x [T, K] in groups and one
-w [E, N, K] a group. On a GPU the rule waits for ``always`` until the kernel has run there (``HAS_RUN``).
+w [E, N, K] a group. On a GPU whose kernel has not run yet (``HAS_RUN``) the rule
+waits for ``always``.
 
 PyTorch accepts this call on GPUs that have no MX tensor core, and it ends there in a launch failure which loses the CUDA
 context (torch 2.11 on an H200). There the op takes the product even where it has no kernel for it, and multiplies what it

@@ -132,7 +132,7 @@ def test_activations_are_quantised_where_there_is_an_mx_tensor_core(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     mx = capability >= (10, 0)
-    assert quantizing._activations("auto", torch.device("cuda")) == ("mxfp8" if mx else "bf16")
+    assert quantizing._activations("auto", torch.device("cuda")) == ("mxfp8" if mx else "fp8")
     assert quantizing._activations("mxfp8", torch.device("cuda")) == "mxfp8"
     assert quantizing._activations("auto", torch.device("cpu")) == "bf16"
     assert quantizing._has_mx(torch.device("cuda")) == mx
