@@ -57,6 +57,11 @@ class Settings:
     pdl: bool = _option(
         True, "INDUCTOR_EXT_PDL", "programmatic dependent launch of our kernels; the variable only, read at the first launch"
     )
+    tensor_launches: int = _option(
+        0,
+        "INDUCTOR_EXT_TENSOR_LAUNCHES",
+        "1 or 2: launches of a quantisation with one scale for a tensor, wherever possible (0: by size); the variable only",
+    )
     progress: bool = _option(True, "INDUCTOR_EXT_PROGRESS", "show a progress line on a terminal while kernels build")
 
     def replace(self, **changes: Any) -> Settings:

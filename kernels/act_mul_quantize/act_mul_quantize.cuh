@@ -6,6 +6,9 @@
 //   C up to 32 768; c0..c7 are the constants of both programs
 //   MXFP8 (MxScale): C a multiple of 32, scale [R, C / 32]
 //
+// With one scale for the whole tensor one launch keeps y on the chip (quantize_once.cuh), or y goes to memory and a second launch
+// casts it: rows that are not whole aligned vectors, and a y of which little would be kept.
+//
 // The activations are PyTorch's own formulas (aten/src/ATen/native/cuda/Activation*.cu), computed in fp32.
 #pragma once
 
@@ -71,7 +74,23 @@ struct ActMulQuantizeParams {
   void* y;
   float* partial;
   int64_t blocks;
+  OnceParams once;
+  Divisor columns;  // a row's vectors
+  uint32_t count;   // vectors of all rows
 };
+
+// y = act(y) * factor, each step rounded.
+template <typename In, typename Act, int E, int U>
+__device__ __forceinline__ void act_mul(Raw<In, E> (&y)[U], const Raw<In, E> (&factor)[U]) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    float v[E];
+    y[u].unpack(v);
+    Act::template apply<In>(v);
+    y[u].pack(v);
+    y[u].multiply(factor[u]);
+  }
+}
 
 // y of one row.
 template <typename In, typename Act, int Threads, int E, int U>
@@ -86,14 +105,7 @@ __device__ __forceinline__ void act_mul_row(const ActMulQuantizeParams& p, const
     if (place.row >= 0 && i < p.cols) y[u].load(gate + i * E), factor[u].load(up + i * E);
   }
   allow_next_kernel();
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    float v[E];
-    y[u].unpack(v);
-    Act::template apply<In>(v);
-    y[u].pack(v);
-    y[u].multiply(factor[u]);
-  }
+  act_mul<In, Act>(y, factor);
 }
 
 template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads,
@@ -118,13 +130,50 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
                                     [&](const RowPlace<Threads>& place, Raw<In, E>(&y)[U]) { act_mul_row<In, Act>(p, place, y); });
 }
 
+// One scale in one launch: vectors of all rows one after the other, the last ones first.
+template <typename In, typename Act, int E, int U>
+struct ActMulOnce : OnceWork<In> {
+  const ActMulQuantizeParams& p;
+
+  __device__ __forceinline__ explicit ActMulOnce(const ActMulQuantizeParams& p) : p(p) {}
+  __device__ __forceinline__ uint32_t vector(uint32_t block, int u) const {
+    return ((p.once.blocks - 1 - block) * U + u) * blockDim.x + threadIdx.x;
+  }
+  __device__ __forceinline__ void y(uint32_t block, bool, Raw<In, E> (&raw)[U]) const {
+    Raw<In, E> factor[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const uint32_t i = vector(block, u);
+      uint32_t column;
+      const int64_t row = p.columns.divide(i, &column);
+      raw[u].zero(), factor[u].zero();
+      if (i < p.count) {
+        raw[u].load(static_cast<const In*>(p.gate) + row * p.gate_pitch + column * E);
+        factor[u].load(static_cast<const In*>(p.up) + row * p.up_pitch + column * E);
+      }
+    }
+    act_mul<In, Act>(raw, factor);
+  }
+  __device__ __forceinline__ int64_t at(uint32_t block, int u) const {
+    const uint32_t i = vector(block, u);
+    return i < p.count ? static_cast<int64_t>(i) * E : -1;
+  }
+};
+
+template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E, int U>
+__global__ void __launch_bounds__(kOnceThreads, sizeof(In) == 4 ? 1 : 2)
+    act_mul_quantize_once_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+  quantize_once<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E, U>(p.once, dynamic_shared_memory<Aligned<In, E>>(),
+                                                                       ActMulOnce<In, Act, E, U>(p));
+}
+
 template <typename In, typename Act, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct ActMulQuantize {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "act_mul_quantize has no tensor operands");
   using Chain = ToFp8<Program>;
 
-  // `y` and `partial` are given for a tensor with one scale.
-  static void run(TensorView gate, TensorView up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
+  // For a tensor with one scale `partial` is given. True: nothing has been done, for want of `y`.
+  static bool run(TensorView gate, TensorView up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
                   double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
     TensorMatcher().dtype<In>().device(device).verify(gate, "gate");
@@ -146,20 +195,43 @@ struct ActMulQuantize {
                                 << ", " << shape_of(scale);
     }
     if (rows.rows == 0 && !Rowwise) TVM_FFI_THROW(ValueError) << "gate: wanted at least one row, since an empty tensor has no maximum";
-    if (rows.rows == 0) return;
+    if (rows.rows == 0) return false;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
     ActMulQuantizeParams p{data(gate), data(up),    data<uint8_t>(out), data(scale),
                            rows.rows,  rows.cols,   rows.pitch,         other.pitch, Consts::of(constants)};
-    if constexpr (!Rowwise) p.y = data(*y), p.partial = tensor_workspace<In>(*y, *partial, rows.rows * rows.cols, device);
     const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
     const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.gate, p.gate_pitch) && rows_aligned(p.up, p.up_pitch) && aligned(p.out, 8);
     DeviceGuard guard(device.id());
     if (vectors) p.cols /= 8;
+    if constexpr (!Rowwise) {
+      p.partial = tensor_partials(*partial, device);
+      if (y.has_value()) {
+        p.y = tensor_y<In>(*y, rows.rows * rows.cols, device);
+      } else {
+        return !(vectors && once(p, device.id()));
+      }
+    }
     with_row_shape(rows.rows, rows.cols, vectors, sm_count(device.id()), Start{p, env_stream(device.id()), device.id()});
+    return false;
   }
 
  private:
+  static bool once(ActMulQuantizeParams& p, int device) {
+    const int64_t count = p.rows * p.cols;
+    if (count >= int64_t{1} << 31) return false;
+    p.count = static_cast<uint32_t>(count), p.columns = Divisor::of(p.cols);
+    p.once = OnceParams{p.out, p.scale, p.partial, 0, 0, p.consts};
+    // So few vectors that they leave SMs idle: one a thread.
+    return count < int64_t{4} * kOnceThreads * sm_count(device) ? once<1>(p, device) : once<4>(p, device);
+  }
+  template <int U>
+  static bool once(ActMulQuantizeParams& p, int device) {
+    static OncePlans plans;
+    auto* kernel = act_mul_quantize_once_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, U>;
+    return launch_once(kernel, plans, p, ceil_div(p.count, kOnceThreads * U), kOnceThreads, kOnceThreads * U * sizeof(Aligned<In, 8>),
+                       kOnceLeastKeptOfTwoInputs, device);
+  }
   struct Start {
     ActMulQuantizeParams& p;
     cudaStream_t stream;

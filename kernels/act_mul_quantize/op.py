@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels import mx, steps
-from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, tensor_workspace
+from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, run_with_one_scale
 from inductor_ext.op import Kernel, Op
 
 TORCHAO_SCALE = "div:448.0 f32"
@@ -106,8 +106,11 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     rowwise = key[2] != "tensor"
 
     def call(gate: Any, up: Any, _a: str, _g: str, _s: str, _p: str, _d: Any, out: Any, scale: Any) -> None:
-        workspace = (None, None) if rowwise else tensor_workspace(gate)
-        run(gate, up, out, scale, *workspace, *constants)
+        operands = (gate, up, out, scale)
+        if rowwise:
+            run(*operands, None, None, *constants)
+        else:
+            run_with_one_scale(run, gate, operands, constants)
 
     return call
 

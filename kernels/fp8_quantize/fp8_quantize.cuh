@@ -1,4 +1,5 @@
-// FP8 with a dynamic scale: amax, scale and cast in one pass over memory for rows, in two launches for a whole tensor.
+// FP8 with a dynamic scale: amax, scale and cast in one pass over memory for rows; for a whole tensor in one launch that keeps
+// x on the chip (quantize_once.cuh), or in two.
 //
 //   amax = max |x|   over the row or the tensor, NaN propagates, exact in x's dtype
 //   scale = scale_program(amax);   out = cast(program(x, scale))
@@ -17,6 +18,7 @@
 
 #include "inductor_ext/fp8.cuh"
 #include "inductor_ext/launch.cuh"
+#include "inductor_ext/quantize_once.cuh"
 #include "inductor_ext/quantize_tensor.cuh"
 #include "inductor_ext/reduce.cuh"
 #include "inductor_ext/steps.cuh"
@@ -205,6 +207,55 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_amax_kernel(const
   if (threadIdx.x == 0) p.partial[blockIdx.x] = __uint_as_float(bits);
 }
 
+struct Fp8QuantizeOnceParams {
+  const void* x;
+  int64_t count;  // vectors
+  int tail;       // elements behind the last vector
+  OnceParams once;
+};
+
+template <typename In, int E, int U>
+struct Fp8QuantizeOnce : OnceWork<In> {
+  const Fp8QuantizeOnceParams& p;
+  const In* x;
+
+  __device__ __forceinline__ explicit Fp8QuantizeOnce(const Fp8QuantizeOnceParams& p) : p(p), x(static_cast<const In*>(p.x)) {}
+  __device__ __forceinline__ int64_t vector(uint32_t block, int u) const {
+    return (static_cast<int64_t>(p.once.blocks - 1 - block) * U + u) * blockDim.x + threadIdx.x;  // the last first: what was written last is in L2
+  }
+  __device__ __forceinline__ void y(uint32_t block, bool, Raw<In, E> (&raw)[U]) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t i = vector(block, u);
+      raw[u].zero();
+      if (i < p.count) raw[u].load(x + i * E);
+    }
+  }
+  __device__ __forceinline__ int64_t at(uint32_t block, int u) const {
+    const int64_t i = vector(block, u);
+    return i < p.count ? i * E : -1;
+  }
+  __device__ __forceinline__ bool has_rest() const { return blockIdx.x == 0 && static_cast<int>(threadIdx.x) < p.tail; }
+  __device__ __forceinline__ Raw<In, 1> one() const {
+    Raw<In, 1> raw;
+    raw.load(x + p.count * E + threadIdx.x);
+    return raw;
+  }
+  __device__ __forceinline__ void rest(Amax<In>& amax) const {
+    if (has_rest()) amax.merge(one());
+  }
+  template <typename F>
+  __device__ __forceinline__ void cast_rest(F&& cast) const {
+    if (has_rest()) cast(one(), p.count * E + threadIdx.x);
+  }
+};
+
+template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E, int U>
+__global__ void __launch_bounds__(kOnceThreads) fp8_quantize_once_kernel(const __grid_constant__ Fp8QuantizeOnceParams p) {
+  quantize_once<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E, U>(p.once, dynamic_shared_memory<Aligned<In, E>>(),
+                                                                       Fp8QuantizeOnce<In, E, U>(p));
+}
+
 template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct Fp8QuantizeTensor {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no tensor operands");
@@ -232,6 +283,7 @@ struct Fp8QuantizeTensor {
     DeviceGuard guard(device.id());
     if (aligned(p.x, 16) && aligned(p.out, 8)) {
       p.count = shape.cols / 8, p.tail = shape.cols % 8;
+      if (once(p, device.id())) return;
       launch<8>(p, device.id());
     } else {
       launch<1>(p, device.id());
@@ -239,6 +291,18 @@ struct Fp8QuantizeTensor {
   }
 
  private:
+  static bool once(const Fp8QuantizeTensorParams& p, int device) {
+    // So few vectors that they leave SMs idle: one a thread.
+    return p.count < int64_t{4} * kOnceThreads * sm_count(device) ? once<1>(p, device) : once<4>(p, device);
+  }
+  template <int U>
+  static bool once(const Fp8QuantizeTensorParams& p, int device) {
+    static OncePlans plans;
+    Fp8QuantizeOnceParams params{p.x, p.count, static_cast<int>(p.tail), OnceParams{p.out, p.scale, p.partial, 0, 0, p.consts}};
+    auto* kernel = fp8_quantize_once_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, U>;
+    const int64_t blocks = std::max<int64_t>(ceil_div(p.count, kOnceThreads * U), 1);
+    return launch_once(kernel, plans, params, blocks, kOnceThreads, kOnceThreads * U * sizeof(Aligned<In, 8>), kOnceLeastKept, device);
+  }
   template <int E>
   static void launch(Fp8QuantizeTensorParams& p, int device) {
     const int64_t tiles = std::max<int64_t>(ceil_div(p.count, kTensorThreads * kTensorUnroll), 1);

@@ -7,12 +7,13 @@
 A group of 128 is "row" on ``x.view(..., K // 128, 128)``. Both programs are those of ``kernels/steps.py``; ``program`` names
 the scale ``scale``. torchao's row-wise recipe, which takes ``amax / 448`` in bf16, is ``scale_program="div:448.0 f32"``,
 ``program="f32 div:scale max:-448.0 min:448.0"``. Bit-exact: a maximum does not depend on the order it is taken in.
-Row: one pass up to 16 384 columns; tensor: two launches. An empty row, or an empty tensor, has no maximum: ValueError.
+Row: one pass up to 16 384 columns; tensor: one launch that keeps x on the chip, or two.
+An empty row, or an empty tensor, has no maximum: ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +24,16 @@ from inductor_ext.op import Kernel, Op
 GRANULARITIES = ("row", "tensor")
 TORCHAO_SCALE = "div:448.0 f32"
 TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
-WORKSPACE_FLOATS = 1024  # partial maxima of the first launch, one a CTA
+WORKSPACE_FLOATS = 1024  # partial maxima, one a CTA
 
 
-def tensor_workspace(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a kernel that computes y like ``x`` and quantises it with one scale keeps between its launches: y, and maxima."""
-    return x.new_empty(x.shape), x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32)
+def run_with_one_scale(
+    run: Callable[..., bool], x: torch.Tensor, operands: tuple[Any, ...], constants: Sequence[float]
+) -> None:
+    """Runs a kernel that computes y like ``x`` and quantises it with one scale; with y's memory, if it asks for that."""
+    partial = x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32)
+    if run(*operands, None, partial, *constants):
+        run(*operands, x.new_empty(x.shape), partial, *constants)
 
 
 def fake(x: torch.Tensor, granularity: str, scale_program: str, program: str, dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels import mx, steps
-from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, tensor_workspace
+from inductor_ext.kernels.fp8_quantize.op import GRANULARITIES, run_with_one_scale
 from inductor_ext.op import Kernel, Op
 
 NORMS = ("cast mul", "mul cast", "mul+1 cast")
@@ -158,8 +158,11 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
         x: Any, residual: Any, weight: Any, eps: float, _n: str, _g: str, _s: str, _p: str, _d: Any,
         out: Any, scale: Any, total: Any,
     ) -> None:  # fmt: skip
-        workspace = (None, None) if rowwise else tensor_workspace(x)
-        run(x, residual, weight, eps, out, scale, total, *workspace, *constants)
+        operands = (x, residual, weight, eps, out, scale, total)
+        if rowwise:
+            run(*operands, None, None, *constants)
+        else:
+            run_with_one_scale(run, x, operands, constants)
 
     return call
 

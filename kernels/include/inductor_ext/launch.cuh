@@ -110,16 +110,38 @@ class Launch {
     attribute.val.clusterDim.x = x, attribute.val.clusterDim.y = y, attribute.val.clusterDim.z = z;
     return *this;
   }
+  // All blocks are resident at once, or nothing is launched: a grid of them may wait for each other.
+  Launch& cooperative() {
+    cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    return *this;
+  }
   template <typename... Params, typename... Args>
   void run(void (*kernel)(Params...), Args&&... args) {
     if (config_.gridDim.x == 0 || config_.gridDim.y == 0 || config_.gridDim.z == 0) return;
     check_cuda(cudaLaunchKernelEx(&config_, kernel, std::forward<Args>(args)...), "kernel launch");
   }
+  // False where a cooperative grid does not fit, as on a part of the device's SMs.
+  template <typename... Params, typename... Args>
+  bool run_if_it_fits(void (*kernel)(Params...), Args&&... args) {
+    const cudaError_t error = cudaLaunchKernelEx(&config_, kernel, std::forward<Args>(args)...);
+    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) check_cuda(error, "kernel launch");
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess;
+  }
 
  private:
   cudaLaunchConfig_t config_ = {};
-  cudaLaunchAttribute attributes_[2] = {};
+  cudaLaunchAttribute attributes_[3] = {};
 };
+
+// What Launch::shared_memory asked for, device side.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared_memory() {
+  extern __shared__ uint4 words[];
+  return reinterpret_cast<T*>(words);
+}
 
 // Programmatic dependent launch, device side. Both do nothing where the hardware or the launch does not have it.
 __device__ __forceinline__ void wait_for_previous_kernel() {

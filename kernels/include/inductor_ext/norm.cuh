@@ -7,7 +7,7 @@
 //   NoNorm                   no norm at all
 #pragma once
 
-#include "steps.cuh"
+#include "inductor_ext/steps.cuh"
 
 namespace inductor_ext {
 

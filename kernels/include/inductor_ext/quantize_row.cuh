@@ -6,17 +6,19 @@
 // A row is held by `Threads` threads: 8 or 32 lanes of a warp, or (kWholeBlock) a block; thread t has vectors t, t + threads, …
 #pragma once
 
-#include "fp8.cuh"
-#include "launch.cuh"
-#include "quantize_blocks.cuh"
-#include "quantize_tensor.cuh"
-#include "reduce.cuh"
-#include "steps.cuh"
-#include "tensor.h"
+#include "inductor_ext/fp8.cuh"
+#include "inductor_ext/launch.cuh"
+#include "inductor_ext/quantize_blocks.cuh"
+#include "inductor_ext/quantize_once.cuh"
+#include "inductor_ext/quantize_tensor.cuh"
+#include "inductor_ext/reduce.cuh"
+#include "inductor_ext/steps.cuh"
+#include "inductor_ext/tensor.h"
 
 namespace inductor_ext {
 
 constexpr int kWholeBlock = 0;
+constexpr int kPartOfBlock = -1;  // a block has as many rows as it has parts, of whole warps
 constexpr int kRowsBlock = 128;  // threads of a block that has several rows
 
 // Where a thread is: its row, negative for none, its place among the threads of that row, and how many those are.
@@ -36,12 +38,20 @@ struct RowPlace {
       return {rows - 1 - before - threadIdx.x / Threads, static_cast<int>(threadIdx.x % Threads), Threads};
     }
   }
+  // In a block of any size, `threads` to a row where Threads does not say it.
+  __device__ static __forceinline__ RowPlace of(int64_t rows, int64_t block, int threads) {
+    if constexpr (Threads > 0) threads = Threads;
+    const int part = threadIdx.x / threads;
+    return {rows - 1 - block * (blockDim.x / threads) - part, static_cast<int>(threadIdx.x) - part * threads, threads};
+  }
 };
 
 template <int Threads>
-__device__ __forceinline__ float row_sum(float value, float* shared) {
+__device__ __forceinline__ float row_sum(float value, float* shared, int threads) {
   if constexpr (Threads == kWholeBlock) {
     return block_sum(value, shared);
+  } else if constexpr (Threads == kPartOfBlock) {
+    return part_sum(value, threads, shared);
   } else {
     return group_sum<Threads>(value);
   }
@@ -108,16 +118,19 @@ inline unsigned tensor_blocks(unsigned blocks, unsigned threads, int device) {
   return std::min({blocks, resident, static_cast<unsigned>(kTensorMaxPartials)});
 }
 
-// Host: checks what a first launch writes to, and returns where its maxima go.
-template <typename In>
-float* tensor_workspace(const TensorView& y, const TensorView& partial, int64_t count, Device& device) {
-  TensorMatcher().dtype<In>().contiguous().device(device).verify(y, "y");
+// Host: checks where a first launch leaves its maxima, and its y.
+inline float* tensor_partials(const TensorView& partial, Device& device) {
   TensorMatcher().dtype<float>().contiguous().device(device).verify(partial, "partial");
-  if (y.numel() < count || partial.numel() < kTensorMaxPartials) {
-    TVM_FFI_THROW(ValueError) << "y, partial: wanted at least " << count << " and " << kTensorMaxPartials << " elements, found "
-                              << y.numel() << " and " << partial.numel();
+  if (partial.numel() < kTensorMaxPartials) {
+    TVM_FFI_THROW(ValueError) << "partial: wanted at least " << kTensorMaxPartials << " elements, found " << partial.numel();
   }
   return data<float>(partial);
+}
+template <typename In>
+void* tensor_y(const TensorView& y, int64_t count, Device& device) {
+  TensorMatcher().dtype<In>().contiguous().device(device).verify(y, "y");
+  if (y.numel() < count) TVM_FFI_THROW(ValueError) << "y: wanted at least " << count << " elements, found " << y.numel();
+  return data(y);
 }
 
 // Host: the second launch, for a kernel's own parameters with y, partial, out, scale, consts, rows and cols (in vectors or not).

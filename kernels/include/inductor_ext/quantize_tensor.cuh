@@ -6,10 +6,10 @@
 
 #include <algorithm>
 
-#include "fp8.cuh"
-#include "launch.cuh"
-#include "reduce.cuh"
-#include "steps.cuh"
+#include "inductor_ext/fp8.cuh"
+#include "inductor_ext/launch.cuh"
+#include "inductor_ext/reduce.cuh"
+#include "inductor_ext/steps.cuh"
 
 namespace inductor_ext {
 

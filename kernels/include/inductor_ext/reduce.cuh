@@ -96,6 +96,14 @@ __device__ __forceinline__ float block_sum(float value, float* shared) {
   __syncthreads();
   return group_sum<32>(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.0f);
 }
+// Over each part of a block, `threads` of it, in block_sum's order. At most 15 parts.
+__device__ __forceinline__ float part_sum(float value, int threads, float* shared) {
+  const int part = threadIdx.x / threads, warps = threads / 32, lane = threadIdx.x % 32;
+  value = group_sum<32>(value);
+  if (lane == 0) shared[threadIdx.x / 32] = value;
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "r"(threads) : "memory");  // barrier 0 is __syncthreads()'s
+  return group_sum<32>(lane < warps ? shared[part * warps + lane] : 0.0f);
+}
 __device__ __forceinline__ uint32_t block_max(uint32_t bits, uint32_t* shared) {
   bits = group_max<32>(bits);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = bits;

@@ -8,12 +8,15 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -24,13 +27,13 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static thread_local  // blocks run one after the other, or (a grid with a barrier) each in a thread of the host
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline dim3 threadIdx, blockIdx, gridDim, blockDim;
+inline thread_local dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 template <typename T> T max(T a, T b) { return a < b ? b : a; }
 template <typename T> T min(T a, T b) { return b < a ? b : a; }
@@ -38,6 +41,9 @@ inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4)
 inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline float __ldcg(const float* p) { return *p; }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 
 namespace cuda_on_cpu {
@@ -54,7 +60,7 @@ struct Block {
   void* argument = nullptr;
   std::exception_ptr failure;
 };
-inline Block* current = nullptr;
+inline thread_local Block* current = nullptr;
 
 inline void end_turn() { swapcontext(&current->fibres[current->running], &current->scheduler); }
 
@@ -102,6 +108,58 @@ void run_grid(dim3 grid, dim3 block, void (*kernel)(Params...), Args&&... args) 
       run_block(block.x, [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call);
     }
   }
+}
+
+// A grid whose blocks wait for each other: a host thread a block, of which one runs at a time.
+struct Grid {
+  std::mutex running;
+  std::condition_variable all_there;
+  unsigned blocks = 0, there = 0, barriers = 0;
+  std::exception_ptr failure;
+};
+inline thread_local Grid* grid_of_block = nullptr;
+inline thread_local std::unique_lock<std::mutex>* turn_of_block = nullptr;
+inline thread_local char* dynamic_shared = nullptr;
+
+inline void grid_barrier() {
+  end_turn();
+  if (threadIdx.x == 0) {
+    Grid& grid = *grid_of_block;
+    const unsigned mine = grid.barriers;
+    if (++grid.there == grid.blocks) {
+      grid.there = 0, ++grid.barriers;
+      grid.all_there.notify_all();
+    } else {
+      grid.all_there.wait(*turn_of_block, [&] { return grid.barriers != mine || grid.failure; });
+    }
+  }
+  end_turn();
+  if (grid_of_block->failure) throw std::runtime_error("another block failed");
+}
+
+template <typename... Params, typename... Args>
+void run_grid_at_once(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Params...), Args&&... args) {
+  Grid shared;
+  shared.blocks = grid.x;
+  std::vector<std::thread> threads;
+  for (unsigned x = 0; x < grid.x; ++x) {
+    threads.emplace_back([&, x] {
+      std::unique_lock<std::mutex> turn(shared.running);
+      const std::unique_ptr<char, void (*)(void*)> bytes(static_cast<char*>(std::aligned_alloc(128, shared_bytes / 128 * 128 + 128)), std::free);
+      std::memset(bytes.get(), 0xff, shared_bytes);
+      grid_of_block = &shared, turn_of_block = &turn, dynamic_shared = bytes.get();
+      gridDim = grid, blockDim = block, blockIdx = dim3(x);
+      auto call = [&] { kernel(args...); };
+      try {
+        run_block(block.x, [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call);
+      } catch (...) {
+        if (!shared.failure) shared.failure = std::current_exception();
+        shared.all_there.notify_all();
+      }
+    });
+  }
+  for (std::thread& each : threads) each.join();
+  if (shared.failure) std::rethrow_exception(shared.failure);
 }
 
 // The value that lane `from` of this thread's warp gave; every lane gives one.

@@ -28,4 +28,12 @@ Bytes<N> cast_fp8(const float (&v)[N]) {
   return result;
 }
 
+template <typename In, typename Fp8, bool Saturated, typename Chain, int N>
+void downcast_vector(const Raw<In, N>& raw, const typename Chain::Prepared& prepared, uint8_t* out) {
+  float v[N];
+  raw.unpack(v);
+  Chain::apply(prepared, v);
+  cast_fp8<Fp8, Saturated>(v).store(out);
+}
+
 }  // namespace inductor_ext

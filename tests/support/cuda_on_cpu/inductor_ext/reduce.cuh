@@ -21,4 +21,28 @@ uint32_t group_max(uint32_t bits) {
   return bits;
 }
 
+template <int Lanes>
+float group_sum(float value) {
+  for (int step = Lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+inline float part_sum(float value, int threads, float* shared) {
+  const int part = threadIdx.x / threads, warps = threads / 32, lane = threadIdx.x % 32;
+  value = group_sum<32>(value);
+  if (lane == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();  // of the part only, on a GPU
+  return group_sum<32>(lane < warps ? shared[part * warps + lane] : 0.0f);
+}
+inline float block_sum(float value, float* shared) { return part_sum(value, blockDim.x, shared); }
+
+inline uint32_t block_max(uint32_t bits, uint32_t* shared) {
+  bits = group_max<32>(bits);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = bits;
+  __syncthreads();
+  return group_max<32>(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0);
+}
+template <int Threads>
+uint32_t block_max(uint32_t bits, uint32_t* shared) { return block_max(bits, shared); }
+
 }  // namespace inductor_ext

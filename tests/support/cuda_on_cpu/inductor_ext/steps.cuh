@@ -1,4 +1,4 @@
-// Stand-in for the rounding of the step language.
+// Stand-in for the step language: its rounding, and what a program is given. Tests bring their own programs.
 #pragma once
 
 #include "vec.cuh"
@@ -9,5 +9,23 @@ template <typename T, int N>
 void round_to(float (&v)[N]) {
   for (int i = 0; i < N; ++i) v[i] = to_float(from_float<T>(v[i]));
 }
+
+constexpr int kMaxConsts = 8;
+struct Consts {
+  float value[kMaxConsts];
+  static Consts of(const double (&c)[kMaxConsts]) {
+    Consts consts;
+    std::copy(std::begin(c), std::end(c), consts.value);
+    return consts;
+  }
+};
+struct Env {
+  const Consts& consts;
+  const void* const* operands;
+  int64_t row = 0;
+  float scale = 0.0f;
+};
+template <typename Program>
+using ToFp8 = Program;
 
 }  // namespace inductor_ext

@@ -57,6 +57,7 @@ struct Step {  // the stride of a dimension
 };
 struct TensorMatcher {
   TensorMatcher() = default;
+  TensorMatcher(std::initializer_list<int64_t>) {}
   TensorMatcher(std::initializer_list<std::reference_wrapper<Symbol>> shape) : symbols(shape) {}
   template <typename... T> TensorMatcher& dtype() { return *this; }
   TensorMatcher& contiguous() { return *this; }
@@ -74,6 +75,19 @@ struct TensorMatcher {
   std::vector<std::reference_wrapper<Symbol>> symbols;
   std::vector<Step> steps;
 };
+struct Rows {
+  int64_t rows, cols, pitch;
+};
+inline Rows rows_of(const TensorView& view, const char*) {  // of one or two dimensions
+  const int64_t cols = view.sizes.back();
+  return {view.numel() / cols, cols, view.ndim() == 2 ? view.steps[0] : cols};
+}
+struct PairRows {
+  int64_t rows, cols, a_pitch, b_pitch;
+};
+inline PairRows pair_rows(const TensorView& a, const char*, const TensorView&, const char*) {  // contiguous ones
+  return {a.numel() > 0, a.numel(), 0, 0};
+}
 inline void check_row_length(int64_t, const char*) {}
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -1,0 +1,97 @@
+// A tensor's quantisation with one scale, in one launch and in two, behind C functions, for tests/kernels/test_quantize_once.py.
+#include "act_mul_quantize/act_mul_quantize.cuh"
+#include "fp8_quantize/fp8_quantize.cuh"
+#include "rms_norm_quantize/rms_norm_quantize.cuh"
+
+namespace {
+
+using namespace inductor_ext;
+
+struct Given {  // a tensor from Python
+  void* pointer;
+  int64_t ndim, bytes, sizes[3], strides[3];
+};
+
+TensorView view(const Given& given) {
+  spans.push_back({static_cast<char*>(given.pointer), static_cast<char*>(given.pointer) + given.bytes});
+  return {given.pointer, {given.sizes, given.sizes + given.ndim}, {given.strides, given.strides + given.ndim}};
+}
+Optional<TensorView> maybe(const Given* given) { return given ? Optional<TensorView>(view(*given)) : std::nullopt; }
+
+// scale = amax / 448 rounded to In, and x / scale within ±448: torchao's, as eager PyTorch on a CPU computes it.
+template <typename In>
+struct Over448 {
+  static constexpr bool kRow = false;
+  struct Prepared {};
+  static Prepared prepare(const Env&) { return {}; }
+  static void apply(Prepared, float (&v)[1]) { v[0] = to_float(from_float<In>(v[0] / 448.0f)); }
+};
+struct ByScale {
+  static constexpr bool kRow = false;
+  struct Prepared {
+    float scale;
+  };
+  static Prepared prepare(const Env& env) { return {env.scale}; }
+  template <int N>
+  static void apply(const Prepared& p, float (&v)[N]) {
+    for (float& each : v) {
+      each /= p.scale;
+      if (each == each) each = std::min(std::max(each, -448.0f), 448.0f);
+    }
+  }
+};
+struct PlusAbs {  // an activation that a test can compute exactly
+  template <typename In, int N>
+  static void apply(float (&x)[N]) {
+    for (float& each : x) each = each + std::fabs(each);
+  }
+};
+
+template <typename F>
+int guarded(F&& f, char* error, int length) {
+  spans.clear();
+  launches = 0;
+  try {
+    return f() ? 2 : 0;
+  } catch (const std::exception& failure) {
+    std::strncpy(error, failure.what(), length - 1);
+    return 1;
+  }
+}
+
+}  // namespace
+
+// 0, 1 with `error` filled, or 2 for want of y.
+#define VARIANT(name, In, W)                                                                                                   \
+  extern "C" int norm_##name(const Given* x, const Given* residual, const Given* weight, double eps, const Given* out,         \
+                             const Given* scale, const Given* total, const Given* y, const Given* partial, char* error,        \
+                             int length) {                                                                                     \
+    return guarded([&] {                                                                                                       \
+      const auto with = [&](auto has) {                                                                                        \
+        using Op = RmsNormQuantize<In, W, decltype(has)::value, CastThenWeight, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>; \
+        return Op::run(view(*x), maybe(residual), view(*weight), eps, view(*out), view(*scale), view(*total), maybe(y), maybe(partial),  \
+                       0, 0, 0, 0, 0, 0, 0, 0);                                                                                \
+      };                                                                                                                       \
+      return residual ? with(std::true_type{}) : with(std::false_type{});                                                      \
+    }, error, length);                                                                                                         \
+  }                                                                                                                            \
+  extern "C" int act_mul_##name(const Given* gate, const Given* up, const Given* out, const Given* scale, const Given* y,      \
+                                const Given* partial, char* error, int length) {                                               \
+    using Op = ActMulQuantize<In, PlusAbs, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                           \
+    return guarded([&] {                                                                                                       \
+      return Op::run(view(*gate), view(*up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);      \
+    }, error, length);                                                                                                         \
+  }                                                                                                                            \
+  extern "C" int alone_##name(const Given* x, const Given* out, const Given* scale, const Given* partial, char* error, int length) { \
+    using Op = Fp8QuantizeTensor<In, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                                        \
+    return guarded([&] { return Op::run(view(*x), view(*out), view(*scale), view(*partial), 0, 0, 0, 0, 0, 0, 0, 0), false; }, \
+                   error, length);                                                                                             \
+  }
+VARIANT(bf16, __nv_bfloat16, __nv_bfloat16)
+VARIANT(fp16, __half, float)
+VARIANT(fp32, float, float)
+
+// The GPU, before the first call: its multiprocessors, blocks of one, and shared memory of one.
+extern "C" void set_device(int sms, int blocks, int shared) { multiprocessors = sms, blocks_of_sm = blocks, shared_of_sm = shared; }
+extern "C" int launches_of_last_call() { return launches; }
+extern "C" uint32_t divided(uint32_t i, int64_t by, uint32_t* left) { return Divisor::of(by).divide(i, left); }
