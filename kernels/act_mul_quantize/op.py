@@ -6,8 +6,8 @@
 
 ``act``: "silu" (Llama, Mistral, Qwen, Phi), "gelu" (erf) or "gelu_tanh" (Gemma). gate and up [..., C] of one dtype, bf16, fp16
 or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
-[..., 1], [] or [..., C / 32]. Programs are those of ``kernels/steps.py``, MXFP8 that of ``kernels/mx.py``; its kernel has
-compiled and not run on a GPU. C up to 32 768; no columns: ValueError.
+[..., 1], [] or [..., C / 32]. Programs are those of ``kernels/steps.py``, MXFP8 that of ``kernels/mx.py``. C up to 32 768; no
+columns: ValueError.
 """
 
 from __future__ import annotations

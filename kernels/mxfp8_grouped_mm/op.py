@@ -276,6 +276,11 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
     return found
 
 
+def slower(x: Any, x_scale: Any, w: Any) -> tuple[str, str] | None:
+    """What is wanted and what was found where PyTorch's product of dequantised weights measured faster."""
+    return hopper.slower(x, x_scale, w) if x.device.type == "cuda" and target_of(x.device) == hopper.TARGET else None
+
+
 def key(x: Any, *rest: Any) -> Hashable:
     """(target, its module's key), or None where PyTorch's own operators run."""
     target = target_of(x.device) if x.device.type == "cuda" else ""

@@ -11,7 +11,7 @@
 
 x [..., C] with one pitch between rows, residual alike, weight [C]; bf16, fp16 or fp32 each. Outputs: out [..., C] contiguous,
 scale [..., 1], [] or [..., C / 32], total [..., C] contiguous, or [0] without a residual. Programs are those of
-``kernels/steps.py``, MXFP8 that of ``kernels/mx.py``; its kernel has compiled and not run on a GPU.
+``kernels/steps.py``, MXFP8 that of ``kernels/mx.py``.
 
 Only the mean's order of summation differs from eager: given the same r, every byte is eager's. A row with a NaN or an infinity
 becomes NaN as in eager. No columns: ValueError.

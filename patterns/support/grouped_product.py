@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.graph import aten, call, describe, known_equal, value_of
 from inductor_ext.kernels import mx
-from inductor_ext.kernels.mxfp8_grouped_mm.op import HAS_RUN, OP, OUT_DTYPES, X_DTYPES, unsupported
+from inductor_ext.kernels.mxfp8_grouped_mm.op import HAS_RUN, OP, OUT_DTYPES, X_DTYPES, slower, unsupported
 from inductor_ext.kernels.mxfp8_quantize.op import OP as QUANTIZE
 from inductor_ext.patterns.support import has_run
 from inductor_ext.patterns.support.fp8_chain import Failure
@@ -102,6 +102,9 @@ def match(found: Grouped | Failure, context: Context, fails: str = "") -> Match 
     refused = has_run.refusal(found.node, context, x.device, HAS_RUN) if missing is None else None
     if refused is not None:
         return refused
+    loses = slower(x, x_scale, w) if not (fails or context.forced) else None
+    if loses is not None:
+        return context.refuse(found.node, "it would not be faster", wanted=loses[0], found=loses[1])
     experts, n, k = w.shape
     kinds = str(value_of(found.x).dtype)[6:] + (f" to MXFP8 ({found.rounding})" if found.rounding else "")
     layout = "swizzled" if swizzled else "plain"

@@ -117,6 +117,22 @@ def test_no_kernel_for_this_gpu(monkeypatch: pytest.MonkeyPatch, capability: tup
     assert only.reason == "no kernel for this GPU does it" and only.wanted.startswith(wanted) and not found.rewrites
 
 
+def many_rows(device: str, activations: str = "bf16") -> tuple[Any, ...]:
+    weight = MXFP8Weight.quantize(torch.randn(2, 16, 128).bfloat16(), activations=activations).to(device)
+    return torch.randn(4097, 128, device=device).bfloat16(), weight, torch.tensor([7, 4097], dtype=torch.int32, device=device)
+
+
+def test_many_rows_in_bf16_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: its product of a bf16 copy is faster there. FP8 tokens, and who asks for it, take the kernel."""
+    only = refusal(on_cuda(grouped_mm, many_rows, monkeypatch), "mxfp8_grouped_mm")
+    assert only.reason == "it would not be faster" and only.found == "2048 rows in bf16"
+    assert only.wanted == 'at most 2048 rows an expert, or FP8 tokens (activations="fp8")'
+    taken = {"mxfp8_grouped_mm": 1}
+    assert on_cuda(grouped_mm, many_rows, monkeypatch, **ALWAYS).counts() == taken
+    in_fp8 = on_cuda(grouped_mm, lambda d: many_rows(d, "fp8"), monkeypatch)
+    assert in_fp8.counts()["mxfp8_grouped_mm"] == 1
+
+
 def test_every_target_with_a_kernel_is_known() -> None:
     assert set(grouped.KERNELS) == {"sm_90a", "sm_100a"} and set(grouped.KERNELS) >= grouped.HAS_RUN
 
@@ -151,7 +167,7 @@ def test_swizzled_scales_on_hopper_are_dequantised(monkeypatch: pytest.MonkeyPat
     assert "PyTorch's bf16 product of the dequantised operands runs instead" in event.why
     with FakeTensorMode() as mode:
         x, x_scale, w, w_scale, offs = (mode.from_tensor(each) for each in tiles("cpu"))
-        assert grouped.KERNELS["sm_90a"].key(x, x_scale, w, w_scale, offs, BF16, True) is None, "no kernel: `stock` runs"
+        assert grouped.KERNELS["sm_90a"].key(x, x_scale, w, w_scale, offs, BF16, True, 32) is None, "no kernel: `stock` runs"
 
 
 def test_pytorchs_own_kernels_are_not_replaced() -> None:
