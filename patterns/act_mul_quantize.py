@@ -5,8 +5,8 @@
 act is SiLU or GELU, gate and up two buffers or the halves of one. One pass over memory: on an H200 1.7 to 2.7 times as fast
 as Inductor's two for [T, 3072], T from 1 to 7168 (benchmarks/results/h200/producers.json).
 
-The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU where the kernel has not run yet (``HAS_RUN``)
-that waits for ``always``.
+The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU where the kernel has not run yet
+(``HAS_RUN``) that waits for ``always``.
 """
 
 from __future__ import annotations

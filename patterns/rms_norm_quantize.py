@@ -7,8 +7,8 @@ One pass over memory instead of one for each reduction. The mean's order of summ
 in its last place, and a value by one FP8 step. On an H200 1.2 to 1.7 times as fast as Inductor's kernels; with a residual, and
 memory the limit, as fast (benchmarks/results/h200/producers.json).
 
-The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU where the kernel has not run yet (``HAS_RUN``)
-that waits for ``always``.
+The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU where the kernel has not run yet
+(``HAS_RUN``) that waits for ``always``.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def quantize_moe_(
 
     ``activations``: "bf16" leaves them as they are. "mxfp8" quantises them too, before each product, which tensor cores of
     compute capability 10.0 multiply at once. "fp8" quantises them with one scale a row, for the FP8 tensor cores of compute
-    capability 9.0: faster than "bf16" there at any number of tokens, which is more accurate. "auto" is "mxfp8" on 10.0, "fp8" on
+    capability 9.0: faster there than "bf16", which is more exact, at any number of tokens. "auto" is "mxfp8" on 10.0, "fp8" on
     9.0 and "bf16" elsewhere. ``rounding`` of MX scales: "rceil" (cuBLAS's) or "floor" (OCP MX 1.0).
 
     Which weights: those of Hugging Face's experts, whose layout they say themselves, where the model runs them by

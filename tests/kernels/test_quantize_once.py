@@ -152,18 +152,18 @@ def test_alone(monkeypatch: Any, library: Any, rows: int, columns: int, special:
             assert_same_bytes(one, two)
 
 
-def test_what_is_kept_decides(monkeypatch: Any, made: ctypes.CDLL, tmp_path: Path) -> None:
-    """Of a gated activation most must be kept; two launches, and y's memory, where it is not."""
+def test_one_launch_whatever_is_kept(monkeypatch: Any, made: ctypes.CDLL, tmp_path: Path) -> None:
+    """Measured so: y's memory is not asked for, even where next to nothing of it stays on the chip."""
     monkeypatch.delenv(LAUNCHES, raising=False)
     copy = tmp_path / "library.so"
     copy.write_bytes(Path(made._name).read_bytes())
     library = ctypes.CDLL(str(copy))
     library.set_device(1, 1, 4 << 10)  # the turn in registers, and no other
-    for rows, code in ((8, 0), (64, 2)):
+    for rows in (8, 64):
         gate, up = torch.randn(2, rows, 2048).to(BF16)
         out, scale, partial = results(gate)
-        assert called(library.act_mul_bf16, gate, up, out, scale, None, partial) == code
-        assert library.launches_of_last_call() == (code == 0)
+        assert called(library.act_mul_bf16, gate, up, out, scale, None, partial) == 0
+        assert library.launches_of_last_call() == 1
 
 
 def test_the_division_of_vectors_into_rows(made: ctypes.CDLL) -> None:
