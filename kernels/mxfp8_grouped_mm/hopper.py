@@ -99,9 +99,9 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
 def slower(x: Any, x_scale: Any, w: Any) -> tuple[str, str] | None:
     """What is wanted and what was found where a bf16 copy of the weights and PyTorch's product take less; None elsewhere.
 
-    Measured on an H200 with bf16 tokens: 0.84 to 0.92 of the speed of PyTorch's product of bf16 weights at 1 024 rows an expert,
-    0.80 to 0.82 at 4 096. A step that makes the copy moves 3 bytes a weight more: at 4 TB/s, by reckoning, the kernel is then 1.02
-    to 1.10 times as fast at 1 024 rows, and 0.86 at 4 096.
+    Measured on an H200 with bf16 tokens: 0.84 to 0.92 of the speed of PyTorch's product of bf16 weights at 1 024 rows an
+    expert, 0.80 to 0.82 at 4 096. A step that makes the copy moves 3 bytes a weight more: at 4 TB/s, by reckoning, the kernel
+    is then 1.02 to 1.10 times as fast at 1 024 rows, and 0.86 at 4 096.
     """
     tokens, experts = x.shape[0], w.shape[0]
     if (x_scale is not None and x_scale.dtype is torch.float32) or not isinstance(tokens, int) or tokens <= MOST_ROWS * experts:
