@@ -57,7 +57,7 @@ RULE_MODULES = (
 PRESETS = {
     "downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize"),
     # Qwen3-0.6B quantised by torchao, row-wise or tensor-wise, any number of tokens
-    "qwen3": ("fp8_quantize", "scaled_mm", "rms_norm_quantize", "act_mul_quantize", "qk_norm_rope"),
+    "qwen3": ("fp8_quantize", "scaled_mm", "scaled_mm_add", "rms_norm_quantize", "act_mul_quantize", "qk_norm_rope"),
 }
 
 _HERE = Path(__file__).parent

@@ -161,6 +161,16 @@ def examples(target: str) -> tuple[Hashable, ...]:
     return ((DEFAULT, e4, e4, torch.bfloat16, True),) if target == "sm_90a" else ()
 
 
+def qwen3(target: str) -> list[Hashable]:
+    """Every kernel that the o and down of Qwen3-0.6B may take, for any M."""
+    measured, e4 = choice.table(target, _HERE), torch.float8_e4m3fn
+    if measured is None:
+        return []
+    kinds = [choice.kind(rowwise, True) for rowwise in (True, False)]
+    rows = [row for kind in kinds for n, k in ((1024, 2048), (1024, 3072)) for row in measured.rows(kind, n, k)]
+    return [(name, e4, e4, torch.bfloat16, True) for name in dict.fromkeys(row.config.name for row in rows)]
+
+
 OP = Op(
     schema=(
         "scaled_mm_add(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, Tensor residual, "
@@ -177,5 +187,6 @@ OP = Op(
         min_capability=(9, 0),
         examples=examples,
         keys=keys,
+        presets={"qwen3": qwen3},
     ),
 )
