@@ -1,21 +1,9 @@
 // moe_combine's kernels behind a C function, for tests/kernels/test_moe_combine.py.
 #include "moe_combine/moe_combine.cuh"
 
+#include "entry.h"
+
 namespace {
-
-using namespace inductor_ext;
-
-struct Given {  // a tensor from Python
-  void* pointer;
-  int64_t ndim, bytes, sizes[3], strides[3];
-};
-
-TensorView view(const Given& given) {
-  spans.push_back({static_cast<char*>(given.pointer), static_cast<char*>(given.pointer) + given.bytes});
-  return {given.pointer, {given.sizes, given.sizes + given.ndim}, {given.strides, given.strides + given.ndim}};
-}
-
-Optional<TensorView> maybe(const Given* given) { return given ? Optional<TensorView>(view(*given)) : std::nullopt; }
 
 template <typename Y, typename W, typename Product, typename Out, typename Index, typename Id>
 int call(const Given* y, const Given* weights, const Given* inverse, const Given* ids, int64_t experts, const Given* out, char* error,

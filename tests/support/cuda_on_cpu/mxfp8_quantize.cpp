@@ -4,19 +4,9 @@
 #include "inductor_ext/quantize_blocks.cuh"
 #include "mxfp8_quantize/mxfp8_quantize.cuh"
 
+#include "entry.h"
+
 namespace {
-
-using namespace inductor_ext;
-
-struct Given {  // a tensor from Python
-  void* pointer;
-  int64_t ndim, bytes, sizes[3], strides[3];
-};
-
-TensorView view(const Given& given) {
-  spans.push_back({static_cast<char*>(given.pointer), static_cast<char*>(given.pointer) + given.bytes});
-  return {given.pointer, {given.sizes, given.sizes + given.ndim}, {given.strides, given.strides + given.ndim}};
-}
 
 template <typename In, typename Rounding>
 void run(const Given& x, const Given* offs, const Given& data, const Given& scales, bool swizzled) {

@@ -3,20 +3,9 @@
 #include "fp8_quantize/fp8_quantize.cuh"
 #include "rms_norm_quantize/rms_norm_quantize.cuh"
 
+#include "entry.h"
+
 namespace {
-
-using namespace inductor_ext;
-
-struct Given {  // a tensor from Python
-  void* pointer;
-  int64_t ndim, bytes, sizes[3], strides[3];
-};
-
-TensorView view(const Given& given) {
-  spans.push_back({static_cast<char*>(given.pointer), static_cast<char*>(given.pointer) + given.bytes});
-  return {given.pointer, {given.sizes, given.sizes + given.ndim}, {given.strides, given.strides + given.ndim}};
-}
-Optional<TensorView> maybe(const Given* given) { return given ? Optional<TensorView>(view(*given)) : std::nullopt; }
 
 // scale = amax / 448 rounded to In, and x / scale within ±448: torchao's, as eager PyTorch on a CPU computes it.
 template <typename In>

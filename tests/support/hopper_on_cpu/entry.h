@@ -1,6 +1,8 @@
 // What the C functions that run a kernel on the CPU share. Included once, after the kernel's source.
 #pragma once
 
+#include "../given.h"
+
 namespace inductor_ext {
 __attribute__((aligned(1024))) uint8_t shared[kSharedBytes];
 }
@@ -9,15 +11,10 @@ namespace {
 
 using namespace inductor_ext;
 
-struct Given {  // a tensor from Python
-  void* pointer;
-  int64_t ndim, bytes, sizes[3], strides[3];
-};
-
 TensorView view(const Given& given) {
   const uint8_t* begin = static_cast<uint8_t*>(given.pointer);
   hopper_on_cpu::spans.push_back({begin, begin + given.bytes});
-  return {given.pointer, {given.sizes, given.sizes + given.ndim}, {given.strides, given.strides + given.ndim}};
+  return view_of<TensorView>(given);
 }
 Optional<TensorView> optional(const Given* given) { return given == nullptr ? Optional<TensorView>() : view(*given); }
 
