@@ -3,7 +3,7 @@
     python benchmarks/kernels/one_scale.py --out benchmarks/results/h200/one_scale.json
 
 ``of copy`` is the time of a device-to-device copy of as many bytes as must move, over that of one launch; ``auto`` is what is
-taken where nothing is forced. Where it is not the faster one, the constants of quantize_once.cuh are wrong.
+taken where nothing is forced: one launch, wherever it is possible.
 """
 
 from __future__ import annotations

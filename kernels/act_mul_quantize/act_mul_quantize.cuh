@@ -230,7 +230,7 @@ struct ActMulQuantize {
     static OncePlans plans;
     auto* kernel = act_mul_quantize_once_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, U>;
     return launch_once(kernel, plans, p, ceil_div(p.count, kOnceThreads * U), kOnceThreads, kOnceThreads * U * sizeof(Aligned<In, 8>),
-                       kOnceLeastKeptOfTwoInputs, device);
+                       device);
   }
   struct Start {
     ActMulQuantizeParams& p;

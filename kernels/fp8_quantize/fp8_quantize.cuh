@@ -301,7 +301,7 @@ struct Fp8QuantizeTensor {
     Fp8QuantizeOnceParams params{p.x, p.count, static_cast<int>(p.tail), OnceParams{p.out, p.scale, p.partial, 0, 0, p.consts}};
     auto* kernel = fp8_quantize_once_kernel<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, U>;
     const int64_t blocks = std::max<int64_t>(ceil_div(p.count, kOnceThreads * U), 1);
-    return launch_once(kernel, plans, params, blocks, kOnceThreads, kOnceThreads * U * sizeof(Aligned<In, 8>), kOnceLeastKept, device);
+    return launch_once(kernel, plans, params, blocks, kOnceThreads, kOnceThreads * U * sizeof(Aligned<In, 8>), device);
   }
   template <int E>
   static void launch(Fp8QuantizeTensorParams& p, int device) {

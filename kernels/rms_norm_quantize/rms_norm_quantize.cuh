@@ -263,7 +263,7 @@ struct RmsNormQuantize {
         const auto threads = static_cast<unsigned>(parts * p.row_threads);
         static OncePlans plans;
         auto* kernel = rms_norm_quantize_once_kernel<In, W, HasResidual, Norm, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kThreads, E, U>;
-        return launch_once(kernel, plans, p, ceil_div(p.rows, parts), threads, threads * U * sizeof(Aligned<In, E>), kOnceLeastKept, device);
+        return launch_once(kernel, plans, p, ceil_div(p.rows, parts), threads, threads * U * sizeof(Aligned<In, E>), device);
       }
       return false;
     }

@@ -28,10 +28,9 @@ constexpr int kOnceThreads = 512;
 // Shared memory of an SM that is used. 196 KiB leave 60 for L1, through which all loads go; 228, all there is, would leave 28.
 constexpr int kOnceShared = 196 << 10;
 
-// Of y, what must be kept for one launch to be taken: nothing. A vector that is not kept costs its inputs' bytes again, where two
-// launches write and read it: for a norm and x alone 2 bytes an element against 4, for a gated activation 4 against 4. On an H200
-// one launch took 422 µs for 65536 x (2 x 3072) with 9 % kept, two 478 (benchmarks/results/h200/one_scale.json).
-constexpr double kOnceLeastKept = 0.0, kOnceLeastKeptOfTwoInputs = 0.0;
+// However little of y is kept, one launch is taken. A vector that is not kept costs its inputs' bytes again, where two launches
+// write and read it: for a norm and x alone 2 bytes an element against 4, for a gated activation 4 against 4. On an H200 one launch
+// took 422 µs for 65536 x (2 x 3072) with 9 % kept, two 478 (benchmarks/results/h200/one_scale.json).
 
 struct OnceParams {
   uint8_t* out;
@@ -186,18 +185,16 @@ class OncePlans {
   std::atomic<uint32_t> plans_[kDevices][33] = {};  // blocks + 1, kept; 0 is unknown
 };
 
-// One launch, if it pays or is forced; false, and nothing has been launched, if not. `p.once` has all but blocks and kept.
+// One launch, if it is possible and two are not forced; false, and nothing has been launched, if not. `p.once` has all but blocks
+// and kept.
 template <typename Kernel, typename Params>
-bool launch_once(Kernel* kernel, OncePlans& plans, Params& p, int64_t blocks, unsigned threads, int turn_bytes, double least_kept,
-                 int device) {
-  const int forced = forced_launches();
-  if (forced == 2 || blocks >= 1 << 30) return false;
+bool launch_once(Kernel* kernel, OncePlans& plans, Params& p, int64_t blocks, unsigned threads, int turn_bytes, int device) {
+  if (forced_launches() == 2 || blocks >= 1 << 30) return false;
   const OncePlan plan = plans.of(kernel, threads, turn_bytes, device);
   const int64_t resident = std::min<int64_t>(static_cast<int64_t>(plan.blocks) * sm_count(device), kTensorMaxPartials);
   if (resident == 0) return false;
   unsigned grid = static_cast<unsigned>(std::min(blocks, resident));
   const int64_t turns = ceil_div(blocks, grid);
-  if (forced != 1 && static_cast<double>(std::min<int64_t>(turns, plan.kept + 1)) < least_kept * static_cast<double>(turns)) return false;
   p.once.blocks = static_cast<uint32_t>(blocks), p.once.kept = static_cast<int>(std::min<int64_t>(plan.kept, turns - 1));
 
   constexpr unsigned kCluster = 8;
