@@ -74,16 +74,7 @@ class MXFP8Weight(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
-        cls,
-        data: torch.Tensor,
-        scale: torch.Tensor,
-        transposed: bool,
-        swizzled: bool,
-        activations: str,
-        rounding: str,
-        block: int,
-    ) -> MXFP8Weight:
+    def __new__(cls, data: torch.Tensor, scale: torch.Tensor, transposed: bool, *_: Any) -> MXFP8Weight:
         experts, n, k = data.shape
         shape, strides = ((experts, k, n), (n * k, 1, k)) if transposed else ((experts, n, k), (n * k, k, 1))
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]

@@ -10,10 +10,10 @@ tokens once for both, and with ``@1x2`` two with neighbouring tokens the same we
   most, so weights at 4 TB/s leave 1.5 for tokens. That is why tiles of more tokens have more rows. A tile brings its tokens in
   boxes of 8 to 32, as many as its group has, so that a wide tile costs a small group little.
 * 64 × 8 runs twice on an SM: one token of Qwen3-30B-A3B is 192 tiles of 64 rows, for 264 places.
-* 128 × 256 uses each converted weight for twice as many tokens: 917 TFLOP/s of bf16 without memory traffic (1.97 GHz) for the
-  735 of 256 × 128. Its tokens are 64 KB for 128 of K, which two CTAs share.
-* One scale of weights for 128 of K, not 32, lets FP8 tensor cores add four products: 1 548 TFLOP/s for 794, without memory
-  traffic. L2 then is a limit too: 256 × 128 reads 48 KB for 128 of K, 40 with tokens shared.
+* 128 × 256 uses each converted weight for twice as many tokens as 256 × 128. Its tokens are 64 KB for 128 of K, which two CTAs
+  share.
+* One scale of weights for 128 of K, not 32, lets FP8 tensor cores add four products before an FFMA a sum. L2 then is a limit
+  too: 256 × 128 reads 48 KB for 128 of K, 40 with tokens shared.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ W_BLOCKS = (32, 128)
 #: device; a kernel that has only been compiled is for "always".
 HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
 
-#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``key``, ``keys``, ``scratch``, ``exports``,
-#: ``bind``, ``examples``.
+#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``slower``, ``key``, ``keys``, ``scratch``,
+#: ``exports``, ``bind``, ``examples``.
 KERNELS: dict[str, Any] = {hopper.TARGET: hopper, blackwell.TARGET: blackwell}
 
 
@@ -278,7 +278,9 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
 
 def slower(x: Any, x_scale: Any, w: Any) -> tuple[str, str] | None:
     """What is wanted and what was found where PyTorch's product of dequantised weights measured faster."""
-    return hopper.slower(x, x_scale, w) if x.device.type == "cuda" and target_of(x.device) == hopper.TARGET else None
+    target = target_of(x.device) if x.device.type == "cuda" else ""
+    found: tuple[str, str] | None = KERNELS[target].slower(x, x_scale, w) if target in KERNELS else None
+    return found
 
 
 def key(x: Any, *rest: Any) -> Hashable:
