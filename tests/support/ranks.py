@@ -34,10 +34,11 @@ def run_ranks(program: Path, folder: Path, *arguments: str, count: int = 2, seco
     # Ranks share what they compile, but each runs the rules on its own graphs.
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
     caches["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+    searched = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # packages may be there only
     ranks = []
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment = {**kept, **shared, **own, **caches, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**kept, **shared, **own, **caches, "OMP_NUM_THREADS": "1", "PYTHONPATH": searched}
         with (folder / f"rank{rank}.txt").open("w") as output:
             command = [sys.executable, str(program), *arguments]
             ranks.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT))
