@@ -1,11 +1,13 @@
 """One rank of test_expert_parallel.py: examples/expert_parallel.py's layer against the same in one process.
 
-python expert_parallel_rank.py [bf16 | mxfp8]        RANK, WORLD_SIZE, … as torchrun sets them
+python expert_parallel_rank.py [stock | bf16 | fp8]    RANK, WORLD_SIZE, … as torchrun sets them
+
+``stock`` leaves the experts as they are; the others quantise their weights to MXFP8, for tokens of that dtype.
 """
 
 import json
 import sys
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -15,14 +17,14 @@ from examples.expert_parallel import TOKENS, ExpertParallel, OneProcess, start, 
 from tests.support.compiled import Recorder
 
 
-def main(weights: str) -> dict[str, Any]:
+def main(tokens: Literal["stock", "bf16", "fp8"]) -> dict[str, Any]:
     device = start()
     given = tokens_of(dist.get_rank(), device)
     whole, parallel = OneProcess().to(device), ExpertParallel(dist.group.WORLD).to(device)
-    if weights == "mxfp8":
+    if tokens != "stock":
         names = {f"experts.{name}": "[E, N, K]" for name in ("gate_up_proj", "down_proj")}
         for layer in (whole, parallel):
-            inductor_ext.quantize_moe_(layer, weights=names, show=False)
+            inductor_ext.quantize_moe_(layer, weights=names, activations=tokens, show=False)
     mode = {"moe_combine": "always", "mxfp8_grouped_mm": "always"}  # on a GPU, whether they have run there before or not
     recorder = Recorder(rules=mode)
     everyone = [tokens_of(rank, device) for rank in range(dist.get_world_size())]
@@ -39,7 +41,7 @@ def main(weights: str) -> dict[str, Any]:
     same = []
     for name in ("gate_up_proj", "down_proj"):
         mine, every = (getattr(layer.experts, name) for layer in (parallel, whole))
-        if weights == "mxfp8":
+        if tokens != "stock":
             mine, every = mine.dequantize(), every.dequantize()
         same.append(torch.equal(mine, every[first : first + parallel.local]))
     dist.barrier()
@@ -61,4 +63,4 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main(cast(Literal["stock", "bf16", "fp8"], sys.argv[1]))))
