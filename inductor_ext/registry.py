@@ -22,6 +22,7 @@ OP_MODULES = (
     "fp8_quantize",
     "scaled_mm",
     "scaled_mm_add",
+    "scaled_mm_act_mul",
     "scaled_mm_rope",
     "rms_norm_quantize",
     "act_mul_quantize",

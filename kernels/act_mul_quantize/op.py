@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
-_CPP_ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh"}
+CPP_ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh"}
 
 
 def fake(
@@ -92,7 +92,7 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     types = ", ".join(
         (
             steps.CPP_TYPES[in_dtype],
-            f"inductor_ext::{_CPP_ACTIVATIONS[act]}",
+            f"inductor_ext::{CPP_ACTIVATIONS[act]}",
             str(granularity != "tensor").lower(),
             *quantisation,
         )

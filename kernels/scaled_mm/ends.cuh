@@ -2,12 +2,14 @@
 //
 //   Store            scales, bias, rounding
 //   AddResidual      … and adds a residual [M, N]
+//   Gate<Act>        … of gate's and up's channels, half a tile each, rounded: act(gate) * up, which is all that is stored
 //   NormRope<Norm>   … and, to the heads of the first products (q and k): RMSNorm of each, if Norm is one, and rotate-half RoPE.
 //                    A head is the N = 128 columns of a tile, so that a tile has all that its rows' means need.
 #pragma once
 
 #include <cstdint>
 
+#include "inductor_ext/activation.cuh"
 #include "inductor_ext/norm.cuh"
 #include "inductor_ext/rope.cuh"
 #include "inductor_ext/vec.cuh"
@@ -17,11 +19,19 @@ namespace inductor_ext {
 struct NoParams {};
 
 struct Store {
-  static constexpr bool kAdds = false, kRotates = false, kNorms = false;
+  static constexpr bool kAdds = false, kGates = false, kRotates = false, kNorms = false;
   using Params = NoParams;
 };
 struct AddResidual {
-  static constexpr bool kAdds = true, kRotates = false, kNorms = false;
+  static constexpr bool kAdds = true, kGates = false, kRotates = false, kNorms = false;
+  using Params = NoParams;
+};
+
+// Products are two, gate's and up's, of one size. A tile of N columns has N / 2 of each, so that a thread has both of a pair.
+template <typename Activation>
+struct Gate {
+  static constexpr bool kAdds = false, kGates = true, kRotates = false, kNorms = false;
+  using Act = Activation;
   using Params = NoParams;
 };
 
@@ -38,7 +48,7 @@ struct RopeParams {
 
 template <typename NormOfHeads>
 struct NormRope {
-  static constexpr bool kAdds = false, kRotates = true, kNorms = NormOfHeads::kNorm;
+  static constexpr bool kAdds = false, kGates = false, kRotates = true, kNorms = NormOfHeads::kNorm;
   using Norm = NormOfHeads;
   using Params = RopeParams;
 };

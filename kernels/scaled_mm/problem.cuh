@@ -175,6 +175,25 @@ struct ScaledMmEntries {
     start(products, device, static_b, first, second);
   }
 
+  // out = act(gate's product) * up's, both [M, N], each step rounded.
+  static void run_act_mul(TensorView a, TensorView gate, TensorView up, TensorView scale_a, TensorView scale_gate, TensorView scale_up,
+                          Optional<TensorView> bias_gate, Optional<TensorView> bias_up, TensorView out, bool static_b, int64_t first,
+                          int64_t second) {
+    static_assert(Family::End::kGates);
+    if (gate.ndim() == 2 && up.ndim() == 2 && gate.shape()[1] != up.shape()[1]) {
+      TVM_FFI_THROW(ValueError) << "up: wanted " << gate.shape()[1] << " columns, as gate has, found shape " << shape_of(up);
+    }
+    Device device;
+    const Boxes boxes = Family::boxes(first, second);
+    Products products = begin_products<Out>(a, out, device);
+    int column = 0;
+    add_product<EA, EB, Out>(products, boxes, device, &column, a, gate, scale_a, scale_gate, bias_gate, out);
+    column = 0;  // both end in the same place
+    add_product<EA, EB, Out>(products, boxes, device, &column, a, up, scale_a, scale_up, bias_up, out);
+    check_columns(out, column);
+    start(products, device, static_b, first, second);
+  }
+
   // Products of one a, side by side; the first `rotated` of them are heads of q (and k). cos and sin [1 or sequences, S, 128], and
   // row t is position t % S of sequence t / S. Weights [128], or None without a norm.
   static void run_rope(TensorView a, Array<Tensor> b, TensorView scale_a, Array<Tensor> scale_b, Optional<TensorView> q_weight,

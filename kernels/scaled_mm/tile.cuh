@@ -10,7 +10,7 @@
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
 // through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
 // shared memory, where a thread finds the columns of both halves that it needs side by side. Several products are one list of
-// tiles. The output goes through shared memory and the copy engine, which clips it at M and N.
+// tiles, but gate and up (`Gate`), of which a tile has both. The output goes through shared memory and the copy engine, which clips it at M and N.
 #pragma once
 
 #include "inductor_ext/launch.cuh"
@@ -27,10 +27,11 @@ constexpr int kTileMaxStages = 12;
 template <typename Out, int M, int N, bool Pingpong, typename End>
 struct TileShared {
   static constexpr bool kWhole = End::kAdds || End::kRotates;  // all of a consumer's tile is staged at once
+  static constexpr int kColumns = End::kGates ? N / 2 : N;     // of the output
   static constexpr int kRows = Pingpong ? M : M / 2;  // of a consumer's part
   static constexpr int kBlocks = kRows / 64;          // wgmma's M is 64
   static constexpr int kStage = (M + N) * kBlockK;
-  static constexpr int kWidth = N * static_cast<int>(sizeof(Out));  // bytes of a row of the tile
+  static constexpr int kWidth = kColumns * static_cast<int>(sizeof(Out));  // bytes of a row that is stored
   static constexpr int kBox = kWidth % 128 == 0 ? 128 : kWidth % 64 == 0 ? 64 : 32;  // bytes of a row that one store takes
   static constexpr int kBoxColumns = kBox / static_cast<int>(sizeof(Out));
   static constexpr int kChunk = 64 * kBox;  // what is staged at a time: 64 rows of one box
@@ -55,14 +56,14 @@ struct TileParams {
   bool static_b;
 };
 
-// Where a cluster tile lies: first row, product and first channel of this CTA's tile.
+// Where a cluster tile lies: first row, product (gate's, of gate and up) and first channel of this CTA's tile.
 struct TileAt {
   int row, channel;
   const Product* product;
   int blocks;  // stages of K
 };
 
-template <int M, int N>
+template <int M, int Columns>
 __device__ __forceinline__ TileAt tile_at(const TileParams& p, int index, int rank_m, int rank_n) {
   const int per_group = p.group * p.tiles_n;
   const int group = index / per_group, rest = index - group * per_group;
@@ -71,7 +72,7 @@ __device__ __forceinline__ TileAt tile_at(const TileParams& p, int index, int ra
   int which = 0;
   while (which + 1 < p.products.count && tile_n >= p.products.of[which + 1].first_tile) ++which;
   const Product& product = p.products.of[which];
-  return {(tile_m * p.cluster_m + rank_m) * M, (tile_n - product.first_tile) * N, &product, (product.k + kBlockK - 1) / kBlockK};
+  return {(tile_m * p.cluster_m + rank_m) * M, (tile_n - product.first_tile) * Columns, &product, (product.k + kBlockK - 1) / kBlockK};
 }
 
 // What a thread's columns of one box are multiplied by: those of `Wgmma`.
@@ -104,6 +105,16 @@ __device__ __forceinline__ uint8_t* in_chunk(uint8_t* chunk, int row, int byte) 
   return chunk + ((row * Box + byte) ^ (((row * Box) >> 7 & (Box / 16 - 1)) << 4));
 }
 
+// Two neighbouring sums of a row, scaled. `bias`: of their two channels.
+template <bool HasBias>
+__device__ __forceinline__ float2 scaled_pair(const float* sums, float row_scale, float2 scale, const float* bias) {
+  const float2 by_row = make_float2(__fmul_rn(sums[0], row_scale), __fmul_rn(sums[1], row_scale));
+  if constexpr (!HasBias) return make_float2(__fmul_rn(by_row.x, scale.x), __fmul_rn(by_row.y, scale.y));
+  // Written as FMAs: nvcc chose some products of some tiles for them, so that tiles, and those with a residual, differed by bytes.
+  const float2 added = *reinterpret_cast<const float2*>(bias);
+  return make_float2(__fmaf_rn(by_row.x, scale.x, added.x), __fmaf_rn(by_row.y, scale.y, added.y));
+}
+
 // One box of a consumer's sums, 64 rows from column `First` of the tile on, scaled, into a chunk. Rows are those of `Wgmma`. With
 // `Add` the chunk holds the residual: what a warp has read there it replaces.
 template <bool HasBias, bool Add, typename Out, int N, int Box, int First>
@@ -113,12 +124,8 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
   const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
   auto at = [&](int row, int byte) { return in_chunk<Box>(chunk, row, byte); };
   auto scaled = [&](int j, int i) {
-    const float* pair = d + (First + 8 * j) / 2 + 2 * i;
-    const float2 by_row = make_float2(__fmul_rn(pair[0], row_scale[i]), __fmul_rn(pair[1], row_scale[i])), scale = channel_scale.of[j];
-    if constexpr (!HasBias) return make_float2(__fmul_rn(by_row.x, scale.x), __fmul_rn(by_row.y, scale.y));
-    // Written as FMAs: nvcc chose some products of some tiles for them, so that tiles, and those with a residual, differed by bytes.
-    const float2 bias = *reinterpret_cast<const float2*>(channel_bias + First + 8 * j + 2 * (lane % 4));
-    return make_float2(__fmaf_rn(by_row.x, scale.x, bias.x), __fmaf_rn(by_row.y, scale.y, bias.y));
+    const float* bias = channel_bias + First + 8 * j + 2 * (lane % 4);
+    return scaled_pair<HasBias>(d + (First + 8 * j) / 2 + 2 * i, row_scale[i], channel_scale.of[j], bias);
   };
   if constexpr (sizeof(Out) == 2) {
     Out* tag = nullptr;
@@ -150,6 +157,34 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
         place = Add ? make_float2(value.x + place.x, value.y + place.y) : value;
       }
     }
+  }
+}
+
+// One box of act(gate) * up, from columns `First` of both on: gate's are the first half of the tile's columns, up's the second.
+// Both are scaled and rounded before, and each step after is.
+template <typename Act, bool HasBias, typename Out, int N, int Box, int First>
+__device__ __forceinline__ void stage_gated(uint8_t* chunk, const float (&d)[N / 2], const float (&row_scale)[2],
+                                            const ChannelScales<Out, Box>& gate_scale, const ChannelScales<Out, Box>& up_scale,
+                                            const float* channel_bias) {
+  static_assert(sizeof(Out) == 2, "values are stored as pairs");
+  constexpr int kColumns = Box / static_cast<int>(sizeof(Out));
+  const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+  Out* tag = nullptr;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j += 2) {
+    Raw<Out, 8> gate[1], up[1];  // two pairs of columns in two rows, in the order that the store takes them in
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int group = j + n / 2, i = n % 2, column = First + 8 * group;
+      const float* bias = channel_bias + column + 2 * (lane % 4);
+      const float2 g = scaled_pair<HasBias>(d + column / 2 + 2 * i, row_scale[i], gate_scale.of[group], bias);
+      const float2 u = scaled_pair<HasBias>(d + (N / 2 + column) / 2 + 2 * i, row_scale[i], up_scale.of[group], bias + N / 2);
+      gate[0].words[n] = pack(tag, g.x, g.y), up[0].words[n] = pack(tag, u.x, u.y);
+    }
+    act_mul<Out, Act>(gate, up);
+    const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j + (matrix >> 1)) * 16;
+    const uint32_t(&y)[4] = gate[0].words;
+    cute::SM90_U32x4_STSM_N::copy(y[0], y[1], y[2], y[3], *reinterpret_cast<cute::uint128_t*>(in_chunk<Box>(chunk, row, byte)));
   }
 }
 
@@ -237,7 +272,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       uint16_t same_m = 0, same_n = 0;
       for (int i = 0; i < p.cluster_n; ++i) same_m |= 1 << (rank_m + p.cluster_m * i);
       for (int i = 0; i < p.cluster_m; ++i) same_n |= 1 << (i + p.cluster_m * rank_n);
-      const int a_rows = M / p.cluster_n, b_rows = N / p.cluster_m;
+      const int a_rows = M / p.cluster_n, b_rows = Shared::kColumns / p.cluster_m;
       auto load_a = [&](const TileAt& tile, int block, int s) {
         uint8_t* to = shared + s * Shared::kStage + rank_n * a_rows * kBlockK;
         const int row = tile.row + rank_n * a_rows;
@@ -248,19 +283,23 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         }
       };
       auto load_b = [&](const TileAt& tile, int block, int s) {
-        uint8_t* to = shared + s * Shared::kStage + (M + rank_m * b_rows) * kBlockK;
         const int row = tile.channel + rank_m * b_rows;
-        if (p.cluster_m > 1) {
-          load_tile_to(same_n, &tile.product->b, full + s, to, block * kBlockK, row);
-        } else {
-          load_tile(&tile.product->b, full + s, to, block * kBlockK, row);
+#pragma unroll
+        for (int half = 0; half < N / Shared::kColumns; ++half) {  // gate and up, or all
+          uint8_t* to = shared + s * Shared::kStage + (M + half * Shared::kColumns + rank_m * b_rows) * kBlockK;
+          const CUtensorMap* b = &tile.product[half].b;
+          if (p.cluster_m > 1) {
+            load_tile_to(same_n, b, full + s, to, block * kBlockK, row);
+          } else {
+            load_tile(b, full + s, to, block * kBlockK, row);
+          }
         }
       };
       Slot slot;
       slot.phase = 1;  // the first time round every stage is free
       int ahead = 0;
       if (p.static_b && first < tiles) {  // a few stages of weights before the kernel ahead has ended
-        const TileAt tile = tile_at<M, N>(p, first, rank_m, rank_n);
+        const TileAt tile = tile_at<M, Shared::kColumns>(p, first, rank_m, rank_n);
         for (; ahead < min(tile.blocks, kStages); ++ahead) {
           FullBarrier::arrive_and_expect_tx(full + ahead, Shared::kStage);
           load_b(tile, ahead, ahead);
@@ -268,7 +307,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       }
       wait_for_previous_kernel();
       for (int index = first; index < tiles; index += step) {
-        const TileAt tile = tile_at<M, N>(p, index, rank_m, rank_n);
+        const TileAt tile = tile_at<M, Shared::kColumns>(p, index, rank_m, rank_n);
         for (int block = 0; block < tile.blocks; ++block) {
           if (ahead > 0) {
             --ahead;
@@ -308,7 +347,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     Slot slot;
     int turn = 0;
     for (int index = first; index < tiles; index += step, turn ^= 1) {
-      const TileAt tile = tile_at<M, N>(p, index, rank_m, rank_n);
+      const TileAt tile = tile_at<M, Shared::kColumns>(p, index, rank_m, rank_n);
       if (Pingpong && turn != consumer) {
         slot.skip(tile.blocks, kStages);
         continue;
@@ -327,7 +366,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       }
       bool rotates = false;
       if constexpr (End::kRotates) rotates = tile.product - p.products.of < end.products;
-      float scale[kBlocks][2], channel[2] = {}, added[2] = {}, weight = 0.f;
+      float scale[kBlocks][2], channel[2] = {}, weight = 0.f;
+      float added[2] = {-0.f, -0.f};  // where there is no bias: what changes no number
       if constexpr (End::kNorms) {
         if (rotates) weight = widen(static_cast<const Out*>(end.weight[tile.product - p.products.of])[threadIdx.x % kWarpgroup]);
       }
@@ -343,9 +383,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       for (int i = 0; i < 2; ++i) {
         const int at = threadIdx.x % kWarpgroup + i * kWarpgroup;
         if (at < N) {
-          const int column = min(tile.channel + at, product.n - 1);
-          channel[i] = product.scale_b[static_cast<int64_t>(column) * product.scale_b_stride];
-          if (product.bias != nullptr) added[i] = widen(static_cast<const Out*>(product.bias)[column]);
+          const int half = End::kGates ? at / Shared::kColumns : 0;
+          const Product& of = tile.product[half];
+          const int column = min(tile.channel + at - half * Shared::kColumns, of.n - 1);
+          channel[i] = of.scale_b[static_cast<int64_t>(column) * of.scale_b_stride];
+          if (of.bias != nullptr) added[i] = widen(static_cast<const Out*>(of.bias)[column]);
         }
       }
 
@@ -439,18 +481,27 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         FullBarrier::wait(residual_full + consumer, residual_phase);
         residual_phase ^= 1;
       }
-      const bool has_bias = product.bias != nullptr;
+      bool has_bias = product.bias != nullptr;
+      if constexpr (End::kGates) has_bias |= tile.product[1].bias != nullptr;
       unrolled<Shared::kWidth / Shared::kBox>([&](auto box) {
         constexpr int kFirst = box * Shared::kBoxColumns;
-        ChannelScales<Out, Shared::kBox> scales;
+        ChannelScales<Out, Shared::kBox> scales, up_scales;
         scales.read(channel_scale + kFirst);
+        if constexpr (End::kGates) up_scales.read(channel_scale + Shared::kColumns + kFirst);
         unrolled<kBlocks>([&](auto b) {
           uint8_t* chunk = own_staging + staged++ % Shared::kChunks * Shared::kChunk;
           if constexpr (!Add) {
             if (leader) cute::tma_store_wait<Shared::kChunks - 1>();  // the copy engine has read what was there
             meet();
           }
-          if (has_bias) {
+          if constexpr (End::kGates) {
+            using Act = typename End::Act;
+            if (has_bias) {
+              stage_gated<Act, true, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, up_scales, channel_bias);
+            } else {
+              stage_gated<Act, false, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, up_scales, channel_bias);
+            }
+          } else if (has_bias) {
             stage_output<true, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
           } else {
             stage_output<false, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
@@ -476,18 +527,18 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 template <typename EA, typename EB, typename Out, int M, int N, bool Pingpong, bool Exact, typename End_ = Store>
 struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, Exact, End_>, EA, EB, Out> {
   using End = End_;
-  static constexpr bool kStores = !End::kAdds && !End::kRotates;
+  static constexpr bool kStores = !End::kAdds && !End::kGates && !End::kRotates;
   using Shared = TileShared<Out, M, N, Pingpong, End>;
-  static_assert(Shared::kRows % 64 == 0 && N % 16 == 0 && N <= 256);
+  static_assert(Shared::kRows % 64 == 0 && Shared::kColumns % 16 == 0 && N <= 256);
   static_assert(!End::kRotates || (N == kHead && sizeof(Out) == 2), "a head is a tile's columns, in two bytes each");
 
   static Boxes boxes(int64_t cluster_m, int64_t cluster_n) {
-    const bool fits = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && N % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
+    const bool fits = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && Shared::kColumns % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
     if (!fits) {
       TVM_FFI_THROW(ValueError) << "cluster: wanted at most 8 CTAs that divide the tile " << M << " x " << N << " in groups of 8 rows, found "
                                 << cluster_m << " x " << cluster_n;
     }
-    return {static_cast<int>(M / cluster_n), static_cast<int>(N / cluster_m), N, 64, Shared::kBoxColumns, static_cast<int>(cluster_n)};
+    return {static_cast<int>(M / cluster_n), static_cast<int>(Shared::kColumns / cluster_m), Shared::kColumns, 64, Shared::kBoxColumns, static_cast<int>(cluster_n)};
   }
 
   static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n,
@@ -495,7 +546,7 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
     const int ctas = cluster_m * cluster_n;
     TileParams p{products};
     p.tiles_m = static_cast<int>(ceil_div(products.m, M * cluster_m));
-    p.tiles_n = products.tiles_n / cluster_n;
+    p.tiles_n = products.tiles_n / cluster_n / (N / Shared::kColumns);
     p.group = std::max(1, 1024 / (M * cluster_m));
     p.cluster_m = cluster_m, p.cluster_n = cluster_n, p.static_b = static_b;
     auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact, End>;
