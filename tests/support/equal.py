@@ -10,9 +10,11 @@ import torch
 def different(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mask of the elements whose bytes differ, two NaNs of any payload counting as equal."""
     assert a.dtype == b.dtype and a.shape == b.shape, f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    if a.device != b.device:  # both on a GPU are compared there: hundreds of megabytes, in some tests
+        a, b = a.cpu(), b.cpu()
+    a, b = a.detach().contiguous(), b.detach().contiguous()
     if not a.numel():
-        return torch.zeros(a.shape, dtype=torch.bool)
+        return torch.zeros(a.shape, dtype=torch.bool, device=a.device)
     one, two = (t.reshape(-1).view(torch.uint8).reshape(t.numel(), t.element_size()) for t in (a, b))
     bytes_differ = (one != two).any(-1).reshape(a.shape)
     if not a.is_floating_point():
