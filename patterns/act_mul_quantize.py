@@ -1,6 +1,7 @@
-"""act_mul_quantize: a gated activation and its dynamic FP8 quantisation become one kernel, or two for a whole tensor.
+"""act_mul_quantize: a gated activation and its FP8 quantisation become one kernel, or two for a whole tensor's dynamic scale.
 
     y = act(gate) * up;  s = program(amax(|y|));  q = cast(clamp(y / s))   →   q, s = inductor_ext.act_mul_quantize(gate, up, …)
+    y = …;  q = cast(clamp(y / s))                 static   →   q, _ = inductor_ext.act_mul_quantize(gate, up, …, [s])
 
 act is SiLU or GELU, gate and up two buffers or the halves of one. One pass over memory: on an H200 1.7 to 2.7 times as fast
 as Inductor's two for [T, 3072], T from 1 to 7168 (benchmarks/results/h200/producers.json).
@@ -12,12 +13,13 @@ The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import aten, call, describe, index_of, is_call, same_sizes, value_of
+from inductor_ext.graph import aten, call, describe, is_call, same_sizes, value_of
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
 from inductor_ext.patterns.support import fp8_chain, quantisation
 from inductor_ext.patterns.support.expression import Expression
@@ -47,7 +49,10 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         if not fp8_chain.collapses_to_rows(value_of(each)):
             strides = f"{describe(each)} strides {list(value_of(each).stride())}"
             return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
-    made = Call(OP, (value_of(gate), value_of(up), act, *found.arguments))
+    misplaced = quantisation.misplaced(found, min(found.nodes), context)
+    if misplaced is not None:
+        return misplaced
+    made = Call(OP, (value_of(gate), value_of(up), act, *torch.fx.map_arg(found.arguments, value_of)))
     return Match(node, (made,), f"{act}, {found.detail}", found.why, (found, (gate, up, act, *found.arguments)))
 
 
@@ -69,8 +74,9 @@ def _gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
 
 def replace(match: Match) -> None:
     found, arguments = match.data
-    graph, order = match.node.graph, index_of(match.node.graph)
-    with graph.inserting_before(min(found.nodes, key=order.__getitem__)):
+    graph, place = match.node.graph, min(found.nodes)
+    quantisation.make_room(found, place)
+    with graph.inserting_before(place):
         made = call(graph, OP.overload, *arguments, like=match.node)
         out, scale = (call(graph, operator.getitem, made, i, like=match.node) for i in range(2))
         quantisation.put(graph, found, out, scale)
@@ -96,6 +102,18 @@ def _silu(gate: torch.Tensor, up: torch.Tensor) -> Any:
     return _quantise(torch.nn.functional.silu(gate) * up)
 
 
+def _static(y: torch.Tensor, *scales: Any) -> Any:
+    return [(y.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in scales]
+
+
+def _with_scales(count: int) -> Callable[[str], tuple[torch.Tensor, ...]]:
+    return lambda device: (*_gate_and_up(device), *(torch.tensor(0.05 * (i + 1), device=device) for i in range(count)))
+
+
+def _silu_static(gate: torch.Tensor, up: torch.Tensor, *scales: Any) -> Any:
+    return _static(torch.nn.functional.silu(gate) * up, *scales)
+
+
 def _silu_mxfp8(both: torch.Tensor, swizzled: bool = False) -> Any:
     gate, up = both.chunk(2, -1)
     return torch.ops.inductor_ext.mxfp8_quantize(torch.nn.functional.silu(gate) * up, None, "rceil", swizzled)
@@ -107,7 +125,7 @@ def _gelu_tanh(gate: torch.Tensor, up: torch.Tensor) -> Any:
 
 RULE = Rule(
     name="act_mul_quantize",
-    doc="SiLU or GELU times up and its dynamic FP8 quantisation → one kernel",
+    doc="SiLU or GELU times up and its FP8 quantisation → one kernel",
     anchors=quantisation.anchors,
     guard=guard,
     replace=replace,
@@ -126,6 +144,15 @@ RULE = Rule(
             _gate_and_up,
         ),
         Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both),
+        Example("static_scale", _silu_static, _with_scales(1)),
+        Example("static_scale_dynamic_shape", _silu_static, _with_scales(1), dynamic=True),
+        Example("static_scales", _silu_static, _with_scales(2)),
+        Example("static_number", lambda g, u: _silu_static(g, u, 0.1), _gate_and_up),
+        Example(
+            "static_scale_one_over",
+            lambda both, s: (torch.nn.functional.gelu(both[:, 64:]) * both[:, :64] * (1.0 / s)).to(torch.float8_e5m2),
+            lambda device: (*_both(device), torch.tensor(0.1, dtype=torch.bfloat16, device=device)),
+        ),
         Example("mxfp8", _silu_mxfp8, _both, mode="always"),
         Example("mxfp8_dynamic_shape", _silu_mxfp8, _both, mode="always", dynamic=True),
     ),
@@ -138,10 +165,25 @@ RULE = Rule(
         ),
         Example("swizzled", lambda both: _silu_mxfp8(both, True), _both, reason="the scales are swizzled"),
         Example(
-            "static_scale",
-            lambda g, u, s: ((torch.nn.functional.silu(g) * u).float() / s).clamp(-448.0, 448.0).to(E4),
-            lambda device: (*_gate_and_up(device), torch.tensor(0.5, device=device)),
-            reason="the scale is static",
+            "static_and_read_elsewhere",
+            lambda g, u, s: (lambda y: (*_static(y, s), y * 3))(torch.nn.functional.silu(g) * u),
+            _with_scales(1),
+            reason="what is quantised has a second user",
+        ),
+        Example("static_scales_of_five", _silu_static, _with_scales(5), reason="quantised too often"),
+        Example(
+            "static_and_back",
+            lambda g, u, s: _silu_static(g, u, s)[0].float() * s,
+            _with_scales(1),
+            reason="Inductor fuses this chain into its consumer for free",
+        ),
+        Example(
+            "dynamic_and_smoothed",
+            lambda g, u, s: (lambda y: ((y.float() * s) / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(
+                torch.nn.functional.silu(g) * u
+            ),
+            _with_scales(1),
+            reason="several scales in one chain",
         ),
     ),
 )

@@ -1,11 +1,16 @@
-"""rms_norm_quantize: RMSNorm, the residual added before it and its dynamic FP8 quantisation become one kernel.
+"""rms_norm_quantize: RMSNorm, the residual added before it and its FP8 quantisation become one kernel.
 
     t = x + residual;  y = rms_norm(t) * weight;  s = program(amax(|y|));  q = cast(clamp(y / s))
         →   q, s, t = inductor_ext.rms_norm_quantize(x, residual, weight, …)
+    t = …;  q_i = cast(clamp(y / s_i))        static scales, one or up to four
+        →   q, _, t = inductor_ext.rms_norm_quantize(x, residual, weight, …, [s_0, …]);  q_i = q[i]
 
 One pass over memory instead of one for each reduction. The mean's order of summation differs from eager's: the scale may differ
 in its last place, and a value by one FP8 step. On an H200 1.2 to 1.7 times as fast as Inductor's kernels; with a residual, and
 memory the limit, as fast (benchmarks/results/h200/producers.json).
+
+Static scales leave out the maximum. q, k and v, or gate and up, have one each where they were calibrated apart: the kernel then
+writes each of them from one y. A y that is read elsewhere too, or quantised in two ways, stays with Inductor.
 
 The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU where the kernel has not run yet
 (``HAS_RUN``) that waits for ``always``.
@@ -15,12 +20,13 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import call, describe, erase_dead, index_of, value_of
+from inductor_ext.graph import call, describe, erase_dead, value_of
 from inductor_ext.kernels.rms_norm_quantize.op import OP
 from inductor_ext.patterns.support import fp8_chain, quantisation, rms_norm
 from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
@@ -36,9 +42,10 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     chain = quantisation.trace(node)
     if chain is None:
         return None
-    norm = rms_norm.trace(chain.x)
-    if norm is None:
+    traced = [(each, norm) for each in quantisation.starts(chain) if (norm := rms_norm.trace(each.x)) is not None]
+    if not traced:
         return None
+    chain, norm = next((pair for pair in traced if isinstance(pair[1], rms_norm.RmsNorm)), traced[-1])
     if isinstance(norm, fp8_chain.Failure):
         return context.refuse(norm.node, norm.reason, wanted=norm.wanted, found=norm.found)
     found = quantisation.parse(chain, context)
@@ -51,6 +58,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             wanted = f"at least {TENSOR_ROWS} rows, and at most {TENSOR_ELEMENTS} elements in all"
             reason = "one scale for all: Inductor's kernels are as fast"
             return context.refuse(node, reason, wanted=wanted, found=f"{list(shape)}")
+    misplaced = quantisation.misplaced(found, _place(found, norm), context)
+    if misplaced is not None:
+        return misplaced
     inputs = norm.addends or (norm.total, None)
     for each in inputs:
         if each is not None and not fp8_chain.collapses_to_rows(value_of(each)):
@@ -59,16 +69,22 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     x, residual = (None if each is None else value_of(each) for each in inputs)
     rest = (norm.eps, norm.norm, *found.arguments)
     detail = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}, {found.detail}"
-    made = Call(OP, (x, residual, value_of(norm.weight), *rest))
+    made = Call(OP, (x, residual, value_of(norm.weight), *torch.fx.map_arg(rest, value_of)))
     return Match(node, (made,), detail, found.why, (found, norm, (*inputs, norm.weight, *rest)))
+
+
+def _place(found: quantisation.AnyQuantisation, norm: rms_norm.RmsNorm) -> Node:
+    """Before which node the kernel is called: the first that reads one of its outputs."""
+    return norm.total if norm.addends else min(found.nodes)
 
 
 def replace(match: Match) -> None:
     found, norm, arguments = match.data
-    graph, order = match.node.graph, index_of(match.node.graph)
+    graph, place = match.node.graph, _place(found, norm)
     fused = arguments[1] is not None
     total_value = value_of(norm.total)
-    with graph.inserting_before(norm.total if fused else min(found.nodes, key=order.__getitem__)):
+    quantisation.make_room(found, place)
+    with graph.inserting_before(place):
         made = call(graph, OP.overload, *arguments, like=match.node)
         out, scale, total = (call(graph, operator.getitem, made, i, like=match.node) for i in range(3))
         quantisation.put(graph, found, out, scale)
@@ -114,6 +130,34 @@ def _residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
     return *_quantise(_llama(total, weight)), total * 2
 
 
+def _static(y: torch.Tensor, *scales: Any) -> Any:
+    """One quantisation for each scale, as linear layers that were calibrated apart have."""
+    return [(y.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in scales]
+
+
+def _scales(device: str, count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.tensor([[0.01 * (i + 1)]], dtype=dtype, device=device) for i in range(count)]
+
+
+def _with_scales(count: int, dtype: torch.dtype = torch.float32) -> Callable[[str], tuple[torch.Tensor, ...]]:
+    return lambda device: (*_inputs(device), *_scales(device, count, dtype))
+
+
+def _static_after_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, *scales: torch.Tensor) -> Any:
+    total = x + r
+    return *_static(_llama(total, weight), *scales), total * 2
+
+
+def _static_in_views(x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Any:
+    rows = _llama(x, weight).view(-1, 64)
+    return [each.view(48, 32) for each in _static(rows, q, k)]
+
+
+def _scale_of_the_sum(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    total = x + r
+    return *_static(_llama(total, weight), total.abs().amax().float()), total * 2
+
+
 def _residual_mxfp8(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
     total = x + r
     return *_mxfp8(_llama(total, weight).view(-1, 64), "floor"), total * 2
@@ -121,7 +165,7 @@ def _residual_mxfp8(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> A
 
 RULE = Rule(
     name="rms_norm_quantize",
-    doc="RMSNorm with its residual and a row's FP8 quantisation → one kernel",
+    doc="RMSNorm with its residual and its FP8 quantisation → one kernel",
     anchors=quantisation.anchors,
     guard=guard,
     replace=replace,
@@ -138,6 +182,25 @@ RULE = Rule(
             _inputs,
         ),
         Example("residual_is_read_later", _residual, _with_residual),
+        Example("static_scale", lambda x, w, s: _static(_llama(x, w), s), _with_scales(1)),
+        Example("static_scale_dynamic_shape", lambda x, w, s: _static(_llama(x, w), s), _with_scales(1), dynamic=True),
+        Example("static_scale_gemma", lambda x, w, s: _static(_gemma(x, w), s), _with_scales(1)),
+        Example(
+            "static_scale_torch",
+            lambda x, w, s: (torch.nn.functional.rms_norm(x, (64,), w, 1e-6) * s.reciprocal()).to(torch.float8_e5m2),
+            _with_scales(1, torch.bfloat16),
+        ),
+        Example("static_number", lambda x, w: _static(_llama(x, w), 0.02), _inputs),
+        Example("static_scales_of_q_k_v", lambda x, w, *s: _static(_llama(x, w), *s), _with_scales(3)),
+        Example(
+            "static_scales_after_residual", _static_after_residual, lambda d: (*_with_residual(d), *_scales(d, 2)), dynamic=True
+        ),
+        Example("static_scales_in_views", _static_in_views, _with_scales(2)),
+        Example(
+            "static_scales_made_later",
+            lambda x, r, w, s: _static_after_residual(x, r, w, s, torch.maximum(s, s * 2)),
+            lambda d: (*_with_residual(d), *_scales(d, 1)),
+        ),
         Example("mxfp8", lambda x, w: _mxfp8(_llama(x, w).view(-1, 64)), _inputs, mode="always"),
         Example("mxfp8_dynamic_shape", lambda x, w: _mxfp8(_llama(x, w).view(-1, 64)), _inputs, mode="always", dynamic=True),
         Example("mxfp8_after_residual", _residual_mxfp8, _with_residual, mode="always"),
@@ -176,10 +239,47 @@ RULE = Rule(
             reason="one scale for all: Inductor's kernels are as fast",
         ),
         Example(
-            "static_scale",
-            lambda x, w, s: (_llama(x, w).float() / s).clamp(-448.0, 448.0).to(E4),
-            lambda device: (*_inputs(device), torch.tensor(0.5, device=device)),
-            reason="the scale is static",
+            "static_and_read_elsewhere",
+            lambda x, w, s: (lambda y: (*_static(y, s), y * 3))(_llama(x, w)),
+            _with_scales(1),
+            reason="what is quantised has a second user",
+        ),
+        Example(
+            "static_and_dynamic",
+            lambda x, w, s: (lambda y: (*_static(y, s), *_quantise(y)))(_llama(x, w)),
+            _with_scales(1),
+            reason="what is quantised has a second user",
+        ),
+        Example(
+            "static_scales_of_five",
+            lambda x, w, *s: _static(_llama(x, w), *s),
+            _with_scales(5),
+            reason="quantised too often",
+        ),
+        Example(
+            "static_in_two_dtypes",
+            lambda x, w, s: (lambda y: (*_static(y, s), (y.float() / s).to(torch.float8_e5m2)))(_llama(x, w)),
+            _with_scales(1),
+            reason="quantised in different ways",
+        ),
+        Example("static_scale_of_the_sum", _scale_of_the_sum, _with_residual, reason="the scale is computed too late"),
+        Example(
+            "static_scale_a_row",
+            lambda x, w, s: _static(_llama(x, w), s),
+            lambda device: (*_inputs(device), torch.rand(6, 4, 1, device=device) + 0.5),
+            reason="a static scale a row",
+        ),
+        Example(
+            "static_and_smoothed",
+            lambda x, w, s, t: ((_llama(x, w).float() * t) / s).clamp(-448.0, 448.0).to(E4),
+            _with_scales(2),
+            reason="several scales in one chain",
+        ),
+        Example(
+            "static_and_back",
+            lambda x, w, s: _static(_llama(x, w), s)[0].float() * s,
+            _with_scales(1),
+            reason="Inductor fuses this chain into its consumer for free",
         ),
     ),
 )

@@ -76,7 +76,8 @@ class Mlp:
                 wide, quantised, of_row = both[:count], made[:count], scale[:count]
                 _multiply([x], self.weights, [x_scale], self.scales, wide)
                 gate, up = wide.split(self.intermediate, 1)
-                ACT_MUL._call(gate, up, "silu", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4, out0=quantised, out1=of_row)
+                recipe = ("row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
+                ACT_MUL._call(gate, up, "silu", *recipe, out0=quantised, out1=of_row)
                 _multiply([quantised], [self.down], [of_row], [self.down_scale], out)
 
         return run

@@ -65,7 +65,7 @@ def rms_norm(rows: int, columns: int, residual: bool, granularity: str = "row") 
         scale = scale_like(rows, granularity)
         total = torch.empty_like(x) if residual else x.new_empty(0)
         tensors = (x, other, weight) if residual else (x, weight)
-        call = (x, other if residual else None, weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        call = (x, other if residual else None, weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
         return lambda: compiled(*tensors), lambda: RMS_NORM._call(*call, out0=out, out1=scale, out2=total)
 
     return rows * (columns * (7 if residual else 3) + 4), make
@@ -87,7 +87,7 @@ def act_mul(rows: int, columns: int, halves: bool, granularity: str = "row") -> 
         gate, up = both.chunk(2, dim=-1) if halves else both.view(2, rows, columns)
         out = torch.empty(rows, columns, device="cuda", dtype=E4)
         scale = scale_like(rows, granularity)
-        call = (gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        call = (gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
         tensors = (both,) if halves else (gate, up)
         return lambda: compiled(*tensors), lambda: ACT_MUL._call(*call, out0=out, out1=scale)
 

@@ -56,7 +56,7 @@ class Case:
 
     def norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> None:
         total = self.none if residual is None else self.total
-        arguments = (x, residual, self.weight, 1e-6, "cast mul", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        arguments = (x, residual, self.weight, 1e-6, "cast mul", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
         RMS_NORM._call(*arguments, out0=self.quantised, out1=self.scale, out2=total)
 
     def apart(self, product: Callable[[], Any]) -> None:

@@ -46,12 +46,12 @@ def main() -> None:
             x, other = (torch.randn(9, columns).to(BF16).cuda() for _ in range(2))
             weight = torch.rand(columns).to(BF16).cuda()
             granularity = "tensor" if columns == 4096 else "row"
-            rest = (weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+            rest = (weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
             torch.ops.inductor_ext.rms_norm_quantize(x, other if residual else None, *rest)
     for columns in (64, 100, 3072, 16384):
         gate, up = torch.randn(9, 2 * columns).to(BF16).cuda().chunk(2, dim=-1)
         granularity = "tensor" if columns == 3072 else "row"
-        torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
     for columns in (30, 64, 72, 80, 128, 136, 192, 256):
         for tokens in (3, 1200):
             rotations(tokens, columns, normed=True)

@@ -113,6 +113,31 @@ __global__ void __launch_bounds__(kOnceThreads, sizeof(In) == 4 ? 1 : 2)
                                                                        ActMulOnce<In, Act, E, U>(p));
 }
 
+// Host: checks what every mode is given, and puts it into `p`.
+template <typename In, typename Fp8>
+Rows take_gated(ActMulQuantizeParams& p, const TensorView& gate, const TensorView& up, const TensorView& out, Device& device) {
+  TensorMatcher().dtype<In>().device(device).verify(gate, "gate");
+  TensorMatcher().dtype<In>().device(device).verify(up, "up");
+  TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
+  const Rows rows = rows_of(gate, "gate"), other = rows_of(up, "up");
+  if (other.rows != rows.rows || other.cols != rows.cols) {
+    TVM_FFI_THROW(ValueError) << "up: wanted the shape of gate, " << shape_of(gate) << ", found " << shape_of(up);
+  }
+  if (rows.cols == 0 || rows.cols > 32768) {
+    TVM_FFI_THROW(ValueError) << "gate: wanted 1 to 32768 columns, found shape " << shape_of(gate);
+  }
+  p.gate = data(gate), p.up = data(up), p.out = data<uint8_t>(out);
+  p.rows = rows.rows, p.cols = rows.cols, p.gate_pitch = rows.pitch, p.up_pitch = other.pitch;
+  return rows;
+}
+
+// Host: whether whole vectors of eight can be loaded and stored.
+template <typename In>
+bool gated_in_vectors(const ActMulQuantizeParams& p) {
+  const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
+  return p.cols % 8 == 0 && rows_aligned(p.gate, p.gate_pitch) && rows_aligned(p.up, p.up_pitch) && aligned(p.out, 8);
+}
+
 template <typename In, typename Act, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct ActMulQuantize {
   static_assert(!Program::kRow && !ScaleProgram::kRow, "act_mul_quantize has no tensor operands");
@@ -122,19 +147,11 @@ struct ActMulQuantize {
   static bool run(TensorView gate, TensorView up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
                   double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
-    TensorMatcher().dtype<In>().device(device).verify(gate, "gate");
-    TensorMatcher().dtype<In>().device(device).verify(up, "up");
-    TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
+    ActMulQuantizeParams p{};
+    const Rows rows = take_gated<In, Fp8>(p, gate, up, out, device);
     TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
-    const Rows rows = rows_of(gate, "gate"), other = rows_of(up, "up");
-    if (other.rows != rows.rows || other.cols != rows.cols) {
-      TVM_FFI_THROW(ValueError) << "up: wanted the shape of gate, " << shape_of(gate) << ", found " << shape_of(up);
-    }
     if (kIsMx<ScaleProgram> && rows.cols % mx::kBlock != 0) {
       TVM_FFI_THROW(ValueError) << "gate: wanted rows of a multiple of " << mx::kBlock << " elements, found shape " << shape_of(gate);
-    }
-    if (rows.cols == 0 || rows.cols > 32768) {
-      TVM_FFI_THROW(ValueError) << "gate: wanted 1 to 32768 columns, found shape " << shape_of(gate);
     }
     if (out.numel() != rows.rows * rows.cols || scale.numel() != (Rowwise ? rows.rows * scales_of_row<ScaleProgram>(rows.cols) : 1)) {
       TVM_FFI_THROW(ValueError) << "out, scale: wanted " << rows.rows << " rows of " << rows.cols << ", found shapes " << shape_of(out)
@@ -144,10 +161,8 @@ struct ActMulQuantize {
     if (rows.rows == 0) return false;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    ActMulQuantizeParams p{data(gate), data(up),    data<uint8_t>(out), data(scale),
-                           rows.rows,  rows.cols,   rows.pitch,         other.pitch, Consts::of(constants)};
-    const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
-    const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.gate, p.gate_pitch) && rows_aligned(p.up, p.up_pitch) && aligned(p.out, 8);
+    p.scale = data(scale), p.consts = Consts::of(constants);
+    const bool vectors = gated_in_vectors<In>(p);
     DeviceGuard guard(device.id());
     if (vectors) p.cols /= 8;
     if constexpr (!Rowwise) {

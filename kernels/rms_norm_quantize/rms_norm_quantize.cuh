@@ -186,6 +186,46 @@ __global__ void __launch_bounds__(kNormOnceThreads<U>, U == 1 || sizeof(In) == 4
       p.once, dynamic_shared_memory<Aligned<In, E>>(), RmsNormOnce<In, W, HasResidual, Norm, Threads, E, U>(p, shared_sum));
 }
 
+inline void check_size(const TensorView& view, const char* name, int64_t wanted) {
+  if (view.numel() != wanted) TVM_FFI_THROW(ValueError) << name << ": wanted " << wanted << " elements, found shape " << shape_of(view);
+}
+
+// Host: checks what every mode is given, and puts it into `p`.
+template <typename In, typename W, bool HasResidual, typename Fp8>
+Rows take_norm(RmsNormQuantizeParams& p, const TensorView& x, const Optional<TensorView>& residual, const TensorView& weight, double eps,
+               const TensorView& out, const TensorView& total, Device& device) {
+  TensorMatcher().dtype<In>().device(device).verify(x, "x");
+  const Rows rows = rows_of(x, "x");
+  TensorMatcher({rows.cols}).template dtype<W>().contiguous().device(device).verify(weight, "weight");
+  TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
+  if constexpr (HasResidual) {
+    const TensorView& added = residual.value();
+    TensorMatcher().dtype<In>().device(device).verify(added, "residual");
+    const Rows other = rows_of(added, "residual");
+    if (other.rows != rows.rows || other.cols != rows.cols) {
+      TVM_FFI_THROW(ValueError) << "residual: wanted the shape of x, " << shape_of(x) << ", found " << shape_of(added);
+    }
+    TensorMatcher().dtype<In>().contiguous().device(device).verify(total, "total");
+    check_size(total, "total", rows.rows * rows.cols);
+    p.residual = data(added), p.residual_pitch = other.pitch, p.total = data(total);
+  }
+  if (rows.cols == 0 || rows.cols > 32768) {
+    TVM_FFI_THROW(ValueError) << "x: wanted 1 to 32768 columns, found shape " << shape_of(x);
+  }
+  p.x = data(x), p.weight = data(weight), p.out = data<uint8_t>(out);
+  p.rows = rows.rows, p.cols = rows.cols, p.x_pitch = rows.pitch;
+  p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(rows.cols);
+  return rows;
+}
+
+// Host: whether whole vectors of eight can be loaded and stored.
+template <typename In, bool HasResidual>
+bool norm_in_vectors(const RmsNormQuantizeParams& p) {
+  const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
+  return p.cols % 8 == 0 && rows_aligned(p.x, p.x_pitch) && aligned(p.weight, 16) && aligned(p.out, 8) &&
+         (!HasResidual || (rows_aligned(p.residual, p.residual_pitch) && aligned(p.total, 16)));
+}
+
 template <typename In, typename W, bool HasResidual, typename Norm, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT,
           typename ScaleProgram, typename Program>
 struct RmsNormQuantize {
@@ -196,45 +236,24 @@ struct RmsNormQuantize {
   static bool run(TensorView x, Optional<TensorView> residual, TensorView weight, double eps, TensorView out, TensorView scale,
                   TensorView total, Optional<TensorView> y, Optional<TensorView> partial, double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
-    TensorMatcher().dtype<In>().device(device).verify(x, "x");
-    const Rows rows = rows_of(x, "x");
-    TensorMatcher({rows.cols}).template dtype<W>().contiguous().device(device).verify(weight, "weight");
-    TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
+    RmsNormQuantizeParams p{};
+    const Rows rows = take_norm<In, W, HasResidual, Fp8>(p, x, residual, weight, eps, out, total, device);
     TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
     check_size(out, "out", rows.rows * rows.cols), check_size(scale, "scale", Rowwise ? rows.rows * scales_of_row<ScaleProgram>(rows.cols) : 1);
-    RmsNormQuantizeParams p{};
-    if constexpr (HasResidual) {
-      const TensorView added = residual.value();
-      TensorMatcher().dtype<In>().device(device).verify(added, "residual");
-      const Rows other = rows_of(added, "residual");
-      if (other.rows != rows.rows || other.cols != rows.cols) {
-        TVM_FFI_THROW(ValueError) << "residual: wanted the shape of x, " << shape_of(x) << ", found " << shape_of(added);
-      }
-      TensorMatcher().dtype<In>().contiguous().device(device).verify(total, "total");
-      check_size(total, "total", rows.rows * rows.cols);
-      p.residual = data(added), p.residual_pitch = other.pitch, p.total = data(total);
-    }
     if (kIsMx<ScaleProgram> && rows.cols % mx::kBlock != 0) {
       TVM_FFI_THROW(ValueError) << "x: wanted rows of a multiple of " << mx::kBlock << " elements, found shape " << shape_of(x);
-    }
-    if (rows.cols == 0 || rows.cols > 32768) {
-      TVM_FFI_THROW(ValueError) << "x: wanted 1 to 32768 columns, found shape " << shape_of(x);
     }
     if (rows.rows == 0 && !Rowwise) TVM_FFI_THROW(ValueError) << "x: wanted at least one row, since an empty tensor has no maximum";
     if (rows.rows == 0) return false;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    p.x = data(x), p.weight = data(weight), p.out = data<uint8_t>(out), p.scale = data(scale);
-    p.rows = rows.rows, p.cols = rows.cols, p.x_pitch = rows.pitch;
-    p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(rows.cols), p.consts = Consts::of(constants);
+    p.scale = data(scale), p.consts = Consts::of(constants);
     if constexpr (!Rowwise) {
       p.partial = tensor_partials(*partial, device);
       if (y.has_value()) p.y = tensor_y<In>(*y, rows.rows * rows.cols, device);
       p.once = OnceParams{p.out, p.scale, p.partial, 0, 0, p.consts};
     }
-    const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
-    const bool vectors = rows.cols % 8 == 0 && rows_aligned(p.x, p.x_pitch) && aligned(p.weight, 16) && aligned(p.out, 8) &&
-                         (!HasResidual || (rows_aligned(p.residual, p.residual_pitch) && aligned(p.total, 16)));
+    const bool vectors = norm_in_vectors<In, HasResidual>(p);
     DeviceGuard guard(device.id());
     cudaStream_t stream = env_stream(device.id());
     if (vectors) p.cols /= 8;
@@ -244,9 +263,6 @@ struct RmsNormQuantize {
   }
 
  private:
-  static void check_size(const TensorView& view, const char* name, int64_t wanted) {
-    if (view.numel() != wanted) TVM_FFI_THROW(ValueError) << name << ": wanted " << wanted << " elements, found shape " << shape_of(view);
-  }
   struct Start {
     RmsNormQuantizeParams& p;
     cudaStream_t stream;

@@ -67,7 +67,7 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
         if is_reshape(node) or is_call(node, operator.getitem):
             node = node.args[0]
             continue
-        above = _step(node, collected)
+        above = step(node, collected)
         if isinstance(above, Failure):
             return above
         node = above
@@ -85,7 +85,7 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
     return DynamicScale(scale, amax, granularity, steps.text_of(program), tuple(inner))
 
 
-def _step(node: Node, collected: list[steps.Step]) -> Node | Failure:
+def step(node: Node, collected: list[steps.Step]) -> Node | Failure:
     """Record one step of the scale program and go up."""
     if is_call(node, CONVERT) and node.args[1] in FLOATS and value_of(node.args[0]).dtype in FLOATS:
         collected.append(steps.Step("to", node.args[1]))

@@ -44,6 +44,8 @@ _CLAMPS = {
 }
 _COMMUTATIVE = (aten.mul.Tensor, aten.maximum.default, aten.minimum.default)
 _SCALES = {aten.mul.Tensor: "mul", aten.div.Tensor: "div"}
+#: What a chain consists of, besides converts and views.
+STEPS = (*_CLAMPS, *_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,13 @@ class Chain:
     @property
     def program(self) -> str:
         return steps.text_of(self.steps)
+
+    def behind_convert(self) -> Chain | None:
+        """The same chain begun behind its first step where that rounds: what makes ``x`` may count it among its own."""
+        above = self.inner[-1] if self.inner else None
+        if above is None or not is_call(above, CONVERT) or above.args[1] is torch.float32:
+            return None
+        return dataclasses.replace(self, x=above, pre_views=[], steps=self.steps[1:], inner=self.inner[:-1])
 
     def input_value(self) -> torch.Tensor:
         """The fake tensor that the op reads: ``x`` after ``pre_views``."""

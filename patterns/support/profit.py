@@ -19,7 +19,12 @@ def refusal(node: Node, source: Node, context: Context) -> Refusal | None:
             wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
             found=describe(source),
         )
-    if not feeds_opaque(node):
+    return consumer_refusal(node, context)
+
+
+def consumer_refusal(node: Node, context: Context) -> Refusal | None:
+    """The same of what reads ``node`` alone."""
+    if not context.forced and not feeds_opaque(node):
         return context.refuse(
             node,
             "Inductor fuses this chain into its consumer for free",

@@ -1,6 +1,7 @@
-"""The dynamic FP8 quantisation of something that a larger kernel computes: amax, a scale from it, the chain to FP8; or MXFP8.
+"""The FP8 quantisation of something that a larger kernel computes: amax, a scale from it, the chain to FP8; or MXFP8.
 
     y = …;  s = scale_program(amax(|y|));  q = cast(program(y, s))          amax of each row, or of all
+    y = …;  q = cast(program(y, s)), once or for several s                  static scales: `static_quantisation`
     y = …;  q, s = inductor_ext.mxfp8_quantize(y, …)                        plain scales
 
 Rules that fuse what makes y begin at `anchors`, `trace` what those quantise, ask `parse` whether all of y's users are this, and
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from inductor_ext.graph import (
@@ -32,8 +33,9 @@ from inductor_ext.graph import (
 from inductor_ext.kernels import mx, steps
 from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
 from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8
-from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run, static_quantisation
 from inductor_ext.patterns.support.same import in_order
+from inductor_ext.patterns.support.static_quantisation import StaticQuantisation
 from inductor_ext.rule import Context, Refusal
 
 
@@ -58,6 +60,14 @@ def trace(anchor: Node) -> fp8_chain.Chain | Blocks | None:
     return chain if isinstance(chain, fp8_chain.Chain) else None
 
 
+def starts(chain: fp8_chain.Chain | Blocks) -> Iterator[fp8_chain.Chain | Blocks]:
+    """``chain``, and the same begun at a rounding that the walk upwards took for its first step."""
+    yield chain
+    shorter = chain.behind_convert() if isinstance(chain, fp8_chain.Chain) else None
+    if shorter is not None:
+        yield shorter
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantisation:
     """``q = cast(program(y, scale))``; ``y`` has no other use."""
@@ -67,9 +77,9 @@ class Quantisation:
     program: str
 
     @property
-    def arguments(self) -> tuple[str, str, str, torch.dtype]:
-        """Granularity, scale program, program and dtype, as the ops take them."""
-        return self.scale.granularity, self.scale.program, self.program, self.chain.dtype
+    def arguments(self) -> tuple[Any, ...]:
+        """Granularity, scale program, program, dtype and static scales, as the ops take them."""
+        return self.scale.granularity, self.scale.program, self.program, self.chain.dtype, []
 
     @property
     def granularity(self) -> str:
@@ -99,8 +109,8 @@ class BlockQuantisation:
     why: str = "one pass over memory"
 
     @property
-    def arguments(self) -> tuple[str, str, str, torch.dtype]:
-        return self.granularity, self.rounding, "", mx.DATA
+    def arguments(self) -> tuple[Any, ...]:
+        return self.granularity, self.rounding, "", mx.DATA, []
 
     @property
     def detail(self) -> str:
@@ -111,14 +121,19 @@ class BlockQuantisation:
         return (self.node,)
 
 
-def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> Quantisation | BlockQuantisation | Refusal:
+AnyQuantisation = Quantisation | BlockQuantisation | StaticQuantisation
+
+
+def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> AnyQuantisation | Refusal:
     """The quantisation that ``chain`` is of ``chain.x``, or the first condition that failed."""
     if isinstance(chain, Blocks):
         return _parse_blocks(chain, context)
     node = chain.cast
-    if len(chain.operands) != 1 or dynamic_scale.amax_above(chain.operands[0], chain.x) is None:
-        found = ", ".join(map(describe, chain.operands)) or "a number"
-        return context.refuse(node, "the scale is static", wanted="the amax of what is quantised", found=found)
+    if all(dynamic_scale.amax_above(operand, chain.x) is None for operand in chain.operands):
+        return static_quantisation.parse(chain, starts, context)
+    if len(chain.operands) != 1:
+        found = ", ".join(map(describe, chain.operands))
+        return context.refuse(node, "several scales in one chain", wanted="one scale", found=found)
     scale = dynamic_scale.trace(chain, chain.operands[0])
     if isinstance(scale, fp8_chain.Failure):
         return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
@@ -174,8 +189,10 @@ def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> No
     return None
 
 
-def put(graph: Graph, found: Quantisation | BlockQuantisation, out: Node, scale: Node) -> None:
+def put(graph: Graph, found: AnyQuantisation, out: Node, scale: Node) -> None:
     """Let users of the quantisation read ``out`` and ``scale``. At the graph's insertion point, where both exist."""
+    if isinstance(found, StaticQuantisation):
+        return static_quantisation.put(graph, found, out)
     if isinstance(found, BlockQuantisation):
         return _put_blocks(graph, found.node, out, scale)
     chain, old = found.chain, found.scale.node
@@ -198,3 +215,19 @@ def _put_blocks(graph: Graph, node: Node, out: Node, scale: Node) -> None:
             user.replace_all_uses_with(values[user.args[1]])
             graph.erase_node(user)
     erase_dead(node)
+
+
+def misplaced(found: AnyQuantisation, place: Node, context: Context) -> Refusal | None:
+    """A refusal where a static scale is not known at ``place``, where the kernel will be called."""
+    behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
+    if not isinstance(behind, Node):
+        return None
+    wanted = f"scales before {describe(place)}"
+    return context.refuse(behind, "the scale is computed too late", wanted=wanted, found=describe(behind))
+
+
+def make_room(found: AnyQuantisation, place: Node) -> None:
+    """Move what makes static scales before ``place``."""
+    behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
+    for node in behind if isinstance(behind, list) else ():
+        place.prepend(node)

@@ -23,7 +23,7 @@ GRANULARITIES = pytest.mark.parametrize("granularity", ["row", "tensor"])
 def call(
     gate: Any, up: Any, act: str = "silu", dtype: Any = E4, program: str = TORCHAO_PROGRAM, granularity: str = "row"
 ) -> Any:
-    return torch.ops.inductor_ext.act_mul_quantize(gate, up, act, granularity, TORCHAO_SCALE, program, dtype)
+    return torch.ops.inductor_ext.act_mul_quantize(gate, up, act, granularity, TORCHAO_SCALE, program, dtype, [])
 
 
 def operands(shape: Any, dtype: Any = BF16, device: str = "cpu") -> list[torch.Tensor]:
@@ -44,7 +44,7 @@ def test_the_reference_is_the_models_mlp(act: str, hidden_act: str, granularity:
 
 
 def call_mx(gate: Any, up: Any, rounding: str = "rceil") -> Any:
-    return torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", "mx", rounding, "", E4)
+    return torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", "mx", rounding, "", E4, [])
 
 
 @pytest.mark.parametrize("rounding", mx.ROUNDINGS)
@@ -55,7 +55,7 @@ def test_the_reference_of_mxfp8(shape: Any, rounding: str) -> None:
     wanted, wanted_scale = mx.quantize(torch.nn.functional.silu(gate) * up, rounding)
     assert_same_bytes(out, wanted)
     assert_same_bytes(scale, wanted_scale)
-    fakes = OP.fake(gate, up, "silu", "mx", rounding, "", E4)
+    fakes = OP.fake(gate, up, "silu", "mx", rounding, "", E4, [])
     assert [(t.dtype, t.shape) for t in fakes] == [(t.dtype, t.shape) for t in (out, scale)]
 
 
@@ -128,7 +128,7 @@ def check(gate: Any, up: Any, act: str) -> None:
     """Byte for byte: every step is element-wise or a maximum, and PyTorch's own formula."""
     for granularity in ("row", "tensor"):
         out, scale = call(gate, up, act, granularity=granularity)
-        want_out, want_scale = OP.reference(gate, up, act, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        want_out, want_scale = OP.reference(gate, up, act, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
         assert_same_bytes(scale, want_scale)
         assert_same_bytes(out, want_out)
 
@@ -153,7 +153,8 @@ def test_every_width_and_bit_pattern(dtype: Any, act: str) -> None:
 def test_silu_of_every_16_bit_value(dtype: Any) -> None:
     """A scale that is the row's maximum shows |y| as it is, where FP8 would hide the last bits."""
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(-1, 1).repeat(1, 8)
-    _, scale = torch.ops.inductor_ext.act_mul_quantize(gate, torch.ones_like(gate), "silu", "row", "f32", TORCHAO_PROGRAM, E4)
+    programs = ("row", "f32", TORCHAO_PROGRAM, E4, [])
+    _, scale = torch.ops.inductor_ext.act_mul_quantize(gate, torch.ones_like(gate), "silu", *programs)
     wanted = torch.nn.functional.silu(gate)[:, :1].abs().float()
     assert bool(((scale == wanted) | (scale.isnan() & wanted.isnan())).all())
 
@@ -190,7 +191,7 @@ def test_mxfp8_on_the_gpu(caplog: pytest.LogCaptureFixture) -> None:
         both[: rows // 3] *= 100
         for gate, up in (both[:, : 2 * columns].chunk(2, -1), (both[:, 1 : columns + 1], both[:, columns : 2 * columns])):
             found = call_mx(gate, up, rounding)
-            wanted = OP.reference(gate, up, "silu", "mx", rounding, "", E4)
+            wanted = OP.reference(gate, up, "silu", "mx", rounding, "", E4, [])
             for one, two in zip(found, wanted, strict=True):
                 assert_same_bytes(one, two, f"{dtype} {rounding} {rows} x {columns}")
     assert "running PyTorch's own operators instead" not in caplog.text

@@ -208,11 +208,11 @@ on_gpu = [gpu, pytest.mark.usefixtures("_kernels_and_not_fallbacks")]
 
 
 def norm(x: Any, residual: Any, weight: Any) -> Any:
-    return torch.ops.inductor_ext.rms_norm_quantize(x, residual, weight, 1e-6, "cast mul", "tensor", *PROGRAMS, E4)
+    return torch.ops.inductor_ext.rms_norm_quantize(x, residual, weight, 1e-6, "cast mul", "tensor", *PROGRAMS, E4, [])
 
 
 def act_mul(gate: Any, up: Any) -> Any:
-    return torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", "tensor", *PROGRAMS, E4)
+    return torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", "tensor", *PROGRAMS, E4, [])
 
 
 def alone(x: Any) -> Any:
@@ -251,7 +251,7 @@ class TestOnTheGpu:
         for rows, columns in ((1, 8), (1, 3072), (37, 1000), (300, 128), (1024, 3072), *BIG_ROWS):
             gate, up = spoilt(torch.randn(rows, 2 * columns, device="cuda").to(dtype), special).chunk(2, -1)
             out, scale = same_both_ways(monkeypatch, act_mul, gate, up)
-            want, want_scale = ACT_MUL.reference(gate, up, "silu", "tensor", *PROGRAMS, E4)
+            want, want_scale = ACT_MUL.reference(gate, up, "silu", "tensor", *PROGRAMS, E4, [])
             assert_same_bytes(scale, want_scale)
             assert_same_bytes(out, want)
 

@@ -19,10 +19,17 @@ gpu = pytest.mark.gpu
 
 
 def call(
-    x: Any, residual: Any, weight: Any, norm: str = "cast mul", eps: float = 1e-6, dtype: Any = E4, **programs: str
+    x: Any,
+    residual: Any,
+    weight: Any,
+    norm: str = "cast mul",
+    eps: float = 1e-6,
+    dtype: Any = E4,
+    scales: Any = (),
+    **programs: str,
 ) -> Any:
     programs = {"granularity": "row", "scale_program": TORCHAO_SCALE, "program": TORCHAO_PROGRAM, **programs}
-    return torch.ops.inductor_ext.rms_norm_quantize(x, residual, weight, eps, norm, *programs.values(), dtype)
+    return torch.ops.inductor_ext.rms_norm_quantize(x, residual, weight, eps, norm, *programs.values(), dtype, scales)
 
 
 def operands(shape: Any, dtype: Any = BF16, weight: Any = None, device: str = "cpu") -> list[torch.Tensor]:
@@ -165,7 +172,7 @@ def built() -> None:
 def check(x: Any, residual: Any, weight: Any, norm: str, granularity: str = "row") -> None:
     """total byte for byte; the scale within one unit in its last place; out within one FP8 step of eager."""
     out, scale, total = call(x, residual, weight, norm, granularity=granularity)
-    rest = (1e-6, norm, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+    rest = (1e-6, norm, granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
     want_out, want_scale, want_total = OP.reference(x, residual, weight, *rest)
     assert_same_bytes(total, want_total)
     torch.testing.assert_close(scale, want_scale, rtol=2.0**-7 if x.dtype is BF16 else 2.0**-9, atol=0, equal_nan=True)
@@ -224,7 +231,8 @@ def test_layouts_extremes_and_empty_input() -> None:
         bad[3] = value
         bad[5, 7] = value
         out, scale, _ = call(bad, None, weight)
-        want_out, want_scale, _ = OP.reference(bad, None, weight, 1e-6, "cast mul", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+        rest = (1e-6, "cast mul", "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
+        want_out, want_scale, _ = OP.reference(bad, None, weight, *rest)
         assert torch.equal(scale.isnan(), want_scale.isnan()) and torch.equal(out.float().isnan(), want_out.float().isnan())
     empty, scale, _ = call(x[:0], None, weight)
     assert empty.shape == (0, 1024) and scale.shape == (0, 1)
@@ -259,7 +267,7 @@ def test_mxfp8_given_the_factor_every_byte_is_eagers(caplog: pytest.LogCaptureFi
             wide = torch.cat([x, x], 1)
             for given in (x, wide[:, columns:], wide[:, 1 : columns + 1].copy_(x)):
                 found = call(given, other, weight, norm, granularity="mx", scale_program=rounding, program="")
-                wanted = OP.reference(given, other, weight, 1e-6, norm, "mx", rounding, "", E4)
+                wanted = OP.reference(given, other, weight, 1e-6, norm, "mx", rounding, "", E4, [])
                 for one, two in zip(found, wanted, strict=True):
                     assert_same_bytes(one, two, f"{dtype} {norm} {rows} x {columns}")
     assert "running PyTorch's own operators instead" not in caplog.text
@@ -273,7 +281,7 @@ def test_mxfp8_of_any_rows_extremes_and_none() -> None:
         x[3], x[4, 5], x[6, 7], x[8] = 0.0, float("nan"), float("inf"), 3e38
         other[3] = 0.0
         out, scale, total = call(x, other, weight, granularity="mx", scale_program="rceil", program="")
-        want_out, want_scale, want_total = OP.reference(x, other, weight, 1e-6, "cast mul", "mx", "rceil", "", E4)
+        want_out, want_scale, want_total = OP.reference(x, other, weight, 1e-6, "cast mul", "mx", "rceil", "", E4, [])
         assert_same_bytes(total, want_total)
         assert torch.equal(out.float().isnan(), want_out.float().isnan())
         same = scale.view(torch.uint8) == want_scale.view(torch.uint8)

@@ -1,0 +1,167 @@
+"""FP8 quantisations, with scales that are known beforehand, of something that a larger kernel computes.
+
+    y = …;  q_i = cast(program(y, scale_program(s_i)))          one, or several that differ in their scale alone
+
+torchao calibrates the input of every linear layer by itself: q, k and v quantise one norm with three scales, gate and up with
+two. One kernel then writes each of them. What is computed from a scale on its way, such as a reciprocal, the kernel does too,
+so that no launch is spent on one number. `quantisation.parse` comes here where no scale follows from the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from inductor_ext.graph import CONVERT, aten, call, describe, is_call, is_reshape, replay, value_of
+from inductor_ext.kernels import static_scale, steps
+from inductor_ext.patterns.support import dynamic_scale, profit
+from inductor_ext.patterns.support.fp8_chain import FLOATS, STEPS, Chain, Failure, is_fp8_cast, replace_cast
+from inductor_ext.patterns.support.fp8_chain import trace as trace_chain
+from inductor_ext.patterns.support.same import is_pure
+from inductor_ext.rule import Context, Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticQuantisation:
+    """``chains``, in the graph's order, of one y that nothing else reads; ``scales`` has one each, or none: a number then."""
+
+    chains: tuple[Chain, ...]
+    scales: tuple[Node, ...]
+    scale_program: str
+    program: str
+    granularity: str = static_scale.GRANULARITY
+    why: str = "one pass over memory"
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.granularity, self.scale_program, self.program, self.chains[0].dtype, list(self.scales)
+
+    @property
+    def detail(self) -> str:
+        names = ", ".join(each.name for each in self.scales)
+        given = f"scale = {f'{self.scale_program} of ' if self.scale_program else ''}{names}; " if names else ""
+        return f"static: {given}{self.program} → {self.chains[0].dtype}"
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return tuple(chain.cast for chain in self.chains)
+
+    def behind(self, place: Node) -> list[Node] | Node:
+        """What makes the scales and stands behind ``place``, in order, to be moved before it; or what cannot be moved."""
+        behind: set[Node] = set()
+        pending = list(self.scales)
+        while pending:
+            node = pending.pop()
+            if node < place or node in behind or node.op == "placeholder":
+                continue
+            if node is place or not (node.op == "get_attr" or is_pure(node)):
+                return node
+            behind.add(node)
+            pending.extend(node.all_input_nodes)
+        return sorted(behind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """One chain: its scale, if it is no number, and how that and the data are used."""
+
+    scale: Node | None
+    scale_program: str
+    program: str
+
+    def way(self, chain: Chain) -> str:
+        scale = "" if self.scale is None else f"{value_of(self.scale).dtype} {self.scale_program}".rstrip() + " as scale; "
+        return f"{scale}{self.program} → {chain.dtype}"
+
+
+def parse(chain: Chain, starts: Callable[[Chain], Iterable[Any]], context: Context) -> StaticQuantisation | Refusal:
+    """The quantisations of ``chain.x``, this chain among them, or the first condition that failed."""
+    first = _read(chain)
+    if isinstance(first, Failure):
+        return context.refuse(first.node, first.reason, wanted=first.wanted, found=first.found)
+    chains, scales = _chains(chain.x, starts), []
+    for each in chains:
+        read = _read(each)
+        if isinstance(read, Failure):
+            return context.refuse(read.node, read.reason, wanted=read.wanted, found=read.found)
+        if read.way(each) != first.way(chain):
+            wanted, found = first.way(chain), read.way(each)
+            return context.refuse(each.cast, "quantised in different ways", wanted=wanted, found=found)
+        scales += [] if read.scale is None else [read.scale]
+    most = static_scale.MAX_SCALES if scales else 1
+    if len(chains) > most:
+        wanted = f"at most {most} times, with as many scales"
+        return context.refuse(chain.cast, "quantised too often", wanted=wanted, found=f"{len(chains)} times")
+    reader = _other_user(chain.x, chains)
+    if reader is not None:
+        wanted = "the quantisation as its only user"
+        return context.refuse(chain.x, "what is quantised has a second user", wanted=wanted, found=describe(reader))
+    for each in chains:
+        unprofitable = profit.consumer_refusal(each.cast, context)
+        if unprofitable is not None:
+            return unprofitable
+    return StaticQuantisation(tuple(chains), tuple(scales), first.scale_program, first.program)
+
+
+def _read(chain: Chain) -> _Read | Failure:
+    if any(step.operand == "r0" for step in chain.steps):
+        return Failure(chain.cast, "a static scale a row", "one scale for all rows", describe(chain.operands[0]))
+    if len(chain.operands) > 1:
+        found = ", ".join(map(describe, chain.operands))
+        return Failure(chain.cast, "several scales in one chain", "one scale", found)
+    if not chain.operands:
+        return _Read(None, "", chain.program)
+    program = chain.program.replace(":s0", ":scale")
+    scale, scale_program = _computed(chain.operands[0], program)
+    if value_of(scale).device != value_of(chain.x).device:
+        wanted = f"a tensor on {value_of(chain.x).device}"
+        return Failure(chain.cast, "the scale is on another device", wanted, f"{describe(scale)} on {value_of(scale).device}")
+    return _Read(scale, scale_program, program)
+
+
+def _computed(scale: Node, program: str) -> tuple[Node, str]:
+    """The number in memory that ``scale`` is computed from, as far as the kernel can do that too, and how."""
+    node, collected = scale, list[steps.Step]()
+    while True:
+        above: Node | Failure = node.args[0] if is_reshape(node) else dynamic_scale.step(node, collected)
+        if isinstance(above, Failure) or value_of(above).dtype not in FLOATS:
+            break
+        node = above
+    text = steps.text_of(list(reversed(collected)))
+    return (node, text) if len(steps.constants(text, program)) <= steps.MAX_CONSTS else (scale, "")
+
+
+def _chains(x: Node, starts: Callable[[Chain], Iterable[Any]]) -> list[Chain]:
+    """Every quantisation of ``x``, in the graph's order."""
+    casts, seen, pending = list[Node](), set[Node](), [x]
+    while pending:
+        for user in pending.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if is_fp8_cast(user):
+                casts.append(user)
+            elif is_reshape(user) or is_call(user, CONVERT, *STEPS):
+                pending.append(user)
+    traced = [each for each in map(trace_chain, sorted(casts)) if isinstance(each, Chain)]
+    return [each for chain in traced for each in starts(chain) if each.x is x]
+
+
+def _other_user(x: Node, chains: Iterable[Chain]) -> Node | None:
+    """Something that reads ``x``, or a step of its quantisations, and belongs to none of them."""
+    inside = {x, *(node for chain in chains for node in (*chain.pre_views, *chain.inner))}
+    known = inside | {chain.cast for chain in chains}
+    return next((user for node in inside for user in node.users if user not in known), None)
+
+
+def put(graph: Graph, found: StaticQuantisation, out: Node) -> None:
+    """Let users of each quantisation read its part of ``out``."""
+    values = []
+    for index, chain in enumerate(found.chains):
+        one = out if len(found.chains) == 1 else call(graph, aten.select.int, out, 0, index, like=chain.cast)
+        values.append(replay(graph, [*chain.pre_views, *chain.post_views], one))
+    for chain, value in zip(found.chains, values, strict=True):  # now, for the graph's insertion point may be a cast
+        replace_cast(chain.cast, value)
