@@ -3,7 +3,7 @@
 ``Op(...).define()`` makes
 
 * ``torch.ops.inductor_ext.<name>`` with the reference on every device, the kernel on CUDA, and a fake for tracing;
-* for functional ops ``….<name>.out``, which writes into buffers it is given: ``out`` for one output, ``out0, out1, …`` for
+* for ops with outputs ``….<name>.out``, which writes into buffers it is given: ``out`` for one output, ``out0, out1, …`` for
   several (several outputs cannot be described by Inductor's ``ExternKernelOut``, so all ops take the same road);
 * a lowering (`define_lowering`) that lets Inductor plan those buffers: it allocates, reuses and frees them like its own.
 
@@ -63,7 +63,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that mutates its arguments).
+    """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that only writes its arguments).
 
     ``autotune`` lets its kernels compete under Inductor's ``max_autotune``. An op that another library's kernels serve has a
     ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only.
@@ -100,17 +100,18 @@ class Op:
 
     def define(self) -> None:
         """Register the op, its ``.out`` overload, its fake and its implementations. Called once, by the registry."""
-        arguments, _, returns = self.schema.rpartition(" -> ")
+        arguments = self.schema.rpartition(" -> ")[0]
         _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run_reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self.fake, lib=_library)
         runs_on_cuda = self.kernel is not None or self.library is not None
         if runs_on_cuda:
             _library.impl(self.name, self._run_cuda, "CUDA")
-        if returns == "()":
+        outs = self.out_names
+        if not outs:
             return
-        outs = self._out_names(returns)
-        extra = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(outs))
+        taken = arguments.count("!")  # letters of arguments that are written
+        extra = ", ".join(f"Tensor({chr(97 + taken + i)}!) {name}" for i, name in enumerate(outs))
         extra += ", Tensor(z!)? scratch=None" if self._has_scratch else ""
         signature = arguments.replace("(", ".out(", 1)[:-1] + f", *, {extra}) -> ()"
         _library.define(signature)
@@ -123,9 +124,10 @@ class Op:
     def _has_scratch(self) -> bool:
         return self.kernel is not None and self.kernel.scratch is not None
 
-    @staticmethod
-    def _out_names(returns: str) -> list[str]:
-        count = returns.count("Tensor")
+    @property
+    def out_names(self) -> list[str]:
+        """What ``.out`` calls the outputs; none of an op that only writes its arguments."""
+        count = self.schema.rpartition(" -> ")[2].count("Tensor")
         return ["out"] if count == 1 else [f"out{i}" for i in range(count)]
 
     def define_lowering(self) -> None:
@@ -139,18 +141,20 @@ class Op:
 
         direct = f"{NAMESPACE}_{self.name}"
         setattr(extern_kernels, direct, self._call)
-        target = self.overload if self.mutates else self.packet.out
-        out_names = [] if self.mutates else self._out_names(self.schema.rpartition(" -> ")[2])
+        out_names = self.out_names
+        target = self.packet.out if out_names else self.overload
+        written = [argument.is_write for argument in self.overload._schema.arguments]
 
         def lower(*args: Any, **kwargs: Any) -> Any:
             values = ir.V.graph.current_node.meta["val"] if out_names else ()
             values = values if isinstance(values, (tuple, list)) else (values,)
             if out_names:
-                args = _in_traced_order(args, ir.V.graph.current_node.args)
+                traced = zip(args, ir.V.graph.current_node.args, written)
+                args = tuple(each if write else _in_traced_order(each, node) for each, node, write in traced)
             outs = {name: _planned_buffer(value) for name, value in zip(out_names, values, strict=True)}
             buffers = outs | self._planned_scratch(ir.V.graph.current_node)
-            for argument, value in zip(self.overload._schema.arguments, args):
-                if argument.is_write and value is not None:
+            for write, value in zip(written, args):
+                if write and value is not None:
                     # `FallbackKernel` would do it too, but after it has taken its place in the order of operations: what has
                     # read the buffer so far, and is not computed yet, would then run after the write.
                     ir.V.graph.mark_buffer_mutated(value.get_name())
@@ -248,7 +252,7 @@ class Op:
 
     def _run_reference_into(self, *values: Any) -> None:
         first = len(self.overload._schema.arguments)
-        count = 0 if self.mutates else len(self.overload._schema.returns)
+        count = len(self.overload._schema.returns)
         args, outs = values[:first], values[first : first + count]  # a kernel's scratch, behind them, is not for the reference
         if self.reference_into is not None:
             self.reference_into(*args, *outs)
@@ -258,7 +262,7 @@ class Op:
             out.copy_(result.view(out.shape))
 
     def _run_cuda(self, *args: Any) -> Any:
-        if self.mutates:
+        if not self.overload._schema.returns:
             self._call(*args)  # the kernel checks its arguments itself, in a tenth of the time
             return None
         outputs = self.fake(*args)  # checks; real, empty tensors, since the arguments are real

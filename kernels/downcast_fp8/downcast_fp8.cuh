@@ -21,8 +21,8 @@
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
-#include <mutex>
 
+#include "inductor_ext/cache_rows.cuh"
 #include "inductor_ext/fp8.cuh"
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/steps.cuh"
@@ -31,12 +31,7 @@
 namespace inductor_ext {
 
 constexpr int kFewTokens = 1024;
-constexpr int kScanTokens = 4096;  // H200, 8 x 128 heads: 10.5 against 11.1 us for claims here, 15.8 against 15.2 us at 7168
 constexpr int kMostFewElements = 65535 * 32;  // of a row: a piece of 32 threads or more for each block of grid.y
-constexpr int kClaimSlots = 1 << 16;
-constexpr unsigned long long kNoToken = ~0ull;
-static __device__ unsigned long long downcast_fp8_claims[kClaimSlots];  // zero outside of kernels
-static __device__ unsigned long long downcast_fp8_outside = kNoToken;   // first token whose row is outside the cache
 
 struct DowncastFp8Side {
   const void* x;
@@ -49,32 +44,9 @@ struct DowncastFp8Side {
 
 struct DowncastFp8Params {
   DowncastFp8Side k, v;
-  const void* loc;  // or null
-  int64_t tokens, slots, mult, offset;
-  bool wrap, check;
-  bool may_repeat;
+  CacheRows rows;
   Consts consts;
 };
-
-constexpr int64_t kSkip = -1;     // padding
-constexpr int64_t kOutside = -2;  // not a row of the cache
-
-template <typename Loc>
-__device__ __forceinline__ int64_t cache_row(const DowncastFp8Params& p, int64_t loc) {
-  if (!p.wrap && p.loc != nullptr && loc < 0) return kSkip;
-  int64_t row = loc * p.mult + p.offset;
-  if (p.wrap && row < 0) row += p.slots;
-  return row >= 0 && row < p.slots ? row : kOutside;
-}
-
-template <typename Loc>
-__device__ __forceinline__ int64_t loc_of(const DowncastFp8Params& p, int64_t token) {
-  return p.loc == nullptr ? token : static_cast<int64_t>(static_cast<const Loc*>(p.loc)[token]);
-}
-
-__device__ __forceinline__ void note_outside(const DowncastFp8Params& p, int64_t token) {
-  atomicMin(&downcast_fp8_outside, static_cast<unsigned long long>(token));
-}
 
 // ---- few tokens: one block a token (and a piece of its row), one vector of K and V a thread ------------------------------------
 
@@ -88,7 +60,7 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_scan_few_ker
   const int i = first + lane;
 
   wait_for_previous_kernel();
-  const int64_t loc = loc_of<Loc>(p, token);
+  const int64_t loc = loc_of<Loc>(p.rows, token);
   Raw<In, E> k, v;
   if (i < p.k.vectors) k.load(static_cast<const In*>(p.k.x) + token * p.k.x_stride + i * E);
   if (IsPair && i < p.v.vectors) v.load(static_cast<const In*>(p.v.x) + token * p.v.x_stride + i * E);
@@ -97,21 +69,25 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_scan_few_ker
   typename VChain::Prepared v_prepared;
   if constexpr (IsPair) v_prepared = VChain::prepare(Env{p.consts, &p.v.scale});
   // Early the next kernel's start is hidden; from 512 tokens its blocks would crowd some of the multiprocessors.
-  if (p.tokens <= 256) allow_next_kernel();
-  const int64_t row = cache_row<Loc>(p, loc);
+  if (p.rows.tokens <= 256) allow_next_kernel();
+  const int64_t row = cache_row<Loc>(p.rows, loc);
   bool repeated = false;
-  if (p.may_repeat) {
-    const Loc* locs = static_cast<const Loc*>(p.loc);
-    if (p.wrap) {
-      for (int other = token + 1 + lane; other < p.tokens; other += blockDim.x) repeated |= cache_row<Loc>(p, locs[other]) == row;
+  if (p.rows.may_repeat) {
+    const Loc* locs = static_cast<const Loc*>(p.rows.loc);
+    if (p.rows.wrap) {
+      for (int other = token + 1 + lane; other < p.rows.tokens; other += blockDim.x) {
+        repeated |= cache_row<Loc>(p.rows, locs[other]) == row;
+      }
     } else {  // equal rows are equal locs
 #pragma unroll 8
-      for (int other = token + 1 + lane; other < p.tokens; other += blockDim.x) repeated |= locs[other] == static_cast<Loc>(loc);
+      for (int other = token + 1 + lane; other < p.rows.tokens; other += blockDim.x) {
+        repeated |= locs[other] == static_cast<Loc>(loc);
+      }
     }
     repeated = __syncthreads_or(repeated);
   }
   allow_next_kernel();
-  if (p.check && row == kOutside && lane == 0 && blockIdx.y == 0) note_outside(p, token);
+  if (p.rows.check && row == kOutside && lane == 0 && blockIdx.y == 0) note_outside(token);
   if (row < 0 || repeated) return;
   if (i < p.k.vectors) downcast_vector<In, Fp8, Saturated, KChain>(k, k_prepared, p.k.cache + row * p.k.cache_stride + i * E);
   if constexpr (IsPair) {
@@ -145,57 +121,6 @@ struct DowncastFp8Chunk {
 
 constexpr int kScanThreads = 256;
 
-constexpr int kTargets = 8;
-
-// What is compared of a loc: its low word, or that of its row where negative rows count from the end.
-template <typename Loc, bool Wrap>
-__device__ __forceinline__ uint32_t scan_key(const DowncastFp8Params& p, int token) {
-  if constexpr (Wrap) return static_cast<uint32_t>(cache_row<Loc>(p, static_cast<const Loc*>(p.loc)[token]));
-  return static_cast<const uint32_t*>(p.loc)[static_cast<int64_t>(token) * (sizeof(Loc) / 4)];
-}
-
-// Sets bit i of `repeated` where the row of token first + i is also that of a later token, for kTargets tokens.
-template <typename Loc, bool Wrap>
-__device__ __forceinline__ void find_repeated(const DowncastFp8Params& p, int first, unsigned* repeated) {
-  constexpr int kBatch = 8;
-  const int tokens = static_cast<int>(p.tokens);
-  uint32_t targets[kTargets];
-#pragma unroll
-  for (int i = 0; i < kTargets; ++i) targets[i] = scan_key<Loc, Wrap>(p, min(first + i, tokens - 1));
-  const Loc* locs = static_cast<const Loc*>(p.loc);
-  // Mark where the later token `other` goes to the row of one of the targets, comparing all of the rows.
-  auto mark = [&](int other) {
-    const int64_t row = cache_row<Loc>(p, locs[other]);
-#pragma unroll 1
-    for (int i = 0; i < kTargets && first + i < other; ++i) {
-      if (row >= 0 && row == cache_row<Loc>(p, locs[first + i])) atomicOr(repeated, 1u << i);
-    }
-  };
-  if (threadIdx.x < kTargets && first + threadIdx.x < tokens) {  // among the targets themselves
-    const uint32_t key = scan_key<Loc, Wrap>(p, first + threadIdx.x);
-    bool some = false;
-#pragma unroll
-    for (int i = 0; i < kTargets; ++i) some |= i < threadIdx.x && key == targets[i];
-    if (some) mark(first + threadIdx.x);
-  }
-  for (int begin = first + kTargets + threadIdx.x; begin < tokens; begin += kBatch * kScanThreads) {
-    uint32_t keys[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) keys[j] = scan_key<Loc, Wrap>(p, min(begin + j * kScanThreads, tokens - 1));
-    bool some = false;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-#pragma unroll
-      for (int i = 0; i < kTargets; ++i) some |= keys[j] == targets[i];
-    }
-    if (some) {
-#pragma unroll 1
-      for (int j = 0; j < kBatch && begin + j * kScanThreads < tokens; ++j) mark(begin + j * kScanThreads);
-      if (*static_cast<volatile unsigned*>(repeated) == (1u << kTargets) - 1) return;
-    }
-  }
-}
-
 template <typename In, typename Fp8, bool Saturated, typename KChain, typename VChain, typename Loc, bool IsPair, int Lanes,
           int E, int U>
 __global__ void __launch_bounds__(kScanThreads, sizeof(In) == 2 ? 3 : 2)
@@ -214,26 +139,27 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(In) == 2 ? 3 : 2)
 
   wait_for_previous_kernel();
   int64_t row = kSkip;
-  if (token < p.tokens) {
-    row = loc_of<Loc>(p, token);
+  if (token < p.rows.tokens) {
+    row = loc_of<Loc>(p.rows, token);
     k.load(p.k, token, lane);
     if constexpr (IsPair) v.load(p.v, token, lane);
-    row = cache_row<Loc>(p, row);
+    row = cache_row<Loc>(p.rows, row);
   }
   k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
   if constexpr (IsPair) v.prepared = VChain::prepare(Env{p.consts, &p.v.scale});
-  if (p.may_repeat) {
+  if (p.rows.may_repeat) {
     __syncthreads();
     for (int i = 0; i < kTokens; i += kTargets) {
-      if (block_token + i >= p.tokens) break;
+      if (block_token + i >= p.rows.tokens) break;
       const int first = static_cast<int>(block_token) + i;
-      p.wrap ? find_repeated<Loc, true>(p, first, &repeated[i / kTargets]) : find_repeated<Loc, false>(p, first, &repeated[i / kTargets]);
+      p.rows.wrap ? find_repeated<Loc, true, kScanThreads>(p.rows, first, &repeated[i / kTargets])
+                  : find_repeated<Loc, false, kScanThreads>(p.rows, first, &repeated[i / kTargets]);
     }
     __syncthreads();
     if (repeated[mine / kTargets] >> (mine % kTargets) & 1) row = kSkip;
   }
   allow_next_kernel();
-  if (p.check && row == kOutside && lane == 0) note_outside(p, token);
+  if (p.rows.check && row == kOutside && lane == 0) note_outside(token);
   if (row < 0) return;
   for (int first = lane;;) {
     k.store(p.k, row, first);
@@ -246,25 +172,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(In) == 2 ? 3 : 2)
 }
 
 // ---- very many tokens, whose rows may repeat: claims -------------------------------------------------------------------------
-// A cache row must not be written by two tokens at the same time; written one after the other, the later is whole. Before its
-// first store a warp claims the row by a compare-and-swap of the row's address into a slot of a table, and gives the slot back
-// when its stores are done (release). It finds the slot
-//   free                  -> it is the only writer (acquire: behind every store of the one who had it before);
-//   taken, by the row     -> that token's row, whole, is the one to stand: nothing to store;
-//   taken, by another row -> it tries again. Nobody waits while holding a slot, so a holder always gets on.
-// The slots are back to zero when the kernel ends, and what they hold are addresses of rows in memory: launches on other streams,
-// replays of a captured graph and other caches share the table without harm, and it needs no clearing.
+// A warp has a token: it claims the token's row before its first store.
 // The atomic and the fence cost 2 us at the ends of a kernel and 3 % of the bandwidth at 65536 tokens. K and V wait in shared
 // memory, not in registers, to have enough tokens in flight.
-
-__device__ __forceinline__ unsigned long long claim(unsigned long long* slot, unsigned long long key) {
-  unsigned long long seen;
-  asm volatile("atom.acquire.gpu.global.cas.b64 %0, [%1], 0, %2;" : "=l"(seen) : "l"(slot), "l"(key) : "memory");
-  return seen;
-}
-__device__ __forceinline__ void give_back(unsigned long long* slot) {
-  asm volatile("st.release.gpu.global.b64 [%0], 0;" ::"l"(slot) : "memory");
-}
 
 // A DowncastFp8Chunk whose elements wait in shared memory.
 constexpr int kClaimThreads = 128;
@@ -332,18 +242,18 @@ __global__ void __launch_bounds__(kClaimThreads, E == 1 ? 8 : sizeof(In) == 2 ? 
 
   wait_for_previous_kernel();
   int64_t row = kSkip;
-  if (token < p.tokens) {
-    row = loc_of<Loc>(p, token);
+  if (token < p.rows.tokens) {
+    row = loc_of<Loc>(p.rows, token);
     load(lane);
-    row = cache_row<Loc>(p, row);
+    row = cache_row<Loc>(p.rows, row);
   }
   k.prepared = KChain::prepare(Env{p.consts, &p.k.scale});
   if constexpr (IsPair) v.prepared = VChain::prepare(Env{p.consts, &p.v.scale});
   allow_next_kernel();
-  if (p.check && row == kOutside && lane == 0) note_outside(p, token);
+  if (p.rows.check && row == kOutside && lane == 0) note_outside(token);
 
   const unsigned long long key = reinterpret_cast<unsigned long long>(p.k.cache + row * p.k.cache_stride);
-  unsigned long long* slot = downcast_fp8_claims + ((row ^ (row >> 16)) & (kClaimSlots - 1));
+  unsigned long long* slot = claim_slot(row);
   bool pending = row >= 0;
   while (pending) {  // all lanes alike: the warp has one token
     unsigned long long seen = 0;
@@ -394,7 +304,7 @@ struct DowncastFp8 {
 
     Call(const double (&constants)[kMaxConsts], int64_t mult, int64_t offset, bool wrap, bool check) {
       p.consts = Consts::of(constants);
-      p.mult = mult, p.offset = offset, p.wrap = wrap, p.check = check;
+      p.rows.mult = mult, p.rows.offset = offset, p.rows.wrap = wrap, p.rows.check = check;
     }
 
     template <typename Program>
@@ -448,34 +358,25 @@ struct DowncastFp8 {
     void launch(const Optional<TensorView>& loc) {
       if (loc.has_value()) {
         TensorMatcher({tokens}).dtype<Loc>().contiguous().device(device).verify(loc.value(), "loc");
-        p.loc = data(loc.value());
+        p.rows.loc = data(loc.value());
       }
-      p.tokens = tokens.value(), p.slots = slots.value();
+      p.rows.tokens = tokens.value(), p.rows.slots = slots.value();
       const int64_t elements = std::max(p.k.vectors, p.v.vectors);
-      if (p.tokens == 0 || elements == 0) return;
+      if (p.rows.tokens == 0 || elements == 0) return;
       DeviceGuard guard(device.id());
       cudaStream_t stream = env_stream(device.id());
-      if (p.check) {
-        cudaStreamCaptureStatus capturing;
-        check_cuda(cudaStreamIsCapturing(stream, &capturing), "cudaStreamIsCapturing");
-        p.check = capturing == cudaStreamCaptureStatusNone;
-      }
-      if (!p.check) return launch_width<IsPair>(elements, stream);
-      static std::mutex one_check_at_a_time;
-      std::lock_guard<std::mutex> lock(one_check_at_a_time);
-      launch_width<IsPair>(elements, stream);
-      throw_if_outside(stream);
+      launch_checked<Loc>(p.rows, stream, [&] { launch_width<IsPair>(elements, stream); });
     }
 
     template <bool IsPair>
     void launch_width(int64_t elements, cudaStream_t stream) {
-      const bool distinct = p.tokens == 1 || (p.loc == nullptr && p.mult > 0 && p.offset >= 0);
-      const bool scan = p.loc != nullptr && p.mult != 0 && p.tokens <= kScanTokens;
-      p.may_repeat = !distinct;
+      const bool distinct = p.rows.tokens == 1 || (p.rows.loc == nullptr && p.rows.mult > 0 && p.rows.offset >= 0);
+      const bool scan = p.rows.loc != nullptr && p.rows.mult != 0 && p.rows.tokens <= kScanTokens;
+      p.rows.may_repeat = !distinct;
       if (vectors) p.k.vectors /= 8, p.v.vectors /= 8;
       if (!distinct && !scan) {
         vectors ? launch_claim_many<IsPair, 8, 4>(stream) : launch_claim_many<IsPair, 1, 8>(stream);
-      } else if (p.tokens <= kFewTokens && elements <= kMostFewElements) {
+      } else if (p.rows.tokens <= kFewTokens && elements <= kMostFewElements) {
         vectors ? launch_few<IsPair, 8>(elements / 8, stream) : launch_few<IsPair, 1>(elements, stream);
       } else if (!vectors) {
         launch_scan_many<IsPair, 32, 1, 8>(stream);
@@ -490,7 +391,7 @@ struct DowncastFp8 {
     void launch_few(int64_t vectors, cudaStream_t stream) {
       const int threads = static_cast<int>(std::min<int64_t>(ceil_div(vectors, 32) * 32, kDowncastFp8Threads));
       const int64_t pieces = ceil_div(vectors, threads);
-      const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(pieces));
+      const dim3 grid(static_cast<unsigned>(p.rows.tokens), static_cast<unsigned>(pieces));
       Launch(grid, threads)
           .stream(stream)
           .programmatic()
@@ -498,7 +399,7 @@ struct DowncastFp8 {
     }
     template <bool IsPair, int Lanes, int E, int U>
     void launch_scan_many(cudaStream_t stream) {
-      Launch(static_cast<unsigned>(ceil_div(p.tokens, kScanThreads / Lanes)), kScanThreads)
+      Launch(static_cast<unsigned>(ceil_div(p.rows.tokens, kScanThreads / Lanes)), kScanThreads)
           .stream(stream)
           .programmatic()
           .run(downcast_fp8_scan_many_kernel<In, CacheFp8, Saturated, ToFp8<KProgram>, ToFp8<VProgram>, Loc, IsPair, Lanes, E, U>, p);
@@ -512,24 +413,8 @@ struct DowncastFp8 {
         check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
                    "cudaFuncSetAttribute");
       });
-      Launch(static_cast<unsigned>(ceil_div(p.tokens, kClaimThreads / 32)), kClaimThreads).stream(stream).programmatic().run(kernel, p);
-    }
-
-    void throw_if_outside(cudaStream_t stream) {
-      unsigned long long token;
-      check_cuda(cudaMemcpyFromSymbolAsync(&token, downcast_fp8_outside, 8, 0, cudaMemcpyDeviceToHost, stream), "check of loc");
-      check_cuda(cudaStreamSynchronize(stream), "check of loc");
-      if (token == kNoToken) return;
-      check_cuda(cudaMemcpyToSymbolAsync(downcast_fp8_outside, &kNoToken, 8, 0, cudaMemcpyHostToDevice, stream), "check of loc");
-      Loc value = static_cast<Loc>(token);
-      if (p.loc != nullptr) {
-        check_cuda(cudaMemcpyAsync(&value, static_cast<const Loc*>(p.loc) + token, sizeof(Loc), cudaMemcpyDeviceToHost, stream),
-                   "check of loc");
-      }
-      check_cuda(cudaStreamSynchronize(stream), "check of loc");
-      const int64_t row = static_cast<int64_t>(value) * p.mult + p.offset;
-      TVM_FFI_THROW(IndexError) << "loc: wanted rows in [" << (p.wrap ? -p.slots : 0) << ", " << p.slots << "), found row " << row
-                                << " for token " << token << " (loc = " << value << ")";
+      const unsigned blocks = static_cast<unsigned>(ceil_div(p.rows.tokens, kClaimThreads / 32));
+      Launch(blocks, kClaimThreads).stream(stream).programmatic().run(kernel, p);
     }
   };
 };

@@ -74,24 +74,38 @@ def reference(
 ) -> None:  # fmt: skip
     """Masks instead of branches, so that it is safe on a CUDA device too; of repeated rows the last one wins."""
     _check(k, v, k_cache, v_cache, k_scale, v_scale, loc, k_program, v_program, dtype, mult, offset, wrap)
-    tokens, slots = k.shape[0], k_cache.shape[0]
-    index = torch.arange(tokens, device=k.device) if loc is None else loc.long()
+    if k.shape[0] == 0:
+        return
+    rows, keep = rows_of("downcast_fp8", k.shape[0], k_cache.shape[0], loc, mult, offset, wrap, k.device)
+    for x, cache, scale, program in ((k, k_cache, k_scale, k_program), (v, v_cache, v_scale, v_program)):
+        if x is not None:
+            values = steps.evaluate(program, x, [] if scale is None else [scale]).to(dtype)
+            store_rows(cache, rows, keep, values)
+
+
+def rows_of(
+    op: str, tokens: int, slots: int, loc: Any, mult: int, offset: int, wrap: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row of every token, and whether it is stored. IndexError of ``op`` for rows past the end, with checks on."""
+    index = torch.arange(tokens, device=device) if loc is None else loc.long()
     rows = index * mult + offset
     keep = torch.ones_like(rows, dtype=torch.bool)
     if wrap:
         rows = torch.where(rows < 0, rows + slots, rows)
-    else:
+    elif loc is not None:
         keep = index >= 0
     inside = (rows >= 0) & (rows < slots)
     if settings.checks_enabled() and not bool((inside | ~keep).all()):
         token = int((~inside & keep).nonzero()[0])
-        raise IndexError(f"downcast_fp8: loc: wanted rows in [0, {slots}), found {int(rows[token])} for token {token}")
-    keep = keep & inside
-    for x, cache, scale, program in ((k, k_cache, k_scale, k_program), (v, v_cache, v_scale, v_program)):
-        if x is None or tokens == 0:
-            continue
-        values = steps.evaluate(program, x, [] if scale is None else [scale]).to(dtype).view(torch.uint8)
-        _store_last(cache.view(torch.uint8), rows[keep], values[keep])
+        raise IndexError(f"{op}: loc: wanted rows in [0, {slots}), found {int(rows[token])} for token {token}")
+    return rows, keep & inside
+
+
+def store_rows(cache: torch.Tensor, rows: torch.Tensor, keep: torch.Tensor, values: torch.Tensor) -> None:
+    """``cache[rows[t]] = values[t]`` for the tokens to ``keep``; of repeated rows the last one stands."""
+    if values.element_size() == 1:
+        cache, values = cache.view(torch.uint8), values.view(torch.uint8)
+    _store_last(cache, rows[keep], values[keep])
 
 
 def _store_last(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

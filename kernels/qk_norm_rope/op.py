@@ -12,7 +12,7 @@ Only the mean's order of summation differs from eager: without a norm every byte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def fake(
     norm: str,
     dtype: torch.dtype,
 ) -> Any:
-    _check(q, k, q_weight, k_weight, cos, sin, norm, dtype)
+    check("qk_norm_rope", (("q", q, q_weight), ("k", k, k_weight)), cos, sin, norm, dtype)
     return q.new_empty(q.shape, dtype=dtype), q.new_empty((0,) if k is None else k.shape, dtype=dtype)
 
 
@@ -52,7 +52,7 @@ def reference(
     norm: str,
     dtype: torch.dtype,
 ) -> Any:
-    _check(q, k, q_weight, k_weight, cos, sin, norm, dtype)
+    check("qk_norm_rope", (("q", q, q_weight), ("k", k, k_weight)), cos, sin, norm, dtype)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
 
     def one(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -68,53 +68,51 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-high, low), dim=-1)
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    norm: str,
-    dtype: torch.dtype,
+def check(
+    op: str, heads: Sequence[tuple[str, Any, Any]], cos: torch.Tensor, sin: torch.Tensor, norm: str, dtype: torch.dtype
 ) -> None:
+    """TypeError or ValueError of ``op`` unless ``heads``, (name, heads, weight) of q and k, can be turned; one is there."""
+    (one, q, _), *others = heads
     if q.dtype not in steps.TOKEN_OF_DTYPE:
-        raise TypeError(f"qk_norm_rope: q: wanted bfloat16, float16 or float32, found {q.dtype}")
+        raise TypeError(f"{op}: {one}: wanted bfloat16, float16 or float32, found {q.dtype}")
     if q.dim() != 4 or q.shape[3] % 2 or q.shape[3] > MAX_HEAD_DIM or q.shape[3] == 0:
         wanted = f"[B, S, H, D], D even, 2 to {MAX_HEAD_DIM}"
-        raise ValueError(f"qk_norm_rope: q: wanted {wanted}, found shape {tuple(q.shape)}")
-    if k is not None and (k.dim() != 4 or k.dtype != q.dtype or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]):
-        wanted = f"{q.dtype}, tokens and D of q, {tuple(q.shape)}"
-        raise ValueError(f"qk_norm_rope: k: wanted {wanted}, found {k.dtype} of shape {tuple(k.shape)}")
+        raise ValueError(f"{op}: {one}: wanted {wanted}, found shape {tuple(q.shape)}")
+    for name, k, _ in others:
+        if k is not None and (k.dim() != 4 or k.dtype != q.dtype or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]):
+            wanted = f"{q.dtype}, tokens and D of {one}, {tuple(q.shape)}"
+            raise ValueError(f"{op}: {name}: wanted {wanted}, found {k.dtype} of shape {tuple(k.shape)}")
     if norm not in NORMS:
-        raise ValueError(f"qk_norm_rope: norm: wanted one of {', '.join(map(repr, NORMS))}, found {norm!r}")
-    for name, weight, needed in (("q_weight", q_weight, True), ("k_weight", k_weight, k is not None)):
-        _check_weight(name, weight, q, bool(norm) and needed)
-    if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
-        raise TypeError(f"qk_norm_rope: k_weight: wanted {q_weight.dtype}, as q_weight, found {k_weight.dtype}")
+        raise ValueError(f"{op}: norm: wanted one of {', '.join(map(repr, NORMS))}, found {norm!r}")
+    for name, x, weight in heads:
+        _check_weight(op, f"{name}_weight", weight, q, bool(norm) and x is not None)
+    dtypes = [(f"{name}_weight", weight.dtype) for name, _, weight in heads if weight is not None]
+    for name, found in dtypes[1:]:
+        if found != dtypes[0][1]:
+            raise TypeError(f"{op}: {name}: wanted {dtypes[0][1]}, as {dtypes[0][0]}, found {found}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype not in (q.dtype, torch.float32) or table.dtype != cos.dtype:
-            raise TypeError(f"qk_norm_rope: {name}: wanted {q.dtype}, as q, or float32, cos and sin alike, found {table.dtype}")
+            raise TypeError(f"{op}: {name}: wanted {q.dtype}, as {one}, or float32, cos and sin alike, found {table.dtype}")
         tokens_and_d = (q.shape[1], q.shape[3])
         if table.dim() != 3 or table.shape[1:] != tokens_and_d or table.shape[0] not in (1, q.shape[0]):
             wanted = f"[1 or {q.shape[0]}, {q.shape[1]}, {q.shape[3]}]"
-            raise ValueError(f"qk_norm_rope: {name}: wanted shape {wanted}, found {tuple(table.shape)}")
+            raise ValueError(f"{op}: {name}: wanted shape {wanted}, found {tuple(table.shape)}")
     if cos.shape[0] != sin.shape[0]:
-        raise ValueError(f"qk_norm_rope: sin: wanted the shape of cos, {tuple(cos.shape)}, found {tuple(sin.shape)}")
+        raise ValueError(f"{op}: sin: wanted the shape of cos, {tuple(cos.shape)}, found {tuple(sin.shape)}")
     if dtype not in (q.dtype, cos.dtype):
-        raise TypeError(f"qk_norm_rope: dtype: wanted that of q or of cos, {q.dtype} or {cos.dtype}, found {dtype}")
+        raise TypeError(f"{op}: dtype: wanted that of {one} or of cos, {q.dtype} or {cos.dtype}, found {dtype}")
 
 
-def _check_weight(name: str, weight: torch.Tensor | None, q: torch.Tensor, wanted: bool) -> None:
+def _check_weight(op: str, name: str, weight: torch.Tensor | None, q: torch.Tensor, wanted: bool) -> None:
     if (weight is not None) != wanted:
         found = "None" if weight is None else f"shape {tuple(weight.shape)}"
-        raise ValueError(f"qk_norm_rope: {name}: wanted {'a tensor' if wanted else 'None'}, found {found}")
+        raise ValueError(f"{op}: {name}: wanted {'a tensor' if wanted else 'None'}, found {found}")
     if weight is None:
         return
     if weight.dtype not in steps.TOKEN_OF_DTYPE:
-        raise TypeError(f"qk_norm_rope: {name}: wanted bfloat16, float16 or float32, found {weight.dtype}")
+        raise TypeError(f"{op}: {name}: wanted bfloat16, float16 or float32, found {weight.dtype}")
     if weight.dim() != 1 or weight.shape[0] != q.shape[3]:
-        raise ValueError(f"qk_norm_rope: {name}: wanted shape ({q.shape[3]},), found {tuple(weight.shape)}")
+        raise ValueError(f"{op}: {name}: wanted shape ({q.shape[3]},), found {tuple(weight.shape)}")
 
 
 def key(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, norm: str, dtype: Any) -> Any:

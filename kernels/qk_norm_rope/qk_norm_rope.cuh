@@ -39,25 +39,6 @@ struct QkNormRopeParams {
   float eps, per_column;      // 1 / D
 };
 
-// Vectors of 8 bytes too: `Raw` loads one element or whole 16-byte accesses.
-template <typename T, int N>
-__device__ __forceinline__ void load_half(Raw<T, N>& raw, const T* p) {
-  if constexpr (Raw<T, N>::kBytes == 8) {
-    const uint2 words = __ldg(reinterpret_cast<const uint2*>(p));
-    raw.words[0] = words.x, raw.words[1] = words.y;
-  } else {
-    raw.load(p);
-  }
-}
-template <typename T, int N>
-__device__ __forceinline__ void store_half(const Raw<T, N>& raw, T* p) {
-  if constexpr (Raw<T, N>::kBytes == 8) {
-    *reinterpret_cast<uint2*>(p) = make_uint2(raw.words[0], raw.words[1]);
-  } else {
-    raw.store(p);
-  }
-}
-
 // y * cos + other * sin to memory.
 template <typename In, typename Table, typename Out, int N>
 __device__ __forceinline__ void rotate(const Raw<In, N>& y, const Raw<In, N>& other, const Raw<Table, N>& cos, const Raw<Table, N>& sin,
@@ -85,11 +66,21 @@ __device__ __forceinline__ void normalise(Raw<In, N>& x, float factor, const Raw
 
 constexpr int kQkBlock = 128;
 
+// Nothing but the two results. What a call stores besides is a type of this kind, whose blocks are the grid's first.
+struct NoStore {
+  static constexpr bool kStores = false;
+  using Params = QkNormRopeParams;
+};
+
 // L lanes hold a half of a head as U vectors of E elements each; N heads in flight.
-template <typename In, typename W, typename Table, typename Out, typename Norm, int L, int E, int U, int N>
-__global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_constant__ QkNormRopeParams p) {
+template <typename In, typename W, typename Table, typename Out, typename Norm, int L, int E, int U, int N, typename Store = NoStore>
+__global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_constant__ typename Store::Params p) {
   const int lane = threadIdx.x % L;
-  const uint32_t group = blockIdx.x * (kQkBlock / L) + threadIdx.x / L;
+  uint32_t group = blockIdx.x * (kQkBlock / L) + threadIdx.x / L;
+  if constexpr (Store::kStores) {
+    if (blockIdx.x < p.store_blocks) return Store::template run<Norm, W, Table, L, E, U>(p);
+    group -= p.store_blocks * (kQkBlock / L);
+  }
   const bool active = group < p.groups;
   const uint32_t parts = p.side[0].parts + p.side[1].parts;
   const uint32_t from_end = active ? p.groups - 1 - group : 0;  // what the product ahead wrote last is still in L2
@@ -169,65 +160,82 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
   }
 }
 
+// A call's operands on the host: checked, and how they lie in memory.
 template <typename In, typename W, typename Table, typename Out, typename Norm>
-struct QkNormRope {
-  static void run(TensorView q, Optional<TensorView> k, Optional<TensorView> q_weight, Optional<TensorView> k_weight, TensorView cos,
-                  TensorView sin, double eps, TensorView q_out, TensorView k_out) {
-    Device device;
-    Symbol batch("B"), sequence("S"), heads("H"), kv_heads("Hkv"), columns("D"), tables("1 or B");
-    QkNormRopeParams p{};
-    bool sixteen = true, eight = true;  // whether vectors of 16 and of 8 bytes, or what E elements are, can be loaded
-    const auto strided = [&](const TensorView& view, int dim) { return view.shape()[dim] == 1 ? int64_t{0} : view.strides()[dim]; };
-    const auto lies = [&](const void* pointer, int64_t size, std::initializer_list<int64_t> strides) {
-      for (const auto& [elements, ok] : {std::pair<int64_t, bool*>{8, &sixteen}, std::pair<int64_t, bool*>{4, &eight}}) {
-        const int64_t bytes = elements * size < 16 ? elements * size : 16;
-        *ok = *ok && aligned(pointer, bytes);
-        for (const int64_t stride : strides) *ok = *ok && stride * size % bytes == 0;
-      }
-    };
-    const auto take = [&](QkSide& side, const TensorView& x, Symbol& count, const char* name, const TensorView& out,
-                          const char* out_name, const Optional<TensorView>& weight, const char* weight_name) {
-      TensorMatcher({batch, sequence, count, columns}).dtype<In>().strides({kAny, kAny, kAny, 1}).device(device).verify(x, name);
-      TensorMatcher({batch, sequence, count, columns}).dtype<Out>().contiguous().device(device).verify(out, out_name);
-      side.x = data(x), side.out = data(out);
-      side.batch = strided(x, 0), side.token = strided(x, 1), side.head = strided(x, 2);
-      lies(side.x, sizeof(In), {side.batch, side.token, side.head}), lies(side.out, sizeof(Out), {});
-      if constexpr (Norm::kNorm) {
-        if (!weight.has_value()) TVM_FFI_THROW(ValueError) << weight_name << ": wanted a tensor, found None";
-        const TensorView numbers = weight.value();
-        TensorMatcher({columns}).dtype<W>().contiguous().device(device).verify(numbers, weight_name);
-        side.weight = data(numbers);
-        lies(side.weight, sizeof(W), {});
-      }
-      check_heads(x, name);
-      side.heads = static_cast<uint32_t>(x.shape()[2]);
-    };
-    take(p.side[0], q, heads, "q", q_out, "q_out", q_weight, "q_weight");
-    if (k.has_value()) take(p.side[1], k.value(), kv_heads, "k", k_out, "k_out", k_weight, "k_weight");
+struct QkOperands {
+  Device device;
+  Symbol batch{"B"}, sequence{"S"}, heads{"H"}, kv_heads{"Hkv"}, columns{"D"}, tables{"1 or B"};
+  bool sixteen = true, eight = true;  // whether vectors of 16 and of 8 bytes, or what E elements are, can be loaded
+
+  static int64_t strided(const TensorView& view, int dim) { return view.shape()[dim] == 1 ? int64_t{0} : view.strides()[dim]; }
+
+  void lies(const void* pointer, int64_t size, std::initializer_list<int64_t> strides) {
+    for (const auto& [elements, ok] : {std::pair<int64_t, bool*>{8, &sixteen}, std::pair<int64_t, bool*>{4, &eight}}) {
+      const int64_t bytes = elements * size < 16 ? elements * size : 16;
+      *ok = *ok && aligned(pointer, bytes);
+      for (const int64_t stride : strides) *ok = *ok && stride * size % bytes == 0;
+    }
+  }
+
+  // `out` may be none where nothing is written back.
+  void take(QkSide& side, const TensorView& x, Symbol& count, const char* name, const TensorView* out, const char* out_name,
+            const Optional<TensorView>& weight, const char* weight_name) {
+    TensorMatcher({batch, sequence, count, columns}).dtype<In>().strides({kAny, kAny, kAny, 1}).device(device).verify(x, name);
+    side.x = data(x);
+    side.batch = strided(x, 0), side.token = strided(x, 1), side.head = strided(x, 2);
+    lies(side.x, sizeof(In), {side.batch, side.token, side.head});
+    if (out != nullptr) {
+      TensorMatcher({batch, sequence, count, columns}).dtype<Out>().contiguous().device(device).verify(*out, out_name);
+      side.out = data(*out);
+      lies(side.out, sizeof(Out), {});
+    }
+    if constexpr (Norm::kNorm) {
+      if (!weight.has_value()) TVM_FFI_THROW(ValueError) << weight_name << ": wanted a tensor, found None";
+      const TensorView numbers = weight.value();
+      TensorMatcher({columns}).dtype<W>().contiguous().device(device).verify(numbers, weight_name);
+      side.weight = data(numbers);
+      lies(side.weight, sizeof(W), {});
+    }
+    if (x.shape()[2] > (int64_t{1} << 16)) {
+      TVM_FFI_THROW(ValueError) << name << ": wanted at most 65536 heads, found shape " << shape_of(x);
+    }
+    side.heads = static_cast<uint32_t>(x.shape()[2]);
+  }
+
+  // The tables, and what depends on the size of a head; `x` is named where that is wrong.
+  void take_tables(QkNormRopeParams& p, const TensorView& cos, const TensorView& sin, double eps, const TensorView& x,
+                   const char* name) {
     TensorMatcher({tables, sequence, columns}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
     TensorMatcher({tables, sequence, columns}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
     if (tables.value() != 1 && tables.value() != batch.value()) {
-      TVM_FFI_THROW(ValueError) << "cos: wanted a batch of 1 or of q's " << batch.value() << ", found shape " << shape_of(cos);
+      TVM_FFI_THROW(ValueError) << "cos: wanted a batch of 1 or of " << name << "'s " << batch.value() << ", found shape "
+                                << shape_of(cos);
     }
     const int64_t width = columns.value();
     if (width < 2 || width > 256 || width % 2 != 0) {
-      TVM_FFI_THROW(ValueError) << "q: wanted an even last dimension of 2 to 256, found shape " << shape_of(q);
+      TVM_FFI_THROW(ValueError) << name << ": wanted an even last dimension of 2 to 256, found shape " << shape_of(x);
     }
-    const int64_t tokens = batch.value() * sequence.value();
-    if (tokens == 0 || p.side[0].heads + p.side[1].heads == 0) return;
-
     p.cos = data(cos), p.cos_batch = strided(cos, 0), p.cos_token = strided(cos, 1);
     p.sin = data(sin), p.sin_batch = strided(sin, 0), p.sin_token = strided(sin, 1);
     lies(p.cos, sizeof(Table), {p.cos_batch, p.cos_token}), lies(p.sin, sizeof(Table), {p.sin_batch, p.sin_token});
     p.sequence = static_cast<uint32_t>(sequence.value()), p.half = static_cast<int>(width / 2);
     p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(width);
+  }
 
-    DeviceGuard guard(device.id());
-    const Start start{p, tokens, device.id()};
+  int64_t tokens() const { return batch.value() * sequence.value(); }
+
+  // Starts with the lanes L, the elements E and vectors U of a lane, and the heads N in flight that suit the heads; `tokens` and
+  // `heads` say whether a lane group for each head fills the GPU.
+  //
+  // Two heads in flight share what they read of cos, sin and the weights, and hide memory's latency; while a lane group for each
+  // head does not fill the GPU, one head is over sooner. fp32 has enough bytes in flight with one.
+  template <typename Start>
+  void start(const Start& start, int64_t heads) const {
+    const int64_t width = columns.value();
     if (sixteen && width % 16 == 0) {
-      if (width <= 64) return start.template heads<4, 8>();
-      if (width <= 128) return start.template heads<8, 8>();
-      return start.template heads<16, 8>();
+      if (width <= 64) return in_flight<4>(start, heads);
+      if (width <= 128) return in_flight<8>(start, heads);
+      return in_flight<16>(start, heads);
     }
     if (eight && width % 8 == 0) {
       if (width <= 128) return start.template run<16, 4, 1, 1>();
@@ -237,36 +245,51 @@ struct QkNormRope {
   }
 
  private:
-  static void check_heads(const TensorView& x, const char* name) {
-    if (x.shape()[2] > (int64_t{1} << 16)) {
-      TVM_FFI_THROW(ValueError) << name << ": wanted at most 65536 heads, found shape " << shape_of(x);
+  template <int L, typename Start>
+  void in_flight(const Start& start, int64_t heads) const {
+    if constexpr (sizeof(In) == 2 && sizeof(Table) == 2) {
+      if (tokens() * heads * L > int64_t{1024} * sm_count(device.id())) return start.template run<L, 8, 1, 2>();
     }
+    start.template run<L, 8, 1, 1>();
+  }
+};
+
+// Cuts the heads of `p` into parts of N of a token: how many lane groups there are.
+inline int64_t cut_into_parts(QkNormRopeParams& p, int64_t tokens, int n) {
+  for (QkSide& side : p.side) side.parts = static_cast<uint32_t>(ceil_div(side.heads, n));
+  const int64_t groups = tokens * (p.side[0].parts + p.side[1].parts);
+  if (groups >= int64_t{1} << 32) {
+    TVM_FFI_THROW(ValueError) << "q: wanted fewer than 2^32 heads of all tokens, found about " << groups * n;
+  }
+  p.groups = static_cast<uint32_t>(groups);
+  return groups;
+}
+
+template <typename In, typename W, typename Table, typename Out, typename Norm>
+struct QkNormRope {
+  static void run(TensorView q, Optional<TensorView> k, Optional<TensorView> q_weight, Optional<TensorView> k_weight, TensorView cos,
+                  TensorView sin, double eps, TensorView q_out, TensorView k_out) {
+    QkOperands<In, W, Table, Out, Norm> operands;
+    QkNormRopeParams p{};
+    operands.take(p.side[0], q, operands.heads, "q", &q_out, "q_out", q_weight, "q_weight");
+    if (k.has_value()) operands.take(p.side[1], k.value(), operands.kv_heads, "k", &k_out, "k_out", k_weight, "k_weight");
+    operands.take_tables(p, cos, sin, eps, q, "q");
+    const int64_t tokens = operands.tokens();
+    if (tokens == 0 || p.side[0].heads + p.side[1].heads == 0) return;
+
+    DeviceGuard guard(operands.device.id());
+    operands.start(Start{p, tokens, operands.device.id()}, p.side[0].heads + p.side[1].heads);
   }
 
+ private:
   struct Start {
     QkNormRopeParams& p;
     int64_t tokens;
     int device;
 
-    // Two heads in flight share what they read of cos, sin and the weights, and hide memory's latency; while a lane group for each
-    // head does not fill the GPU, one head is over sooner. fp32 has enough bytes in flight with one.
-    template <int L, int E>
-    void heads() const {
-      if constexpr (sizeof(In) == 2 && sizeof(Table) == 2) {
-        const int64_t threads = tokens * (p.side[0].heads + p.side[1].heads) * L;
-        if (threads > int64_t{1024} * sm_count(device)) return run<L, E, 1, 2>();
-      }
-      run<L, E, 1, 1>();
-    }
-
     template <int L, int E, int U, int N>
     void run() const {
-      for (QkSide& side : p.side) side.parts = static_cast<uint32_t>(ceil_div(side.heads, N));
-      const int64_t groups = tokens * (p.side[0].parts + p.side[1].parts);
-      if (groups >= int64_t{1} << 32) {
-        TVM_FFI_THROW(ValueError) << "q: wanted fewer than 2^32 heads of all tokens, found about " << groups * N;
-      }
-      p.groups = static_cast<uint32_t>(groups);
+      const int64_t groups = cut_into_parts(p, tokens, N);
       Launch(static_cast<unsigned>(ceil_div(groups, kQkBlock / L)), kQkBlock)
           .stream(env_stream(device))
           .programmatic()

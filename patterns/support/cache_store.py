@@ -90,8 +90,11 @@ def written_input(root: Node) -> Node | None:
         if is_call(root, aten.select_scatter.default, aten.slice_scatter.default, *SCATTERS):
             root = root.args[0]
         elif is_call(root, operator.getitem) and is_call(root.args[0], auto_functionalized_v2):
-            bases = root.args[0].kwargs["_all_bases"]
-            root = bases[root.args[1] - 1]
+            bases, results = root.args[0].kwargs["_all_bases"], value_of(root.args[0])
+            index = root.args[1] - (len(results) - len(bases))  # the op's own outputs come first
+            if index < 0:
+                return None
+            root = bases[index]
         elif root.target in _VIEWS:
             root = root.args[0]
         else:

@@ -148,4 +148,55 @@ struct Bytes<1> {
   __device__ __forceinline__ void store(void* p) const { *static_cast<uint8_t*>(p) = byte; }
 };
 
+// Vectors of 8 bytes too: `Raw` loads one element or whole 16-byte accesses.
+template <typename T, int N>
+__device__ __forceinline__ void load_half(Raw<T, N>& raw, const T* p) {
+  if constexpr (Raw<T, N>::kBytes == 8) {
+    const uint2 words = __ldg(reinterpret_cast<const uint2*>(p));
+    raw.words[0] = words.x, raw.words[1] = words.y;
+  } else {
+    raw.load(p);
+  }
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_half(const Raw<T, N>& raw, T* p) {
+  if constexpr (Raw<T, N>::kBytes == 8) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(raw.words[0], raw.words[1]);
+  } else {
+    raw.store(p);
+  }
+}
+
+// Element by element, where a tensor does not lie as whole vectors of it would.
+template <typename T, int N>
+__device__ __forceinline__ void load_apart(Raw<T, N>& raw, const T* p) {
+  constexpr int kEach = sizeof(T) == 2 ? 2 : 1;  // elements a word
+  raw.zero();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    Raw<T, 1> one;
+    one.load(p + i);
+    raw.words[i / kEach] |= one.words[0] << (16 * (i % kEach));
+  }
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_apart(const Raw<T, N>& raw, T* p) {
+  constexpr int kEach = sizeof(T) == 2 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    Raw<T, 1> one;
+    one.words[0] = raw.words[i / kEach] >> (16 * (i % kEach));
+    one.store(p + i);
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_apart(const Bytes<N>& bytes, void* p) {
+  if constexpr (N == 1) {
+    bytes.store(p);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(bytes.words[i / 4] >> (8 * (i % 4)));
+  }
+}
+
 }  // namespace inductor_ext

@@ -1,0 +1,528 @@
+"""qk_norm_rope_store: the launch that turns q and k stores k, and v with it, into the KV cache.
+
+    q, k = inductor_ext.qk_norm_rope(q, k, …);  k_cache = index_put(k_cache, [slots], cast(k));  v_cache = … cast(v)
+        →  q, _ = inductor_ext.qk_norm_rope_store(k, q, v, …, k_cache!, v_cache!, …)
+
+Stores that `downcast_fp8` takes, and the same of rows in the cache's own dtype; also along the third dimension of a cache
+[B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written as a tensor only where something else reads it. v
+comes along if it goes to the same rows and is in memory in the dtype that k has before its rotation. On a GPU on which the
+kernel has not run yet (``HAS_RUN``) the rule waits for ``always``: two launches do then what it does in one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from inductor_ext import torch_compat
+from inductor_ext.graph import (
+    CONVERT,
+    aten,
+    call,
+    describe,
+    erase_dead,
+    is_call,
+    is_opaque,
+    is_reshape,
+    is_view,
+    known_equal,
+    value_of,
+)
+from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
+from inductor_ext.kernels.qk_norm_rope_store.op import HAS_RUN, OP
+from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
+from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope
+from inductor_ext.patterns.support import cache_store, has_run, kv_store
+from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.patterns.support.kv_store import Half
+from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+
+#: What a search for k's store follows: the steps of an FP8 cast, and copies.
+_STEPS = (
+    CONVERT,
+    aten.clone.default,
+    aten.view.dtype,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.clamp_min.default,
+    aten.clamp_min.Tensor,
+    aten.clamp_max.default,
+    aten.clamp_max.Tensor,
+    aten.maximum.default,
+    aten.minimum.default,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    node: Node  # the rotation
+    index: int  # of k among its results
+    k: Half
+    v: Half | None
+    why_not_v: str
+    place: Node  # the call stands behind it
+    waiting: tuple[Node, ...]  # views of q and k that are before it
+    keep_k: bool
+
+    @property
+    def halves(self) -> list[Half]:
+        return [self.k] if self.v is None else [self.k, self.v]
+
+    def sizes(self) -> tuple[Any, ...]:
+        """[B, S, Hkv, D]."""
+        return tuple(value_of(self.node.args[self.index]).shape)
+
+    def view(self, half: Half, base: torch.Tensor) -> torch.Tensor:
+        """The cache as [N, S, Hkv, D]."""
+        rows = half.destination(base)
+        if half.by_sequence:
+            return rows.permute(0, 2, 1, 3)
+        *_, heads, columns = self.sizes()
+        slots, pitch = rows.shape[0], rows.stride(0)
+        with base.fake_mode:
+            return rows.as_strided((1, slots, heads, columns), (slots * pitch, pitch, columns, 1), rows.storage_offset())
+
+    def v_value(self) -> torch.Tensor | None:
+        if self.v is None:
+            return None
+        rows = self.v.input_value()
+        with rows.fake_mode:
+            return rows.permute(0, 2, 1, 3) if self.v.by_sequence else rows.reshape(self.sizes())
+
+    def insert_v(self, graph: Graph) -> Node | None:
+        if self.v is None:
+            return None
+        rows = self.v.insert_input(graph)
+        if self.v.by_sequence:
+            return call(graph, aten.permute.default, rows, [0, 2, 1, 3], like=self.node)
+        return call(graph, aten.reshape.default, rows, torch_compat.symbolic(graph, list(self.sizes())), like=self.node)
+
+    def arguments(self, v: Any, caches: Sequence[Any]) -> dict[str, Any]:
+        """The op's arguments by name, nodes for tensors but for what is given."""
+        one, two, weight, other_weight, cos, sin, eps, norm, dtype = self.node.args
+        k, q, k_weight, q_weight = (one, two, weight, other_weight) if self.index == 0 else (two, one, other_weight, weight)
+        k_cache, v_cache = (*caches, None, None)[:2]
+        return {
+            "k": k,
+            "q": q,
+            "v": v,
+            "k_weight": k_weight,
+            "q_weight": q_weight,
+            "cos": cos,
+            "sin": sin,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "k_scale": self.k.scale,
+            "v_scale": self.v and self.v.scale,
+            "loc": self.k.store.loc,
+            "eps": eps,
+            "norm": norm,
+            "dtype": dtype,
+            "k_program": self.k.program,
+            "v_program": self.v.program if self.v else self.k.program,
+            "cache_dtype": self.k.dtype,
+            "keep_k": self.keep_k,
+            "mult": self.k.store.mult,
+            "offset": self.k.store.offset,
+            "wrap": True,
+        }
+
+    def fake_arguments(self) -> tuple[Any, ...]:
+        """The op's arguments in schema order, fakes for tensors."""
+        caches = [self.view(half, value_of(half.store.root)) for half in self.halves]
+        return tuple(map(value_of, self.arguments(self.v_value(), caches).values()))
+
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        k = value_of(self.node.args[self.index])
+        with k.fake_mode:
+            return OP.fake(*self.fake_arguments())
+
+
+def anchors(graph: Graph) -> Iterable[Node]:
+    return [node for node in graph.nodes if is_call(node, QK_NORM_ROPE.overload)]
+
+
+def guard(node: Node, context: Context) -> Match | Refusal | None:
+    found = _plan(node, context.forced)
+    if isinstance(found, Failure):
+        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
+    if found is None:
+        return None
+    refused = has_run.refusal(node, context, value_of(found.k.x).device, HAS_RUN)
+    if refused is not None:
+        return refused
+    stored = "K and V" if found.v else f"K alone ({found.why_not_v})"
+    detail = f"{stored}: {found.k.program or 'copied'} → {found.k.dtype}{', k is read too' if found.keep_k else ''}"
+    why = "forced" if context.forced else "k is stored while it is in registers"
+    return Match(node, (Call(OP, found.fake_arguments()),), detail, why, found)
+
+
+def _plan(node: Node, forced: bool) -> _Plan | Failure | None:
+    """How k's store, and v's, go into ``node``; the first failure where there is a store and they do not."""
+    failure = None
+    for result in (user for user in node.users if is_call(user, operator.getitem)):
+        for scatter in _stores_of(result):
+            k = kv_store.trace_any(scatter)
+            if isinstance(k, Half):
+                found = _with_v(node, result, k, forced)
+                if isinstance(found, _Plan):
+                    return found
+                failure = failure or found
+            elif isinstance(k, Failure):
+                failure = failure or k
+    return failure
+
+
+def _stores_of(result: Node) -> Iterator[Node]:
+    """Scatters of what is made of ``result`` by views and steps."""
+    pending, seen = [result], {result}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if is_call(user, *cache_store.SCATTERS):
+                if kv_store.stored_value(user) is node:
+                    yield user
+            elif (is_reshape(user) or is_call(user, *_STEPS)) and user not in seen:
+                seen.add(user)
+                pending.append(user)
+
+
+def _with_v(node: Node, result: Node, k: Half, forced: bool) -> _Plan | Failure:
+    failure = _wrong_k(node, result, k)
+    if failure is not None:
+        return failure
+    v = kv_store.partner(k, kv_store.trace_any) or kv_store.follower(k, kv_store.trace_any)
+    why_not = "v does not go to the same rows, in k's dtype" if v is None else _why_not_v(node, k, v, forced)
+    if v is not None and not why_not:
+        found = _placed(node, result, k, v)
+        if isinstance(found, _Plan):
+            return found
+        why_not = f"{found.reason}: {found.found}"
+    return _placed(node, result, k, None, why_not)
+
+
+def _wrong_k(node: Node, result: Node, k: Half) -> Failure | None:
+    if k.x is not result:
+        wanted = "k through views and the steps of an FP8 cast"
+        return Failure(k.scatter, "k is changed on its way to the cache", wanted, describe(k.x))
+    batch, sequence, heads, columns = value_of(result).shape
+    turned, rows = value_of(result), k.input_value()
+    same = turned.untyped_storage()._cdata == rows.untyped_storage()._cdata
+    if k.by_sequence:
+        with turned.fake_mode:
+            expected = turned.permute(0, 2, 1, 3)
+        # Of one sequence there is one row of the cache for each position too, whatever the dimension is called.
+        same = same and _same_layout(rows, expected) and known_equal(value_of(k.store.root).shape[0], batch)
+    else:
+        same = same and known_equal(rows.shape[0], batch * sequence) and known_equal(rows.numel(), turned.numel())
+        same = same and (known_equal(rows.shape[0], 1) or known_equal(rows.stride(0), heads * columns))
+    if not same:
+        wanted = f"a view of [B, S, {heads}, {columns}] as rows of tokens"
+        found = f"{list(rows.shape)} with strides {list(rows.stride())}"
+        return Failure(k.scatter, "the stored rows are not k's tokens", wanted, found)
+    return None
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    sizes = zip(a.shape, b.shape, a.stride(), b.stride())
+    return a.dim() == b.dim() and all(known_equal(x, y) and (known_equal(x, 1) or known_equal(s, t)) for x, y, s, t in sizes)
+
+
+def _why_not_v(node: Node, k: Half, v: Half, forced: bool) -> str:
+    """Why ``v``, which goes to k's rows, is not stored with it; "" where it is."""
+    before = next(arg for arg in node.args[:2] if arg is not None)
+    if value_of(v.x).dtype != value_of(before).dtype:
+        return f"v is {value_of(v.x).dtype}, k was {value_of(before).dtype}"
+    if k.by_sequence != v.by_sequence or node in (v.x, *v.x.all_input_nodes):
+        return "v is another result of the rotation"
+    if not forced and not is_opaque(v.x):
+        return f"Inductor fuses v's store into {describe(v.x)} for free"
+    return ""
+
+
+def _placed(node: Node, result: Node, k: Half, v: Half | None, why_not_v: str = "") -> _Plan | Failure:
+    """The plan, if there is a place where all that the stores need is there and nothing that they make is needed yet."""
+    halves = sorted([k] if v is None else [k, v], key=lambda half: half.scatter)
+    place = kv_store.insertion_point(halves)
+    if place is None:
+        wanted = "every read of the cache as it was before any read of it as it becomes"
+        return Failure(k.scatter, "the old rows are read after the new ones", wanted, describe(k.store.root))
+    dying = _dying(k)
+    waiting: list[Node] = []
+    pending = [user for user in node.users if is_call(user, operator.getitem)]
+    while pending:
+        for user in pending.pop().users:
+            if user in dying or user > place or user in waiting:
+                continue
+            if not is_view(user):
+                wanted, found = "readers behind everything that the stores need", f"{describe(user)} before {describe(place)}"
+                return Failure(user, "q or k is read before k can be stored", wanted, found)
+            waiting.append(user)
+            pending.append(user)
+    keep_k = any(user not in dying for user in result.users)
+    index: Any = result.args[1]
+    return _Plan(node, index, k, v, why_not_v, place, tuple(sorted(waiting)), keep_k)
+
+
+def _dying(k: Half) -> set[Node]:
+    """What of k's way into the cache goes with the store, nothing else reading it."""
+    inner = [] if k.chain is None else [*k.chain.inner, k.chain.cast]
+    value, path = kv_store.stored_value(k.scatter), {*inner, *k.input_views}
+    while value is not k.x:  # views as bytes, too
+        path.add(value)
+        value = value.args[0]
+    dead = {k.scatter}
+    for node in sorted(path, reverse=True):
+        if all(user in dead for user in node.users):
+            dead.add(node)
+    return dead
+
+
+def replace(match: Match) -> None:
+    plan: _Plan = match.data
+    graph, node = match.node.graph, plan.node
+    results = {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}
+    outputs = plan.outputs()
+    with kv_store.after(graph, plan.place):
+        arguments = plan.arguments(plan.insert_v(graph), ())
+        for name in kv_store.NAMES:
+            del arguments[name]
+        made = kv_store.put(graph, OP.overload, arguments, plan.halves, node, plan.view, outputs)
+        q, k = made
+    last = k
+    for view in plan.waiting:
+        last.append(view)
+        last = view
+    turned = {plan.index: k, 1 - plan.index: q}
+    for index, result in results.items():
+        result.replace_all_uses_with(turned[index])  # type: ignore[index]
+        erase_dead(result)
+    erase_dead(node)
+    for each in made:
+        erase_dead(each)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+HEADS, KV_HEADS, D = 4, 2, 16
+B, S, SLOTS = 3, 6, 40
+
+
+def _qkv(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    parts = qkv.split([HEADS * D, KV_HEADS * D, KV_HEADS * D], -1)
+    return tuple(part.unflatten(-1, (-1, D)) for part in parts)
+
+
+def _turned(qkv: Any, cos: Any, sin: Any, weights: Any = None) -> tuple[torch.Tensor, ...]:
+    """q and k as [B, S, H, D], v alike."""
+    q, k, v = _qkv(qkv)
+    if weights is not None:
+        q, k = _llama_norm(q, weights[0]), _llama_norm(k, weights[1])
+    return *_rope(q, k, cos, sin, dim=2), v
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _fp8(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any, *weights: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin, weights or None)
+    kc.view(-1, KV_HEADS, D)[slots] = _quantise(_rows(k), ks)
+    vc.view(-1, KV_HEADS, D)[slots] = _quantise(_rows(v), vs)
+    return q
+
+
+def _in_order(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    """Hugging Face's layout: heads before positions, and rows made of them again."""
+    q, k, v = (each.transpose(1, 2) for each in _qkv(qkv))
+    q, k = _rope(q, k, cos, sin)
+    kc[slots] = _quantise(_rows(k.transpose(1, 2)), ks)
+    vc[slots] = _quantise(_rows(v.transpose(1, 2)), vs)
+    return q
+
+
+def _packed(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    """vLLM's: tokens of all sequences in one row, their slots, uint8 caches."""
+    qkv, cos, sin = qkv.flatten(0, 1), *(each.expand(B, -1, -1).reshape(-1, D) for each in (cos, sin))
+    q, k, v = (part.view(part.shape[0], -1, D) for part in qkv.split([HEADS * D, KV_HEADS * D, KV_HEADS * D], -1))
+    q, k = _rope(q, k, cos, sin, dim=1)
+    kc.view(E4)[slots] = _quantise(k, ks)
+    vc.view(E4)[slots] = _quantise(v, vs)
+    return q
+
+
+def _halves(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kc, vc = kv.unbind(0)
+    kc[slots] = _quantise(_rows(k), ks)
+    vc[slots] = _quantise(_rows(v), vs)
+    return q
+
+
+def _v_first(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kv[1][slots] = _quantise(_rows(v), vs)
+    kv[0][slots] = _quantise(_rows(k), ks)
+    return q
+
+
+def _k_is_read(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> tuple[torch.Tensor, ...]:
+    q, k, v = _turned(qkv, cos, sin)
+    kc[slots] = _quantise(_rows(k), ks)
+    vc[slots] = _quantise(_rows(v), vs)
+    return q, k, v
+
+
+def _slice(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kc[5 : 5 + B * S] = _quantise(_rows(k), ks)
+    vc[5 : 5 + B * S] = _quantise(_rows(v), vs)
+    return q
+
+
+def _copied(qkv: Any, cos: Any, sin: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kc[slots] = _rows(k)
+    vc[slots] = _rows(v)
+    return q
+
+
+def _static_cache(qkv: Any, cos: Any, sin: Any, kc: Any, vc: Any, at: Any, *weights: Any) -> tuple[torch.Tensor, ...]:
+    """Hugging Face's StaticCache: [B, H, S, D], a position for each token; attention reads all of it."""
+    q, k, v = (each.transpose(1, 2) for each in _turned(qkv, cos, sin, weights or None))
+    kc.index_copy_(2, at, k)
+    vc.index_copy_(2, at, v)
+    return q, kc.float().sum(2), vc.float().sum(2)
+
+
+def _other_rows(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kc[slots] = _quantise(_rows(k), ks)
+    vc[slots + 1] = _quantise(_rows(v), vs)
+    return q
+
+
+def _tensors(device: str) -> tuple[torch.Tensor, ...]:
+    angles = torch.randn(1, S, D, device=device) * 9
+    qkv = torch.randn(B, S, (HEADS + 2 * KV_HEADS) * D, device=device).bfloat16() * 3
+    return qkv, angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def _slots(device: str) -> torch.Tensor:
+    return torch.arange(B * S, device=device) * 7 % 37
+
+
+def _weights(device: str) -> list[torch.Tensor]:
+    return [torch.rand(D, device=device).bfloat16() + 0.5 for _ in range(2)]
+
+
+def _inputs(*shape: int, caches: int = 2, dtype: torch.dtype = E4, weights: bool = False) -> Any:
+    def make(device: str) -> tuple[Any, ...]:
+        s = torch.tensor(0.05, device=device)
+        made = [_cache(device, *shape, dtype=dtype) for _ in range(caches)]
+        return *_tensors(device), s, s * 2, *made, _slots(device), *(_weights(device) if weights else ())
+
+    return make
+
+
+_flat = _inputs(SLOTS, KV_HEADS, D)
+
+
+def _one_token(device: str) -> tuple[torch.Tensor, ...]:
+    qkv, cos, sin, *rest, slots, q_weight, k_weight = _inputs(4, 10, KV_HEADS, D, weights=True)(device)
+    return qkv[:1, :1], cos[:, :1], sin[:, :1], *rest, slots[3:4], q_weight, k_weight
+
+
+def _bf16_caches(*shape: int, weights: bool = False, by_position: bool = False) -> Any:
+    def make(device: str) -> tuple[torch.Tensor, ...]:
+        caches = [torch.randn(shape, device=device).bfloat16() for _ in range(2)]
+        at = torch.arange(S, device=device) + 2 if by_position else _slots(device)
+        return *_tensors(device), *caches, at, *(_weights(device) if weights else ())
+
+    return make
+
+
+def _heads_before_tokens(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    """Rows of heads before positions: k would have to be written elsewhere first."""
+    q, k, _ = (each.transpose(1, 2) for each in _turned(qkv, cos, sin))
+    kc[slots] = _quantise(k.reshape(B * S, KV_HEADS, D), ks)
+    return q
+
+
+def _a_slot_a_head(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, _ = _turned(qkv, cos, sin)
+    kc.view(-1, 1, D)[torch.cat((slots, slots + SLOTS))] = _quantise(k.view(-1, 1, D), ks)
+    return q
+
+
+def _gated(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kc[slots] = _quantise(_rows(k * v), ks)
+    return q
+
+
+def _scale_a_head(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, _ = _turned(qkv, cos, sin)
+    kc[slots] = _quantise(_rows(k), ks * torch.ones(1, KV_HEADS, 1, device=k.device))
+    return q
+
+
+def _slots_of_q(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, _ = _turned(qkv, cos, sin)
+    kc[slots + (q.float().sum() > 1e9).long()] = _quantise(_rows(k), ks)
+    return q
+
+
+def _old_rows_later(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> tuple[torch.Tensor, ...]:
+    q, k, _ = _turned(qkv, cos, sin)
+    new = kc.index_put((slots,), _quantise(_rows(k), ks))
+    return q, new.float().sum() + kc.float().sum()
+
+
+def _new_cache(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, _ = _turned(qkv, cos, sin)
+    fresh = (kc.float() + 1).to(E4)
+    fresh[slots] = _quantise(_rows(k), ks)
+    return q.float().sum() + fresh.float().sum()
+
+
+def _match(name: str, fn: Any, inputs: Any, **options: Any) -> Example:
+    return Example(name, fn, inputs, mode="always", **options)
+
+
+RULE = Rule(
+    name="qk_norm_rope_store",
+    doc="qk_norm_rope, then k and v stored into their KV caches → one launch",
+    anchors=anchors,
+    guard=guard,
+    replace=replace,
+    matches=(
+        _match("qwen3", _fp8, _inputs(4, 10, KV_HEADS, D, weights=True)),
+        _match("qwen3_dynamic_shape", _fp8, _inputs(4, 10, KV_HEADS, D, weights=True), dynamic=True),
+        _match("qwen3_one_token", _fp8, _one_token),
+        _match("llama", _fp8, _inputs(4, 10, KV_HEADS, D)),
+        _match("heads_before_positions", _in_order, _flat),
+        _match("packed_tokens", _packed, _inputs(SLOTS, KV_HEADS, D, dtype=torch.uint8)),
+        _match("halves_of_one_cache", _halves, _inputs(2, SLOTS, KV_HEADS, D, caches=1)),
+        _match("v_first", _v_first, _inputs(2, SLOTS, KV_HEADS, D, caches=1)),
+        _match("k_is_read", _k_is_read, _flat),
+        _match("slice", _slice, _flat),
+        _match("bf16_cache", _copied, _bf16_caches(SLOTS, KV_HEADS, D)),
+        _match("static_cache", _static_cache, _bf16_caches(B, KV_HEADS, 10, D, weights=True, by_position=True)),
+        _match("v_at_other_rows", _other_rows, _flat),
+    ),
+    near_misses=(
+        Example("heads_before_tokens", _heads_before_tokens, _flat, reason="k is changed on its way to the cache"),
+        Example("a_slot_a_head", _a_slot_a_head, _flat, reason="the stored rows are not k's tokens"),
+        Example("gated", _gated, _flat, reason="k is changed on its way to the cache"),
+        Example("scale_a_head", _scale_a_head, _flat, reason="scale layout"),
+        Example("slots_of_q", _slots_of_q, _flat, reason="q or k is read before k can be stored"),
+        Example("old_rows_later", _old_rows_later, _flat, reason="the old rows are read after the new ones"),
+        Example("cache_made_in_graph", _new_cache, _flat, reason="the cache is not a graph input"),
+    ),
+)

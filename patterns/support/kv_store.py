@@ -1,0 +1,399 @@
+"""K or V on its way into its cache: the store, what makes the rows, and the op that does both.
+
+`trace` reads the graph around one scatter. `partner` finds the other one of K and V, `insertion_point` the place where one op
+can do the stores, and `put` puts it there: the op writes the graph input itself (``auto_functionalized_v2``, which Inductor
+reinplaces), and every reader of the store's result reads the new version of the buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from inductor_ext import torch_compat
+from inductor_ext.graph import (
+    RESHAPES,
+    aten,
+    call,
+    describe,
+    erase_dead,
+    fake_replay,
+    is_call,
+    known_equal,
+    replay,
+    same_sizes,
+    value_of,
+)
+from inductor_ext.kernels import steps
+from inductor_ext.patterns.support import cache_store, fp8_chain
+from inductor_ext.patterns.support.cache_store import Store
+from inductor_ext.patterns.support.fp8_chain import Chain, Failure
+
+_PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
+_OTHER_VIEWS = (
+    aten.view.dtype,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.unbind.int,
+    aten.split_with_sizes.default,
+    operator.getitem,
+)
+
+
+@dataclasses.dataclass
+class Half:
+    """One of K and V: the store and the chain that makes what is stored; without one the rows are copied as they are."""
+
+    store: Store
+    chain: Chain | None
+    x: Node  # what the chain, or the store, begins with: never a reshape itself
+    dtype: torch.dtype  # of what is stored
+    input_views: list[Node]  # from x to the stored rows: the chain's own, and those between cast and store
+    by_sequence: bool = False  # rows [B, H, T, D] of a cache [B, H, S, D], each sequence's into its own
+
+    @property
+    def program(self) -> str:
+        return "" if self.chain is None else self.chain.program
+
+    @property
+    def scale(self) -> Node | None:
+        return self.chain.operands[0] if self.chain is not None and self.chain.operands else None
+
+    @property
+    def scatter(self) -> Node:
+        return self.store.scatter
+
+    def input_value(self) -> torch.Tensor:
+        """What the op reads: ``x`` in the shape of the stored rows."""
+        value = fake_replay(self.input_views, value_of(self.x))
+        return value.unsqueeze(0) if self.store.one_row else value
+
+    def insert_input(self, graph: Graph) -> Node:
+        node = replay(graph, self.input_views, self.x)
+        return call(graph, aten.unsqueeze.default, node, 0) if self.store.one_row else node
+
+    def destination(self, base: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows that are written as a fake view of ``base``, or of the version of the buffer that is there."""
+        return cache_store.geometry(self.store, value_of(self.store.root) if base is None else base)
+
+
+def stored_value(scatter: Node) -> Any:
+    """What a scatter stores."""
+    return scatter.args[2] if is_call(scatter, *_PUTS) else scatter.args[1]
+
+
+def trace(scatter: Node) -> Half | Failure | None:
+    """A scatter of a chain's FP8 rows into a graph input; None when it stores something else."""
+    return _traced(scatter, _source(stored_value(scatter)), _store) if _stores_fp8(scatter) else None
+
+
+def trace_any(scatter: Node) -> Half | Failure | None:
+    """`trace`, or the same of rows that have the cache's own dtype, or of rows along the third dimension of a cache."""
+    if not isinstance(value_of(stored_value(scatter)), torch.Tensor):
+        return None
+    source = _source(stored_value(scatter))
+    return _traced(scatter, source, _store_by_sequence if is_call(scatter, *_PUTS) and len(scatter.args[1]) == 3 else _store)
+
+
+def _stores_fp8(scatter: Node) -> bool:
+    value = stored_value(scatter)
+    return isinstance(value, Node) and fp8_chain.is_fp8_cast(_source(value)[0])
+
+
+def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node], Store | Failure | None]) -> Any:
+    (x, views), value = source, stored_value(scatter)
+    store = find(scatter)
+    if not isinstance(store, Store):
+        return store
+    by_sequence = find is _store_by_sequence
+    if not fp8_chain.is_fp8_cast(x):
+        half = Half(store, None, x, value_of(x).dtype, views, by_sequence)
+        return _wrong(half, value) or half
+    cast, chain = x, fp8_chain.trace(x)
+    if isinstance(chain, Failure):
+        return chain
+    if len(chain.operands) > 1 or any(value_of(operand).numel() != 1 for operand in chain.operands):
+        found = ", ".join(map(describe, chain.operands))
+        return Failure(cast, "scale layout", "one scale of one element", found)
+    if any(value_of(o).device != value_of(chain.x).device for o in chain.operands):
+        return Failure(cast, "scale device", str(value_of(chain.x).device), describe(chain.operands[0]))
+    half = Half(store, chain, chain.x, chain.dtype, [*chain.pre_views, *chain.post_views, *views], by_sequence)
+    failure = _wrong(half, value)
+    if failure is not None:
+        return failure
+    if len(cast.users) > 1 or (value is not cast and len(value.users) > 1):
+        other = [user for user in cast.users if user is not scatter and user is not value]
+        return Failure(
+            cast, "the stored FP8 rows have a second user", "the store alone", describe(other[0] if other else value)
+        )
+    return half
+
+
+def _store(scatter: Node) -> Store | Failure | None:
+    store = cache_store.trace(scatter)
+    if isinstance(store, Store) and cache_store.written_input(store.root) is None:
+        return Failure(scatter, "the cache is not a graph input", "a buffer or argument of the model", describe(store.root))
+    return store
+
+
+def _store_by_sequence(scatter: Node) -> Store | Failure | None:
+    """``index_put(cache, [None, None, at], rows)``, which ``cache.index_copy_(2, at, rows)`` becomes too."""
+    root, indices, value = scatter.args[:3]
+    at = indices[2]
+    if any(each is not None for each in indices[:2]) or not isinstance(at, Node) or value_of(at).dim() != 1:
+        return Failure(scatter, "index layout", "one index tensor, of one dimension", str(indices))
+    if scatter.args[3] if len(scatter.args) > 3 else scatter.kwargs.get("accumulate", False):
+        return Failure(scatter, "the store accumulates", "accumulate=False", "accumulate=True")
+    if value_of(at).dtype not in (torch.int32, torch.int64):
+        return Failure(scatter, "index layout", "int32 or int64 indices", describe(at))
+    if root.op != "placeholder":
+        return Failure(scatter, "the cache is not a graph input", "a buffer or argument of the model", describe(root))
+    cache, rows = value_of(root), value_of(value)
+    if rows.dim() != 4 or not same_sizes([rows.shape[i] for i in (0, 1, 3)], [cache.shape[i] for i in (0, 1, 3)]):
+        wanted = "[B, H, T, D] rows of the cache's other sizes"
+        return Failure(scatter, "the stored rows broadcast", wanted, f"{describe(value)} into {list(cache.shape)}")
+    if not known_equal(rows.shape[2], value_of(at).shape[0]):
+        return Failure(scatter, "the stored rows broadcast", "a row for each index", f"{describe(value)} at {describe(at)}")
+    return Store(scatter, value, root, [], scatter, at, 1, 0)
+
+
+def _source(value: Node) -> tuple[Node, list[Node]]:
+    """The node that ``value`` is views of (``.view(uint8)`` too), and those that rearrange, nearest that node first."""
+    views = []
+    while is_call(value, aten.view.dtype, *RESHAPES):
+        if not is_call(value, aten.view.dtype):
+            views.append(value)
+        value = value.args[0]  # type: ignore[assignment]
+    return value, views[::-1]
+
+
+def _wrong(half: Half, value: Node) -> Failure | None:
+    """What keeps an op from writing these rows into this cache."""
+    scatter, buffer = half.scatter, value_of(half.store.root)
+    stored = value_of(scatter.args[0]).dtype
+    allowed = (half.dtype, torch.uint8) if half.chain is not None else (half.dtype,)
+    for found in (stored, buffer.dtype):  # the op gets the buffer, not the view of it
+        if found not in allowed:
+            return Failure(scatter, "cache dtype", " or ".join(map(str, allowed)).replace("torch.uint8", "uint8"), str(found))
+    if value_of(value).dtype is not stored:  # copy_ converts, and a number is not its byte
+        return Failure(scatter, "the store converts", f"rows of the cache's dtype {stored}", describe(value))
+    devices = [value_of(node).device for node in (half.x, half.store.loc) if node is not None]
+    if any(device != buffer.device for device in devices):
+        found_devices = ", ".join(map(str, devices))
+        return Failure(scatter, "device", f"rows and indices on the cache's device {buffer.device}", found_devices)
+    if half.by_sequence:
+        for name, tensor in (("cache layout", half.destination()), ("input layout", half.input_value())):
+            if not known_equal(tensor.stride(3), 1):
+                return Failure(scatter, name, "columns of unit stride", f"strides {list(tensor.stride())}")
+        return None
+    if not rows_contiguous(half.destination()):
+        strides = f"strides {list(half.store.destination().stride())}"
+        return Failure(scatter, "cache layout", "rows that are contiguous in memory", strides)
+    if not rows_contiguous(half.input_value()):
+        strides = f"{describe(half.x)} strides {list(half.input_value().stride())}"
+        at = scatter if half.chain is None else half.chain.cast
+        return Failure(at, "input layout", "rows that are contiguous in memory", strides)
+    return None
+
+
+def rows_contiguous(cache: torch.Tensor) -> bool:
+    expected: Any = 1
+    for size, stride in reversed(list(zip(cache.shape[1:], cache.stride()[1:]))):
+        if not known_equal(size, 1) and not known_equal(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------------------
+
+Tracer = Callable[[Node], "Half | Failure | None"]
+
+
+def partner(second: Half, tracer: Tracer = trace) -> Half | None:
+    """The store just before ``second``, if it can join it and nobody reads its cache in between."""
+    first = neighbour(second.scatter, "prev", tracer)
+    if first is None or not _joins(first, second):
+        return None
+    return first if insertion_point([first, second]) is not None else None
+
+
+def follower(first: Half, tracer: Tracer = trace) -> Half | None:
+    """The store just after ``first``, if ``first`` is its partner."""
+    second = neighbour(first.scatter, "next", tracer)
+    found = None if second is None else partner(second, tracer)
+    return second if found is not None and found.scatter is first.scatter else None
+
+
+def insertion_point(halves: Sequence[Half]) -> Node | None:
+    """The node after which one op can do the stores: its inputs are there and the caches' old rows have been read, but not
+    yet the new ones. None when there is no such place."""
+    inputs = [half.x for half in halves] + [halves[0].store.root]
+    inputs += [node for half in halves for node in (half.scale, half.store.loc, half.store.mult, half.store.offset)]
+    for half in halves:  # symbolic sizes may be computed where they are used
+        inputs += [node for view in half.input_views for node in view.all_input_nodes[1:]]
+    own = set().union(*(_between(half) for half in halves))
+    if halves[-1].store.root not in own:
+        inputs.append(halves[-1].store.root)
+    inputs += [reader for half in halves for reader in _readers(half.store.root) if reader not in own]
+    last = max(node for node in inputs if isinstance(node, Node))
+    readers = [user for half in halves for user in (*half.store.top.users, *half.scatter.users) if user not in own]
+    return last if all(reader > last for reader in readers) else None
+
+
+def _readers(root: Node) -> list[Node]:
+    """What reads a version of a cache, through views too; not the copy back into the buffer itself."""
+    found, pending = [], list(root.users)
+    while pending:
+        user = pending.pop()
+        if is_call(user, *RESHAPES, *_OTHER_VIEWS):
+            pending.extend(user.users)
+        elif user.op != "output" and not is_call(user, aten.copy_.default):
+            found.append(user)
+    return found
+
+
+def neighbour(scatter: Node, direction: str, tracer: Tracer = trace) -> Half | None:
+    """The nearest other such store before or after. K and V of a layer are neighbours; no pair is looked for further away."""
+    node: Node = getattr(scatter, direction)
+    while node.op != "root":
+        if is_call(node, *cache_store.SCATTERS):
+            half = tracer(node)
+            if isinstance(half, Half):
+                return half
+        node = getattr(node, direction)
+    return None
+
+
+def _between(half: Half) -> set[Node]:
+    """The nodes that only take ``half``'s view of its cache or put it back: they go when the store is rewritten."""
+    nodes = {*half.store.views, half.store.top, half.scatter}
+    for view in half.store.views:
+        if is_call(view, operator.getitem):
+            nodes.add(view.args[0])
+    node: Node = half.scatter
+    while node is not half.store.top:
+        node = next(user for user in node.users if user is half.store.top or user.target in cache_store.INVERSES)
+        nodes.add(node)
+    return nodes
+
+
+def _joins(first: Half, second: Half) -> bool:
+    a, b = first.store, second.store
+    if a.scatter.target != b.scatter.target or a.loc is not b.loc or (a.mult, a.offset) != (b.mult, b.offset):
+        return False
+    if first.dtype != second.dtype or not same_sizes(first.input_value().shape[:1], second.input_value().shape[:1]):
+        return False
+    if value_of(first.x).dtype != value_of(second.x).dtype:
+        return False
+    if len(steps.constants(first.program, second.program)) > steps.MAX_CONSTS:
+        return False
+    # One kernel has one number of slots and one size of row for both.
+    if not same_sizes(a.destination().shape, b.destination().shape):
+        return False
+    one, two = cache_store.written_input(a.root), cache_store.written_input(b.root)
+    if one is two:  # halves of one buffer: the second store must build on the first, and write other memory
+        return b.root is a.top and b.views != [] and _disjoint(first, second)
+    return True
+
+
+def _disjoint(a: Half, b: Half) -> bool:
+    """Whether two views of one buffer share no memory: one after the other, or their rows side by side."""
+    base = value_of(a.store.root)
+    one, two = a.destination(base), b.destination(base)
+    if not same_sizes(one.stride(), two.stride()):
+        return False
+    row = math.prod(one.shape[1:])
+    pitch, slots = one.stride(0), one.shape[0]
+    for low, high in ((one, two), (two, one)):
+        gap = high.storage_offset() - low.storage_offset()
+        if statically_known_true(gap >= (slots - 1) * pitch + row):
+            return True
+        if statically_known_true(gap >= row) and statically_known_true(gap + row <= pitch):
+            return True
+    return False
+
+
+# ---- replacement -------------------------------------------------------------------------------------------------------
+
+NAMES = ("k_cache", "v_cache")
+
+
+def after(graph: Graph, point: Node) -> Any:
+    """Insertion right behind ``point``, but never among the graph's inputs."""
+    while point.op == "placeholder" and point.next.op == "placeholder":
+        point = point.next
+    return graph.inserting_before(point.next)
+
+
+def put(
+    graph: Graph,
+    op: torch._ops.OpOverload,
+    arguments: dict[str, Any],
+    halves: Sequence[Half],
+    like: Node,
+    view: Callable[[Half, torch.Tensor], torch.Tensor | None] | None = None,
+    outputs: Sequence[torch.Tensor] = (),
+) -> list[Node]:
+    """Insert ``op``, which writes k_cache and v_cache, and let it do the stores of ``halves``; gives its ``outputs``.
+
+    ``halves`` are K's and V's. ``view(half, base)`` is what the op gets of a buffer, as a fake; None for the buffer itself.
+    """
+    ordered = sorted(halves, key=lambda half: half.scatter)
+    view = view or (lambda half, base: half.destination(base) if half.store.views else None)
+    # Two halves of one buffer share a base: the first store's root is the version that both build on.
+    roots = [cache_store.written_input(half.store.root) for half in ordered]
+    shared = len(halves) == 2 and roots[0] is roots[1]
+    bases = [ordered[0].store.root] if len(halves) == 1 or shared else [half.store.root for half in halves]
+    kwargs = dict(arguments)
+    for name, half in zip(NAMES, halves):
+        base = bases[0] if shared else half.store.root
+        kwargs[f"_{name}_base_index"] = bases.index(base)
+        seen = view(half, value_of(base))
+        if seen is not None:
+            kwargs[f"_{name}_size"] = tuple(torch_compat.symbolic(graph, list(seen.shape)))
+            kwargs[f"_{name}_stride"] = tuple(torch_compat.symbolic(graph, list(seen.stride())))
+            kwargs[f"_{name}_storage_offset"] = torch_compat.symbolic(graph, [seen.storage_offset()])[0]
+    if len(halves) == 1:
+        kwargs["_v_cache_base_index"] = None
+    kwargs["_all_bases"] = bases
+    node = graph.call_function(auto_functionalized_v2, (op,), kwargs)
+    results = [*(outputs or (None,)), *(torch_compat.fresh_base(value_of(base)) for base in bases)]
+    node.meta.update(_provenance(like), val=tuple(results))
+    items = []
+    for index, result in enumerate(results):
+        if result is not None:
+            item = graph.call_function(operator.getitem, (node, index))
+            item.meta.update(_provenance(like), val=result)
+            items.append(item)
+    made, tops = items[: len(outputs)], items[len(outputs) :]
+    for half, top in zip(halves, tops if len(tops) == len(halves) else tops * 2):
+        _publish(graph, half, top)
+    for half in reversed(ordered):
+        erase_dead(half.store.top)
+    return made
+
+
+def _provenance(node: Node) -> dict[str, Any]:
+    return {name: node.meta[name] for name in ("stack_trace", "nn_module_stack", "original_aten") if name in node.meta}
+
+
+def _publish(graph: Graph, half: Half, top: Node) -> None:
+    """Every reader of the store's result reads the new version of the buffer, or a view of it."""
+    store = half.store
+    if store.scatter is not store.top and len(store.scatter.users) > 0:
+        outside = [user for user in store.scatter.users if user.target not in cache_store.INVERSES]
+        if outside:
+            with graph.inserting_before(min(outside)):
+                view = cache_store.view_of(graph, store, top)
+            for user in outside:
+                user.replace_input_with(store.scatter, view)
+    store.top.replace_all_uses_with(top)
