@@ -41,6 +41,7 @@ inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4)
 inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __ldcg(const float* p) { return *p; }

@@ -1,0 +1,109 @@
+// Norms and gated activations quantised with given scales, behind C functions, for tests/kernels/test_static_scale.py.
+#include "act_mul_quantize/static_scale.cuh"
+#include "rms_norm_quantize/static_scale.cuh"
+
+#include "entry.h"
+
+namespace {
+
+struct Nothing {};
+struct AsGiven {  // no program: the scale itself
+  static Nothing prepare(const Env&) { return {}; }
+  static void apply(Nothing, float (&)[1]) {}
+};
+template <typename S>
+struct Reciprocal {
+  static Nothing prepare(const Env&) { return {}; }
+  static void apply(Nothing, float (&v)[1]) { v[0] = to_float(from_float<S>(1.0f / v[0])); }
+};
+
+// x.float() / scale within ±448, as torchao has it.
+struct ByScale {
+  static constexpr bool kRow = false;
+  struct Prepared {
+    float scale;
+  };
+  static Prepared prepare(const Env& env) { return {env.scale}; }
+  template <int N>
+  static void apply(const Prepared& p, float (&v)[N]) {
+    for (float& each : v) {
+      each /= p.scale;
+      if (each == each) each = std::min(std::max(each, -448.0f), 448.0f);
+    }
+  }
+};
+// x * scale in In, and the same times the call's first number.
+template <typename In, bool Number>
+struct Times {
+  static constexpr bool kRow = false;
+  struct Prepared {
+    float factor;
+  };
+  static Prepared prepare(const Env& env) { return {Number ? env.consts.value[0] : to_float(from_float<In>(env.scale))}; }
+  template <int N>
+  static void apply(const Prepared& p, float (&v)[N]) {
+    for (float& each : v) each = to_float(from_float<In>(each * p.factor));
+  }
+};
+struct PlusAbs {  // an activation that a test can compute exactly
+  template <typename In, int N>
+  static void apply(float (&x)[N]) {
+    for (float& each : x) each = each + std::fabs(each);
+  }
+};
+
+template <typename F>
+int guarded(F&& f, char* error, int length) {
+  spans.clear();
+  launches = 0;
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& failure) {
+    std::strncpy(error, failure.what(), length - 1);
+    return 1;
+  }
+}
+
+// Calls f(Program, Scales) of a recipe: 'd' divides by `count` scales, 'r' multiplies by their reciprocals, 'n' by a number.
+template <typename In, typename S, typename F>
+void with_recipe(char recipe, int count, F&& f) {
+  if (recipe == 'n') return f(Times<In, true>{}, StaticScales<0, float, AsGiven>{});
+  if (recipe == 'r') return f(Times<In, false>{}, StaticScales<1, S, Reciprocal<S>>{});
+  if (count == 1) return f(ByScale{}, StaticScales<1, S, AsGiven>{});
+  if (count == 3) return f(ByScale{}, StaticScales<3, S, AsGiven>{});
+  f(ByScale{}, StaticScales<4, S, AsGiven>{});
+}
+
+}  // namespace
+
+#define VARIANT(name, In, W, S)                                                                                                     \
+  extern "C" int norm_##name(int recipe, int count, const Given* x, const Given* residual, const Given* weight, double eps,         \
+                             const Given* out, const Given* total, const Given* s0, const Given* s1, const Given* s2,               \
+                             const Given* s3, double c0, char* error, int length) {                                                 \
+    return guarded([&] {                                                                                                            \
+      with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
+        const auto run = [&](auto has) {                                                                                            \
+          using Op = RmsNormQuantizeStatic<In, W, decltype(has)::value, CastThenWeight, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>; \
+          Op::run(view(*x), maybe(residual), view(*weight), eps, view(*out), view(*total), maybe(s0), maybe(s1), maybe(s2), maybe(s3), \
+                  c0, 0, 0, 0, 0, 0, 0, 0);                                                                                         \
+        };                                                                                                                          \
+        residual ? run(std::true_type{}) : run(std::false_type{});                                                                  \
+      });                                                                                                                           \
+    }, error, length);                                                                                                              \
+  }                                                                                                                                 \
+  extern "C" int act_mul_##name(int recipe, int count, const Given* gate, const Given* up, const Given* out, const Given* s0,       \
+                                const Given* s1, const Given* s2, const Given* s3, double c0, char* error, int length) {            \
+    return guarded([&] {                                                                                                            \
+      with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
+        using Op = ActMulQuantizeStatic<In, PlusAbs, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>;                     \
+        Op::run(view(*gate), view(*up), view(*out), maybe(s0), maybe(s1), maybe(s2), maybe(s3), c0, 0, 0, 0, 0, 0, 0, 0);           \
+      });                                                                                                                           \
+    }, error, length);                                                                                                              \
+  }
+VARIANT(bf16, __nv_bfloat16, __nv_bfloat16, float)
+VARIANT(fp16, __half, float, __half)
+VARIANT(fp32, float, float, __nv_bfloat16)
+
+extern "C" void set_multiprocessors(int count) { multiprocessors = count; }
+extern "C" int launches_of_last_call() { return launches; }
