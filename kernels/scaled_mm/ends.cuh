@@ -27,12 +27,17 @@ struct AddResidual {
   using Params = NoParams;
 };
 
-// Products are two, gate's and up's, of one size. A tile of N columns has N / 2 of each, so that a thread has both of a pair.
+// A tile of N columns has N / 2 of gate and N / 2 of up, so that a thread has both of a pair. To the copy engine they are one
+// b [2, N, K], the first being the one that lies first in memory: two copies a stage instead of one took the same tiles from
+// 79 to 89 us (7168 x 2 * 3072 x 1024 on an H200).
+struct GateParams {
+  bool gate_second;
+};
 template <typename Activation>
 struct Gate {
   static constexpr bool kAdds = false, kGates = true, kRotates = false, kNorms = false;
   using Act = Activation;
-  using Params = NoParams;
+  using Params = GateParams;
 };
 
 // Row t of the products is position t % sequence of sequence t / sequence. Tables are of the output's dtype.

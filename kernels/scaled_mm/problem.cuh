@@ -7,6 +7,7 @@
 #include <tvm/ffi/container/tensor.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
@@ -180,18 +181,32 @@ struct ScaledMmEntries {
                           Optional<TensorView> bias_gate, Optional<TensorView> bias_up, TensorView out, bool static_b, int64_t first,
                           int64_t second) {
     static_assert(Family::End::kGates);
-    if (gate.ndim() == 2 && up.ndim() == 2 && gate.shape()[1] != up.shape()[1]) {
-      TVM_FFI_THROW(ValueError) << "up: wanted " << gate.shape()[1] << " columns, as gate has, found shape " << shape_of(up);
-    }
+    Symbol k("K"), n("N"), pitch("stride");
     Device device;
+    TensorMatcher({k, n}).strides({1, pitch}).device(device).verify(gate, "gate");
+    TensorMatcher({k, n}).strides({1, pitch}).device(device).verify(up, "up");
     const Boxes boxes = Family::boxes(first, second);
     Products products = begin_products<Out>(a, out, device);
+    const bool gate_second = std::less<const void*>()(data(up), data(gate));
     int column = 0;
-    add_product<EA, EB, Out>(products, boxes, device, &column, a, gate, scale_a, scale_gate, bias_gate, out);
-    column = 0;  // both end in the same place
-    add_product<EA, EB, Out>(products, boxes, device, &column, a, up, scale_a, scale_up, bias_up, out);
+    const auto add = [&](bool is_gate) {
+      column = 0;  // both end in the same place
+      add_product<EA, EB, Out>(products, boxes, device, &column, a, is_gate ? gate : up, scale_a, is_gate ? scale_gate : scale_up,
+                               is_gate ? bias_gate : bias_up, out);
+    };
+    add(!gate_second), add(gate_second);
     check_columns(out, column);
-    start(products, device, static_b, first, second);
+    if (products.m == 0) return;
+    const uint8_t* weights[2] = {data<uint8_t>(gate), data<uint8_t>(up)};
+    const int64_t distance = weights[!gate_second] - weights[gate_second];
+    if (distance == 0 || distance >= int64_t{1} << 40) {
+      TVM_FFI_THROW(ValueError) << "up: wanted another tensor than gate, less than 2^40 bytes away, found " << distance << " bytes";
+    }
+    const Product& p = products.of[0];
+    encode<3>(&products.of[0].b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, weights[gate_second], {p.k, p.n, 2},
+              {pitch_of(gate, 1, p.n, p.k), distance}, {128, boxes.b_rows, first == 1 ? 2 : 1});
+    DeviceGuard guard(device.id());
+    Family::launch(products, device.id(), static_b, static_cast<int>(first), static_cast<int>(second), {gate_second});
   }
 
   // Products of one a, side by side; the first `rotated` of them are heads of q (and k). cos and sin [1 or sequences, S, 128], and

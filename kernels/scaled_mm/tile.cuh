@@ -56,7 +56,7 @@ struct TileParams {
   bool static_b;
 };
 
-// Where a cluster tile lies: first row, product (gate's, of gate and up) and first channel of this CTA's tile.
+// Where a cluster tile lies: first row, product (the first one, of gate and up) and first channel of this CTA's tile.
 struct TileAt {
   int row, channel;
   const Product* product;
@@ -160,12 +160,11 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
   }
 }
 
-// One box of act(gate) * up, from columns `First` of both on: gate's are the first half of the tile's columns, up's the second.
-// Both are scaled and rounded before, and each step after is.
-template <typename Act, bool HasBias, typename Out, int N, int Box, int First>
+// One box of act(gate) * up, from columns `First` of both halves of the tile on. Both are scaled and rounded before, and each step
+// after is.
+template <typename Act, bool HasBias, bool GateSecond, typename Out, int N, int Box, int First>
 __device__ __forceinline__ void stage_gated(uint8_t* chunk, const float (&d)[N / 2], const float (&row_scale)[2],
-                                            const ChannelScales<Out, Box>& gate_scale, const ChannelScales<Out, Box>& up_scale,
-                                            const float* channel_bias) {
+                                            const ChannelScales<Out, Box> (&scales)[2], const float* channel_bias) {
   static_assert(sizeof(Out) == 2, "values are stored as pairs");
   constexpr int kColumns = Box / static_cast<int>(sizeof(Out));
   const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
@@ -175,11 +174,14 @@ __device__ __forceinline__ void stage_gated(uint8_t* chunk, const float (&d)[N /
     Raw<Out, 8> gate[1], up[1];  // two pairs of columns in two rows, in the order that the store takes them in
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const int group = j + n / 2, i = n % 2, column = First + 8 * group;
-      const float* bias = channel_bias + column + 2 * (lane % 4);
-      const float2 g = scaled_pair<HasBias>(d + column / 2 + 2 * i, row_scale[i], gate_scale.of[group], bias);
-      const float2 u = scaled_pair<HasBias>(d + (N / 2 + column) / 2 + 2 * i, row_scale[i], up_scale.of[group], bias + N / 2);
-      gate[0].words[n] = pack(tag, g.x, g.y), up[0].words[n] = pack(tag, u.x, u.y);
+      const int group = j + n / 2, i = n % 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = First + 8 * group + half * (N / 2);
+        const float* bias = channel_bias + column + 2 * (lane % 4);
+        const float2 pair = scaled_pair<HasBias>(d + column / 2 + 2 * i, row_scale[i], scales[half].of[group], bias);
+        (half == GateSecond ? gate : up)[0].words[n] = pack(tag, pair.x, pair.y);
+      }
     }
     act_mul<Out, Act>(gate, up);
     const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j + (matrix >> 1)) * 16;
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       uint16_t same_m = 0, same_n = 0;
       for (int i = 0; i < p.cluster_n; ++i) same_m |= 1 << (rank_m + p.cluster_m * i);
       for (int i = 0; i < p.cluster_m; ++i) same_n |= 1 << (i + p.cluster_m * rank_n);
-      const int a_rows = M / p.cluster_n, b_rows = Shared::kColumns / p.cluster_m;
+      const int a_rows = M / p.cluster_n, b_rows = N / p.cluster_m;
       auto load_a = [&](const TileAt& tile, int block, int s) {
         uint8_t* to = shared + s * Shared::kStage + rank_n * a_rows * kBlockK;
         const int row = tile.row + rank_n * a_rows;
@@ -283,16 +285,20 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         }
       };
       auto load_b = [&](const TileAt& tile, int block, int s) {
-        const int row = tile.channel + rank_m * b_rows;
-#pragma unroll
-        for (int half = 0; half < N / Shared::kColumns; ++half) {  // gate and up, or all
-          uint8_t* to = shared + s * Shared::kStage + (M + half * Shared::kColumns + rank_m * b_rows) * kBlockK;
-          const CUtensorMap* b = &tile.product[half].b;
+        uint8_t* to = shared + s * Shared::kStage + (M + rank_m * b_rows) * kBlockK;
+        if constexpr (End::kGates) {  // both, or one for two CTAs
           if (p.cluster_m > 1) {
-            load_tile_to(same_n, b, full + s, to, block * kBlockK, row);
+            load_tile_to(same_n, &tile.product->b, full + s, to, block * kBlockK, tile.channel, rank_m);
           } else {
-            load_tile(b, full + s, to, block * kBlockK, row);
+            load_tile(&tile.product->b, full + s, to, block * kBlockK, tile.channel, 0);
           }
+          return;
+        }
+        const int row = tile.channel + rank_m * b_rows;
+        if (p.cluster_m > 1) {
+          load_tile_to(same_n, &tile.product->b, full + s, to, block * kBlockK, row);
+        } else {
+          load_tile(&tile.product->b, full + s, to, block * kBlockK, row);
         }
       };
       Slot slot;
@@ -485,9 +491,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       if constexpr (End::kGates) has_bias |= tile.product[1].bias != nullptr;
       unrolled<Shared::kWidth / Shared::kBox>([&](auto box) {
         constexpr int kFirst = box * Shared::kBoxColumns;
-        ChannelScales<Out, Shared::kBox> scales, up_scales;
-        scales.read(channel_scale + kFirst);
-        if constexpr (End::kGates) up_scales.read(channel_scale + Shared::kColumns + kFirst);
+        ChannelScales<Out, Shared::kBox> scales[N / Shared::kColumns];
+#pragma unroll
+        for (int i = 0; i < N / Shared::kColumns; ++i) scales[i].read(channel_scale + i * Shared::kColumns + kFirst);
         unrolled<kBlocks>([&](auto b) {
           uint8_t* chunk = own_staging + staged++ % Shared::kChunks * Shared::kChunk;
           if constexpr (!Add) {
@@ -495,16 +501,20 @@ __global__ void __launch_bounds__(kTileThreads, 1)
             meet();
           }
           if constexpr (End::kGates) {
-            using Act = typename End::Act;
+            auto stage = [&](auto with_bias, auto gate_second) {
+              stage_gated<typename End::Act, with_bias, gate_second, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
+            };
+            constexpr std::true_type yes;
+            constexpr std::false_type no;
             if (has_bias) {
-              stage_gated<Act, true, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, up_scales, channel_bias);
+              end.gate_second ? stage(yes, yes) : stage(yes, no);
             } else {
-              stage_gated<Act, false, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, up_scales, channel_bias);
+              end.gate_second ? stage(no, yes) : stage(no, no);
             }
           } else if (has_bias) {
-            stage_output<true, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
+            stage_output<true, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales[0], channel_bias);
           } else {
-            stage_output<false, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales, channel_bias);
+            stage_output<false, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales[0], channel_bias);
           }
           cute::tma_store_fence();
           meet();
@@ -533,12 +543,14 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
   static_assert(!End::kRotates || (N == kHead && sizeof(Out) == 2), "a head is a tile's columns, in two bytes each");
 
   static Boxes boxes(int64_t cluster_m, int64_t cluster_n) {
-    const bool fits = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && Shared::kColumns % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
+    const bool shared = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && (!End::kGates || cluster_m <= 2);
+    const bool fits = shared && N % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
     if (!fits) {
       TVM_FFI_THROW(ValueError) << "cluster: wanted at most 8 CTAs that divide the tile " << M << " x " << N << " in groups of 8 rows, found "
                                 << cluster_m << " x " << cluster_n;
     }
-    return {static_cast<int>(M / cluster_n), static_cast<int>(Shared::kColumns / cluster_m), Shared::kColumns, 64, Shared::kBoxColumns, static_cast<int>(cluster_n)};
+    const int b_rows = End::kGates ? Shared::kColumns : static_cast<int>(N / cluster_m);
+    return {static_cast<int>(M / cluster_n), b_rows, Shared::kColumns, 64, Shared::kBoxColumns, static_cast<int>(cluster_n)};
   }
 
   static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n,

@@ -15,6 +15,7 @@ import torch
 from inductor_ext.kernels.qk_norm_rope import op as qk_norm_rope
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
+from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
 from inductor_ext.kernels.scaled_mm_rope import op as scaled_mm_rope
 from tests.support.cuda_on_cpu import KERNELS
@@ -34,6 +35,12 @@ TILES = {
     "boxes of 64 bytes": ("tile:128x160p", E4, FP16, True),
     "fp32 out, e5m2": ("tile:128x64p", E5, FP32, True),
 }
+#: More of them, for gate and up.
+PAIRS = {
+    "pingpong of 256": ("tile:64x256p", E5, FP16, True),
+    "cluster": ("tile:128x128p@2x1", E4, BF16, True),
+    "cluster along n": ("tile:128x128c@1x2", E4, BF16, True),
+}
 
 
 class Built:
@@ -44,7 +51,7 @@ class Built:
         self.kernels: dict[str, TileKernel] = {}
 
     def __call__(self, op: Any, *key: Any) -> TileKernel:
-        cpp = op.exports(key)[0][1].rpartition("::")[0]
+        cpp = op.exports(key)[0][1].rpartition("::")[0].replace("::Silu>", "::PlusAbs>")
         if cpp not in self.kernels:
             folder = self.folder / str(len(self.kernels))
             folder.mkdir()
@@ -186,6 +193,44 @@ def test_a_residual_is_added_to_the_rounded_product(built: Built, name: str) -> 
         close(product, *given)
         found = into(m, n, out_dtype, functools.partial(adding.run, *given, residual=residual, sms=sms))
         assert_same_bytes(found, product + residual)
+
+
+# ---- gate and up -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("up_first", [False, True], ids=["gate before up", "up before gate"])
+@pytest.mark.parametrize("name", ["pingpong", "pingpong 64", "cooperative exact", *PAIRS])
+def test_gate_and_up(built: Built, name: str, up_first: bool) -> None:
+    """By the bytes: the activation, rounded, of what the plain kernel gives for gate, times what it gives for up."""
+    config, a_dtype, out_dtype, fast = (TILES | PAIRS)[name]
+    key = config, a_dtype, E4, out_dtype, fast
+    plain, gated = built(scaled_mm, *key), built(scaled_mm_act_mul, *key, "silu")
+    tile = parse(config)
+    rows, columns = tile.m * tile.cluster[0], tile.n // 2 * tile.cluster[1]
+    for m, n, k, sms, biased in ((rows + 9, columns + 48, 400, 2, 2), (3 * rows, 2 * columns, 128, 1, 1), (5, 16, 16, 1, 0)):
+        torch.manual_seed(m)
+        weights = sorted((operand(n, k, E4) for _ in range(2)), key=torch.Tensor.data_ptr, reverse=up_first)
+        gate, up = (each.t() for each in weights)
+        a, scale_a = operand(m, k, a_dtype), scales(m, True, 1)
+        scale_b = [scales(n, True, 0), scales(n, k != 400, 0)]
+        bias = [within((n,), (torch.randn(n) * 20).to(out_dtype)) if i < biased else None for i in range(2)]
+        options = {"sms": sms * tile.cluster[0] * tile.cluster[1], "static_b": k == 400}
+        call = functools.partial(plain.run_group, [a], [gate, up], [scale_a], scale_b, bias, sms=1)
+        g, u = into(m, 2 * n, out_dtype, call).chunk(2, 1)
+        close(g, a, gate, scale_a, scale_b[0], bias[0])
+        inputs = a, [gate, up], scale_a, scale_b, bias
+        found = into(m, n, out_dtype, functools.partial(gated.run_act_mul, *inputs, cluster=tile.cluster, **options))
+        assert_same_bytes(found, (g.float() + g.float().abs()).to(out_dtype) * u)
+
+
+def test_gate_and_up_are_two(built: Built) -> None:
+    gated = built(scaled_mm_act_mul, "tile:128x128p", E4, E4, BF16, True, "silu")
+    a, b, scale_a, scale_b, _ = problem(8, 16, 16, E4, BF16, True, False)
+    out = torch.empty(8, 16, dtype=BF16)
+    with pytest.raises(RuntimeError, match="up: wanted another tensor than gate"):
+        gated.run_act_mul(a, [b, b], scale_a, [scale_b] * 2, [None] * 2, out)
+    with pytest.raises(RuntimeError, match="cluster: wanted at most 8"):
+        gated.run_act_mul(a, [b, b], scale_a, [scale_b] * 2, [None] * 2, out, cluster=(4, 1))
 
 
 # ---- heads, normalised and rotated -----------------------------------------------------------------------------------

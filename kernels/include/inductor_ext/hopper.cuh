@@ -102,6 +102,13 @@ __device__ __forceinline__ void load_tile(const void* map, uint64_t* full, void*
 __device__ __forceinline__ void load_tile_to(uint16_t ctas, const void* map, uint64_t* full, void* shared, int k, int row) {
   cute::SM90_TMA_LOAD_MULTICAST_2D::copy(map, full, ctas, kEvictNormal, shared, k, row);
 }
+// A box of a map of three dimensions.
+__device__ __forceinline__ void load_tile(const void* map, uint64_t* full, void* shared, int k, int row, int which) {
+  cute::SM90_TMA_LOAD_3D::copy(map, full, kEvictNormal, shared, k, row, which);
+}
+__device__ __forceinline__ void load_tile_to(uint16_t ctas, const void* map, uint64_t* full, void* shared, int k, int row, int which) {
+  cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, full, ctas, kEvictNormal, shared, k, row, which);
+}
 
 // A store into the shared memory of another CTA of the cluster.
 __device__ __forceinline__ uint32_t address_in(uint32_t cta, const void* shared) {

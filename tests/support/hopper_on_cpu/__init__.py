@@ -101,6 +101,22 @@ class TileKernel:
         counted = [_list(a), len(a), _list(b), len(b)]
         self._call("run_group", *counted, _list(scale_a), _list(scale_b), _list(bias), _given(out), **options)
 
+    def run_act_mul(
+        self,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        scale_a: torch.Tensor,
+        scale_b: Sequence[torch.Tensor],
+        bias: Sequence[torch.Tensor | None],
+        out: torch.Tensor,
+        *,
+        cluster: tuple[int, int] = (1, 1),
+        **options: int,
+    ) -> None:
+        """gate and up are the two of ``b``; the activation, in ``scaled_mm_tile.cpp`` beside this, is x + |x|."""
+        pairs = [_list(b), _given(scale_a), _list(scale_b), _list(bias)]
+        self._call("run_act_mul", _given(a), *pairs, *cluster, _given(out), **options)
+
     def run_rope(
         self,
         a: torch.Tensor,

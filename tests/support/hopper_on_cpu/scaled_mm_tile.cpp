@@ -3,6 +3,17 @@
 
 #include "entry.h"
 
+namespace inductor_ext {
+
+struct PlusAbs {  // an activation that a test can compute exactly
+  template <typename In, int N>
+  static void apply(float (&x)[N]) {
+    for (float& each : x) each = each + std::fabs(each);
+  }
+};
+
+}  // namespace inductor_ext
+
 namespace {
 
 Array<Tensor> array(const Given* const* given, int count) {
@@ -37,6 +48,17 @@ void run_several(const Given* const* a, int a_count, const Given* const* b, int 
 }
 
 template <typename Tile>
+void run_gated(const Given* a, const Given* const* b, const Given* scale_a, const Given* const* scale_b, const Given* const* bias,
+               const Given* out, bool static_b, int cluster_m, int cluster_n) {
+  if constexpr (Tile::End::kGates) {
+    Tile::run_act_mul(view(*a), view(*b[0]), view(*b[1]), view(*scale_a), view(*scale_b[0]), view(*scale_b[1]), optional(bias[0]),
+                      optional(bias[1]), view(*out), static_b, cluster_m, cluster_n);
+  } else {
+    hopper_on_cpu::fail("a class that gates nothing");
+  }
+}
+
+template <typename Tile>
 void run_heads(const Given* a, const Given* const* b, int count, const Given* scale_a, const Given* const* scale_b,
                const Given* q_weight, const Given* k_weight, const Given* cos, const Given* sin, int rotated, double eps,
                const Given* out, bool static_b) {
@@ -59,6 +81,12 @@ extern "C" int run_group(const Given* const* a, int a_count, const Given* const*
                          const Given* const* scale_b, const Given* const* bias, const Given* out, bool static_b, int sms, unsigned seed,
                          char* error, int length) {
   return attempt(sms, seed, error, length, [&] { run_several<TILE>(a, a_count, b, count, scale_a, scale_b, bias, out, static_b); });
+}
+
+extern "C" int run_act_mul(const Given* a, const Given* const* b, const Given* scale_a, const Given* const* scale_b,
+                           const Given* const* bias, int cluster_m, int cluster_n, const Given* out, bool static_b, int sms,
+                           unsigned seed, char* error, int length) {
+  return attempt(sms, seed, error, length, [&] { run_gated<TILE>(a, b, scale_a, scale_b, bias, out, static_b, cluster_m, cluster_n); });
 }
 
 extern "C" int run_rope(const Given* a, const Given* const* b, int count, const Given* scale_a, const Given* const* scale_b,

@@ -202,6 +202,14 @@ inline void load_tile_to(uint16_t ctas, const CUtensorMap* map, uint64_t* barrie
   map->load_to(ctas, {k, row}, barrier, static_cast<uint8_t*>(to));
 }
 
+inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int k, int row, int which) {
+  map->load({k, row, which}, barrier, static_cast<uint8_t*>(to));
+}
+
+inline void load_tile_to(uint16_t ctas, const CUtensorMap* map, uint64_t* barrier, void* to, int k, int row, int which) {
+  map->load_to(ctas, {k, row, which}, barrier, static_cast<uint8_t*>(to));
+}
+
 inline uint32_t bits_of(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);

@@ -29,24 +29,26 @@ struct CUtensorMap {
   }
   void store(std::array<int, 3> at, const uint8_t* from) const {
     if (hopper_on_cpu::in_shared(from) % 1024 != 0) hopper_on_cpu::fail("a box that does not begin at a multiple of 1024 bytes");
-    hopper_on_cpu::store_later(from, box[1] * width(), [=, map = *this] {
+    hopper_on_cpu::store_later(from, rows() * width(), [=, map = *this] {
       map.by_pieces(at, from, [](uint8_t* in_shared, uint8_t* in_tensor, int inside) { std::memcpy(in_tensor, in_shared, inside); });
     });
   }
 
  private:
   int width() const { return box[0] * size; }
+  int rows() const { return box[1] * (dims < 3 ? 1 : box[2]); }
   // act(place in shared memory, place in the tensor, how many bytes lie in the tensor) for each 16 bytes of a box. The exchange of
   // these goes by the address, and spans as many as a row of the box has.
   template <typename Act>
   void by_pieces(std::array<int, 3> at, const uint8_t* box_begin, Act act) const {
-    for (int row = 0; row < box[1]; ++row) {
+    for (int row = 0; row < rows(); ++row) {
+      const int y = at[1] + row % box[1], z = at[2] + row / box[1];
       for (int x = 0; x < width(); x += 16) {
         const uint32_t byte = hopper_on_cpu::in_shared(box_begin + row * width() + x);
-        const bool in_row = at[0] >= 0 && at[1] >= 0 && at[1] + row < sizes[1] && (dims < 3 || at[2] < sizes[2]);
+        const bool in_row = at[0] >= 0 && at[1] >= 0 && y < sizes[1] && (dims < 3 || z < sizes[2]);
         const int64_t first = int64_t{at[0]} * size + x;
         const int inside = in_row ? static_cast<int>(std::clamp<int64_t>(sizes[0] * size - first, 0, 16)) : 0;
-        uint8_t* in_tensor = base + first + (at[1] + row) * pitches[0] + (dims < 3 ? 0 : at[2] * pitches[1]);
+        uint8_t* in_tensor = base + first + y * pitches[0] + (dims < 3 ? 0 : z * pitches[1]);
         if (inside > 0) hopper_on_cpu::check_access(in_tensor, inside, size);
         act(inductor_ext::shared + (byte ^ ((byte >> 7 & (width() / 16 - 1)) << 4)), in_tensor, inside);
       }
@@ -58,7 +60,7 @@ struct CUtensorMap {
       std::memcpy(in_shared, in_tensor, inside);
     });
     auto& told = hopper_on_cpu::barrier_at(barrier);
-    told.bytes -= box[1] * width();
+    told.bytes -= rows() * width();
     told.settle();
   }
 };
