@@ -1,6 +1,7 @@
-"""Producers fused with a row's FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
+"""Producers fused with their FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
 
     python benchmarks/kernels/producers.py --out benchmarks/results/h200/producers.json        (--only rope: those alone)
+    python benchmarks/kernels/producers.py --only static --out benchmarks/results/h200/producers_static.json
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -69,6 +70,60 @@ def rms_norm(rows: int, columns: int, residual: bool, granularity: str = "row") 
         return lambda: compiled(*tensors), lambda: RMS_NORM._call(*call, out0=out, out1=scale, out2=total)
 
     return rows * (columns * (7 if residual else 3) + 4), make
+
+
+def static_scales(count: int) -> list[torch.Tensor]:
+    return [torch.full((), 0.01 * (i + 1), device="cuda") for i in range(count)]
+
+
+def quantise_with(y: torch.Tensor, scales: Any) -> list[torch.Tensor]:
+    return [(y.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in scales]
+
+
+def rms_norm_static(rows: int, columns: int, residual: bool, count: int) -> Calls:
+    """`rms_norm` with static scales: of one layer, or of the ``count`` layers that read the norm."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, *scales: torch.Tensor) -> Any:
+        return quantise_with(normalise(x, weight, 1e-6, "cast mul"), scales)
+
+    def norm_with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *scales: torch.Tensor) -> Any:
+        total = x + residual
+        return *norm(total, weight, *scales), total
+
+    compiled = torch.compile(norm_with_residual if residual else norm, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        x, other = (torch.randn(rows, columns, device="cuda").to(BF16) for _ in range(2))
+        weight, scales = torch.rand(columns, device="cuda").to(BF16), static_scales(count)
+        out = torch.empty((count, rows, columns) if count > 1 else (rows, columns), device="cuda", dtype=E4)
+        total, none = torch.empty_like(x) if residual else x.new_empty(0), torch.empty(0, device="cuda")
+        tensors = (x, other, weight) if residual else (x, weight)
+        call = (x, other if residual else None, weight, 1e-6, "cast mul", "static", "", TORCHAO_PROGRAM, E4, scales)
+        return lambda: compiled(*tensors, *scales), lambda: RMS_NORM._call(*call, out0=out, out1=none, out2=total)
+
+    return rows * columns * ((6 if residual else 2) + count), make
+
+
+def act_mul_static(rows: int, columns: int, halves: bool) -> Calls:
+    """`act_mul` with one static scale."""
+
+    def silu_mul(gate: torch.Tensor, up: torch.Tensor, *scales: torch.Tensor) -> Any:
+        return quantise_with(torch.nn.functional.silu(gate) * up, scales)
+
+    def silu_mul_halves(gate_up: torch.Tensor, *scales: torch.Tensor) -> Any:
+        return silu_mul(*gate_up.chunk(2, dim=-1), *scales)
+
+    compiled = torch.compile(silu_mul_halves if halves else silu_mul, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        both, scales = torch.randn(rows, 2 * columns, device="cuda").to(BF16), static_scales(1)
+        gate, up = both.chunk(2, dim=-1) if halves else both.view(2, rows, columns)
+        out, none = torch.empty(rows, columns, device="cuda", dtype=E4), torch.empty(0, device="cuda")
+        call = (gate, up, "silu", "static", "", TORCHAO_PROGRAM, E4, scales)
+        tensors = (both,) if halves else (gate, up)
+        return lambda: compiled(*tensors, *scales), lambda: ACT_MUL._call(*call, out0=out, out1=none)
+
+    return rows * columns * 5, make
 
 
 def act_mul(rows: int, columns: int, halves: bool, granularity: str = "row") -> Calls:
@@ -152,6 +207,15 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
         yield "rms_norm + quantise, one scale", *shape, rms_norm(*shape, residual=False, granularity="tensor")
     for shape in ACT_MUL_SHAPES:
         yield "silu·mul + quantise, one scale", *shape, act_mul(*shape, halves=True, granularity="tensor")
+    for shape in SHAPES:
+        yield "rms_norm + residual + quantise, static", *shape, rms_norm_static(*shape, residual=True, count=1)
+        yield "rms_norm + residual + quantise, static ×2", *shape, rms_norm_static(*shape, residual=True, count=2)
+        yield "rms_norm + residual + quantise, static ×3", *shape, rms_norm_static(*shape, residual=True, count=3)
+        yield "rms_norm + quantise, static", *shape, rms_norm_static(*shape, residual=False, count=1)
+        yield "rms_norm + quantise, static ×3", *shape, rms_norm_static(*shape, residual=False, count=3)
+    for shape in ACT_MUL_SHAPES:
+        yield "silu·mul + quantise, halves, static", *shape, act_mul_static(*shape, halves=True)
+        yield "silu·mul + quantise, two buffers, static", *shape, act_mul_static(*shape, halves=False)
     for heads in ROPE_HEADS:
         for tokens in ROPE_TOKENS:
             columns = (heads[0] + heads[1]) * heads[2]

@@ -1,6 +1,6 @@
 """The kernels of scaled_mm, rms_norm_quantize, act_mul_quantize and qk_norm_rope once each, small, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python benchmarks/kernels/scaled_mm_sanitize.py     (racecheck, initcheck, synccheck)
+compute-sanitizer --tool memcheck python benchmarks/kernels/scaled_mm_sanitize.py     (racecheck, initcheck, synccheck)
 """
 
 from __future__ import annotations
@@ -48,10 +48,15 @@ def main() -> None:
             granularity = "tensor" if columns == 4096 else "row"
             rest = (weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
             torch.ops.inductor_ext.rms_norm_quantize(x, other if residual else None, *rest)
+            scales = [torch.full((), 0.02 * (i + 1)).cuda() for i in range(3)]
+            rest = (weight, 1e-6, "cast mul", "static", "", TORCHAO_PROGRAM, E4, scales)
+            torch.ops.inductor_ext.rms_norm_quantize(x, other if residual else None, *rest)
     for columns in (64, 100, 3072, 16384):
         gate, up = torch.randn(9, 2 * columns).to(BF16).cuda().chunk(2, dim=-1)
         granularity = "tensor" if columns == 3072 else "row"
         torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
+        scale = torch.full((), 0.02).cuda()
+        torch.ops.inductor_ext.act_mul_quantize(gate, up, "silu", "static", "", TORCHAO_PROGRAM, E4, [scale])
     for columns in (30, 64, 72, 80, 128, 136, 192, 256):
         for tokens in (3, 1200):
             rotations(tokens, columns, normed=True)
