@@ -59,8 +59,16 @@ RULE_MODULES = (
 #: Sets of ops for ``inductor-ext build --preset``. An op may have kernels of its own for a preset (``Kernel.presets``).
 PRESETS = {
     "downcast": ("fp8_downcast", "downcast_fp8", "fp8_quantize"),
-    # Qwen3-0.6B quantised by torchao, row-wise or tensor-wise, any number of tokens
-    "qwen3": ("fp8_quantize", "scaled_mm", "scaled_mm_add", "rms_norm_quantize", "act_mul_quantize", "qk_norm_rope"),
+    # Qwen3-0.6B quantised by torchao, row-wise, tensor-wise or static, any number of tokens
+    "qwen3": (
+        "fp8_downcast",
+        "fp8_quantize",
+        "scaled_mm",
+        "scaled_mm_add",
+        "rms_norm_quantize",
+        "act_mul_quantize",
+        "qk_norm_rope",
+    ),
 }
 
 _HERE = Path(__file__).parent

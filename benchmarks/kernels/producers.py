@@ -1,7 +1,7 @@
 """Producers fused with their FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
 
     python benchmarks/kernels/producers.py --out benchmarks/results/h200/producers.json        (--only rope: those alone)
-    python benchmarks/kernels/producers.py --only static --out benchmarks/results/h200/producers_static.json
+    python benchmarks/kernels/producers.py --only static --rows 16,1024,7168 --out producers_static.json       (a minute or two)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -226,11 +226,13 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
 def main(
     out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("producers.json"),
     only: Annotated[str, typer.Option(help="Only works whose name holds this.")] = "",
+    rows: Annotated[str, typer.Option(help="Only these numbers of rows, such as 16,7168.")] = "",
 ) -> None:
     registry.ops()
-    rows = [measure(*work) for work in works() if only in work[0]]
-    timing.write_json(out, {"rows": rows})
-    show(rows, 130)
+    counts = [int(each) for each in rows.split(",") if each]
+    found = [measure(*work) for work in works() if only in work[0] and (not counts or work[1] in counts)]
+    timing.write_json(out, {"rows": found})
+    show(found, 130)
 
 
 if __name__ == "__main__":
