@@ -42,6 +42,7 @@ RULE_MODULES = (
     "quantize_once",
     "mxfp8_grouped_mm",
     "mxfp8_scaled_grouped_mm",
+    "scaled_mm_act_mul",
     "scaled_mm_cat",
     "scaled_mm_siblings",
     "scaled_mm_add",

@@ -33,10 +33,10 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     chain = quantisation.trace(node)
     if chain is None:
         return None
-    gated = _gated(chain.x)
-    if gated is None:
+    traced = gated(chain.x)
+    if traced is None:
         return None
-    act, gate, up, inner = gated
+    act, gate, up, inner = traced
     for step in inner:
         other = next((user for user in step.users if user is not chain.x and user not in inner), None)
         if other is not None:
@@ -56,7 +56,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     return Match(node, (made,), f"{act}, {found.detail}", found.why, (found, (gate, up, act, *found.arguments)))
 
 
-def _gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
+def gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
     """Activation, gate, up, and the activation's nodes of ``y = act(gate) * up``."""
     if not is_call(y, aten.mul.Tensor):
         return None

@@ -3,9 +3,9 @@
     g = rounded((a · gate) * scale_a * scale_gate + bias_gate);  u likewise
     out = rounded(act(g)) * u                                    each step rounded to out_dtype, as eager does
 
-Operands are those of ``scaled_mm`` (``kernels/scaled_mm/op.py``): one a [M, K], gate and up [K, N] alike, out [M, N] bf16 or
-fp16, whose rows may have any stride that is a multiple of 16 bytes. ``act``: those of ``act_mul_quantize``, "silu", "gelu" or
-"gelu_tanh".
+Operands are those of ``scaled_mm`` (``kernels/scaled_mm/op.py``): one a [M, K]; gate and up [K, N] of one dtype and pitch, not
+the same memory; out [M, N] bf16 or fp16, whose rows may have any stride that is a multiple of 16 bytes. ``act``: those of
+``act_mul_quantize``, "silu", "gelu" or "gelu_tanh".
 
 A tile of the kernel (``kernels/scaled_mm/tile.cuh``, ``Gate``) has as many channels of gate as of up, so that a thread holds
 both numbers of a pair: half of what two products store is stored, and what quantises reads half of it. Which kernel, and
@@ -64,9 +64,10 @@ def _check(gate: torch.Tensor, up: torch.Tensor, act: str, out_dtype: torch.dtyp
         raise ValueError(f"scaled_mm_act_mul: act: wanted one of {', '.join(ACTIVATIONS)}, found {act!r}")
     if out_dtype not in OUT_DTYPES:
         raise TypeError(f"scaled_mm_act_mul: out_dtype: wanted bfloat16 or float16, found {out_dtype}")
-    if up.shape != gate.shape or up.dtype is not gate.dtype:
-        wanted = f"{gate.dtype} of shape {tuple(gate.shape)}, as gate"
-        raise ValueError(f"scaled_mm_act_mul: up: wanted {wanted}, found {up.dtype} of shape {tuple(up.shape)}")
+    if up.shape != gate.shape or up.dtype is not gate.dtype or up.stride() != gate.stride():
+        wanted = f"{gate.dtype} of shape {tuple(gate.shape)} and strides {tuple(gate.stride())}, as gate"
+        found = f"{up.dtype} of shape {tuple(up.shape)} and strides {tuple(up.stride())}"
+        raise ValueError(f"scaled_mm_act_mul: up: wanted {wanted}, found {found}")
     if config and not is_ours(parse(config)):
         raise ValueError(f"scaled_mm_act_mul: config: wanted a tile of 128 or 256 channels, found {config!r}")
 

@@ -127,6 +127,18 @@ def test_residuals_are_added_by_the_products(rows: bool) -> None:
 
 
 @ROWS
+def test_gate_and_up_store_their_activation(rows: bool) -> None:
+    """On request: one launch for both and SiLU, and what is left of the MLP is a quantisation of what it stores."""
+    needs_rowwise(rows)
+    made, x = model(rows), torch.randn(2, 24, HIDDEN).bfloat16()
+    rules = {**ALWAYS, "scaled_mm_act_mul": "always"}
+    found = inductor_ext.explain(made, x, rules=rules).counts()
+    assert (found["scaled_mm_act_mul"], found["scaled_mm_siblings"], found["fp8_quantize"]) == (2, 2, 4)
+    assert "act_mul_quantize" not in found
+    assert inductor_ext.verify(model(rows, layers=1), x, rules=rules).ok
+
+
+@ROWS
 def test_the_model_computes_what_it_did(rows: bool) -> None:
     needs_rowwise(rows)
     x = torch.randn(2, 24, HIDDEN).bfloat16()
