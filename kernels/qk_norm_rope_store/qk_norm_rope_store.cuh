@@ -119,7 +119,8 @@ struct KvStore {
     wait_for_previous_kernel();
     load(first, 0);
     const auto k_prepared = KChain::prepare(Env{p.consts, &p.k_to.scale});
-    const auto v_prepared = VChain::prepare(Env{p.consts, &p.v_to.scale});
+    typename VChain::Prepared v_prepared;
+    if (p.v.heads > 0) v_prepared = VChain::prepare(Env{p.consts, &p.v_to.scale});
     allow_next_kernel();
 
     // What `load` has read, turned and cast, to row `row` of the cache; a negative one is not there.

@@ -5,7 +5,7 @@
 
 struct Given {
   void* pointer;
-  int64_t ndim, bytes, sizes[3], strides[3];
+  int64_t ndim, bytes, sizes[4], strides[4];
 };
 
 template <typename View>

@@ -11,6 +11,7 @@
 
 #include <mutex>
 
+#include "inductor_ext/claim.cuh"
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
 
@@ -115,14 +116,6 @@ __device__ __forceinline__ void find_repeated(const CacheRows& p, int first, uns
 
 __device__ __forceinline__ unsigned long long* claim_slot(int64_t row) {
   return cache_row_claims + ((row ^ (row >> 16)) & (kClaimSlots - 1));
-}
-__device__ __forceinline__ unsigned long long claim(unsigned long long* slot, unsigned long long key) {
-  unsigned long long seen;
-  asm volatile("atom.acquire.gpu.global.cas.b64 %0, [%1], 0, %2;" : "=l"(seen) : "l"(slot), "l"(key) : "memory");
-  return seen;
-}
-__device__ __forceinline__ void give_back(unsigned long long* slot) {
-  asm volatile("st.release.gpu.global.b64 [%0], 0;" ::"l"(slot) : "memory");
 }
 
 // ---- on the host ------------------------------------------------------------------------------------------------------------

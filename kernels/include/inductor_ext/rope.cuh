@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "vec.cuh"
+#include "inductor_ext/vec.cuh"
 
 namespace inductor_ext {
 

@@ -30,18 +30,18 @@ def compiled(name: str, folder: Path) -> ctypes.CDLL:
 
 
 class Given(ctypes.Structure):
-    """A tensor of at most three dimensions, and the bytes from its first element to its last."""
+    """A tensor of at most four dimensions, and the bytes from its first element to its last."""
 
     _fields_ = (
         ("pointer", ctypes.c_void_p),
         ("ndim", ctypes.c_int64),
         ("bytes", ctypes.c_int64),
-        ("sizes", ctypes.c_int64 * 3),
-        ("strides", ctypes.c_int64 * 3),
+        ("sizes", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_int64 * 4),
     )
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Any:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
-        sizes, strides = ((ctypes.c_int64 * 3)(*each) for each in (tensor.shape, tensor.stride()))
+        sizes, strides = ((ctypes.c_int64 * 4)(*each) for each in (tensor.shape, tensor.stride()))
         return cls(tensor.data_ptr(), tensor.dim(), last * tensor.element_size(), sizes, strides)

@@ -184,3 +184,6 @@ template <typename T> T __shfl_up_sync(unsigned, T value, int step) {
   const unsigned lane = threadIdx.x % 32;
   return cuda_on_cpu::exchange(value, lane < static_cast<unsigned>(step) ? lane : lane - step);
 }
+template <typename T> T atomicMin(T* at, T value) { return std::exchange(*at, min(*at, value)); }
+inline unsigned atomicOr(unsigned* at, unsigned bits) { return std::exchange(*at, *at | bits); }
+inline void __nanosleep(unsigned) {}

@@ -84,3 +84,26 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, unsigned
   *blocks = std::min<int>(inductor_ext::blocks_of_sm, inductor_ext::shared_of_sm / (shared + 1152));
   return 0;
 }
+
+// What a look at what a kernel noted asks the runtime for.
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyHostToDevice };
+inline int cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return 0;
+}
+inline int cudaStreamSynchronize(cudaStream_t) { return 0; }
+inline int cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return 0;
+}
+template <typename T>
+int cudaMemcpyFromSymbolAsync(void* to, const T& symbol, size_t bytes, size_t, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, &symbol, bytes);
+  return 0;
+}
+template <typename T>
+int cudaMemcpyToSymbolAsync(T& symbol, const void* from, size_t bytes, size_t, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(&symbol, from, bytes);
+  return 0;
+}

@@ -27,5 +27,10 @@ struct Env {
 };
 template <typename Program>
 using ToFp8 = Program;
+template <typename Program>
+struct VisitOperands {
+  template <typename F>
+  static void with(F&& visit) { Program::visit(visit); }
+};
 
 }  // namespace inductor_ext

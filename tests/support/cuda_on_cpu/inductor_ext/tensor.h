@@ -50,6 +50,7 @@ struct Symbol {
   int64_t value() const { return size; }
   int64_t size = 0;
 };
+constexpr int kAny = 0;
 struct Step {  // the stride of a dimension
   Step(int) {}
   Step(Symbol& symbol) : symbol(&symbol) {}

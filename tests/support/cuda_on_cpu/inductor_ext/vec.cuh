@@ -6,6 +6,7 @@
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
 struct __nv_fp8_e4m3 { uint8_t bits; };
+struct __nv_fp8_e5m2 { uint8_t bits; };
 struct __nv_fp8_e8m0 { uint8_t bits; };
 
 namespace inductor_ext {
@@ -50,7 +51,11 @@ inline void check_access(const void* p, size_t bytes, size_t alignment) {
 
 template <typename T, int N>
 struct Raw {
-  T values[N];
+  static constexpr int kWords = (sizeof(T) * N + 3) / 4;
+  union {
+    T values[N];
+    uint32_t words[kWords];
+  };
   void zero() { std::memset(values, 0, sizeof(values)); }
   void load(const T* p) {
     check_access(p, sizeof(values), std::min<size_t>(sizeof(values), 16));
@@ -79,5 +84,29 @@ struct Bytes {
     std::memcpy(p, bytes, N);
   }
 };
+
+template <typename T, int N>
+void load_half(Raw<T, N>& raw, const T* p) { raw.load(p); }
+template <typename T, int N>
+void store_half(const Raw<T, N>& raw, T* p) { raw.store(p); }
+template <typename T, int N>
+void load_apart(Raw<T, N>& raw, const T* p) {
+  for (int i = 0; i < N; ++i) {
+    check_access(p + i, sizeof(T), sizeof(T));
+    raw.values[i] = p[i];
+  }
+}
+template <typename T, int N>
+void store_apart(const Raw<T, N>& raw, T* p) {
+  for (int i = 0; i < N; ++i) {
+    check_access(p + i, sizeof(T), sizeof(T));
+    p[i] = raw.values[i];
+  }
+}
+template <int N>
+void store_apart(const Bytes<N>& bytes, void* p) {
+  check_access(p, N, 1);
+  std::memcpy(p, bytes.bytes, N);
+}
 
 }  // namespace inductor_ext
