@@ -17,6 +17,7 @@ from inductor_ext import registry
 from inductor_ext.bench import model as models
 from inductor_ext.bench import quantize
 from inductor_ext.bench.workload import Workload
+from inductor_ext.demo import scaled_mm_works
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.fakegpu import FakeGpu, fake_cuda_inputs, fake_gpu
 
@@ -59,6 +60,8 @@ def gpu() -> Iterator[FakeGpu]:
 def test_a_model_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, family: str, made_by: str) -> None:
     """``bench model --fp8 static``: every linear layer has a scale of its own, and every quantisation finds its producer."""
     pytest.importorskip("transformers")
+    if not scaled_mm_works(torch.device("cpu")):
+        pytest.skip("FP8 products are dequantised ones here, and Inductor's business")
     shape = SHAPES[family]
     given = Workload((16, 16)).inputs(shape.vocab, "cpu", 1)
     if made_by == "us":
@@ -155,8 +158,8 @@ def test_a_scale_of_the_host_is_refused() -> None:
 
 def test_steps_that_are_too_many_for_the_kernel_stay_with_the_scale() -> None:
     def fn(x: torch.Tensor, weight: torch.Tensor, s: torch.Tensor) -> Any:
-        for each in (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0):
-            s = s * each
+        for each in (3.0, 5.0, 7.0, 9.0):
+            s = (s * each).clamp(min=1e-9)
         return quantised(norm(x, weight), s)
 
     found = inductor_ext.explain(fn, *inputs(1e-7))
