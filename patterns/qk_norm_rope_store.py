@@ -29,7 +29,6 @@ from inductor_ext.graph import (
     is_call,
     is_opaque,
     is_reshape,
-    is_view,
     known_equal,
     value_of,
 )
@@ -66,7 +65,7 @@ class _Plan:
     v: Half | None
     why_not_v: str
     place: Node  # the call stands behind it
-    waiting: tuple[Node, ...]  # views of q and k that are before it
+    waiting: tuple[Node, ...]  # views of q, k and the new rows that are before it
     keep_k: bool
 
     @property
@@ -196,7 +195,7 @@ def _with_v(node: Node, result: Node, k: Half, forced: bool) -> _Plan | Failure:
     failure = _wrong_k(node, result, k)
     if failure is not None:
         return failure
-    v = kv_store.partner(k, kv_store.trace_any) or kv_store.follower(k, kv_store.trace_any)
+    v = kv_store.partner(k, kv_store.trace_any, sink=True) or kv_store.follower(k, kv_store.trace_any, sink=True)
     why_not = "v does not go to the same rows, in k's dtype" if v is None else _why_not_v(node, k, v, forced)
     if v is not None and not why_not:
         found = _placed(node, result, k, v)
@@ -248,22 +247,17 @@ def _why_not_v(node: Node, k: Half, v: Half, forced: bool) -> str:
 def _placed(node: Node, result: Node, k: Half, v: Half | None, why_not_v: str = "") -> _Plan | Failure:
     """The plan, if there is a place where all that the stores need is there and nothing that they make is needed yet."""
     halves = sorted([k] if v is None else [k, v], key=lambda half: half.scatter)
-    place = kv_store.insertion_point(halves)
+    waiting: list[Node] = []
+    place = kv_store.insertion_point(halves, waiting)
     if place is None:
         wanted = "every read of the cache as it was before any read of it as it becomes"
         return Failure(k.scatter, "the old rows are read after the new ones", wanted, describe(k.store.root))
     dying = _dying(k)
-    waiting: list[Node] = []
-    pending = [user for user in node.users if is_call(user, operator.getitem)]
-    while pending:
-        for user in pending.pop().users:
-            if user in dying or user > place or user in waiting:
-                continue
-            if not is_view(user):
-                wanted, found = "readers behind everything that the stores need", f"{describe(user)} before {describe(place)}"
-                return Failure(user, "q or k is read before k can be stored", wanted, found)
-            waiting.append(user)
-            pending.append(user)
+    results = [user for user in node.users if is_call(user, operator.getitem)]
+    early = kv_store.early_reader(results, dying, place, waiting)
+    if early is not None:
+        wanted, found = "readers behind everything that the stores need", f"{describe(early)} before {describe(place)}"
+        return Failure(early, "q or k is read before k can be stored", wanted, found)
     keep_k = any(user not in dying for user in result.users)
     index: Any = result.args[1]
     return _Plan(node, index, k, v, why_not_v, place, tuple(sorted(waiting)), keep_k)
@@ -288,22 +282,19 @@ def replace(match: Match) -> None:
     graph, node = match.node.graph, plan.node
     results = {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}
     outputs = plan.outputs()
+    for view in reversed(plan.waiting):
+        plan.place.append(view)
     with kv_store.after(graph, plan.place):
         arguments = plan.arguments(plan.insert_v(graph), ())
         for name in kv_store.NAMES:
             del arguments[name]
-        made = kv_store.put(graph, OP.overload, arguments, plan.halves, node, plan.view, outputs)
-        q, k = made
-    last = k
-    for view in plan.waiting:
-        last.append(view)
-        last = view
+        q, k = kv_store.put(graph, OP.overload, arguments, plan.halves, node, plan.view, outputs)
     turned = {plan.index: k, 1 - plan.index: q}
     for index, result in results.items():
         result.replace_all_uses_with(turned[index])  # type: ignore[index]
         erase_dead(result)
     erase_dead(node)
-    for each in made:
+    for each in (q, k):
         erase_dead(each)
 
 

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
 from inductor_ext.graph import (
+    CONVERT,
     RESHAPES,
     aten,
     call,
@@ -27,6 +28,7 @@ from inductor_ext.graph import (
     erase_dead,
     fake_replay,
     is_call,
+    is_view,
     known_equal,
     replay,
     same_sizes,
@@ -46,6 +48,10 @@ _OTHER_VIEWS = (
     aten.split_with_sizes.default,
     operator.getitem,
 )
+
+
+#: What is done to the cache on its way to attention, as repeating its heads.
+_COPIES = (aten.clone.default, CONVERT)
 
 
 @dataclasses.dataclass
@@ -218,24 +224,25 @@ def rows_contiguous(cache: torch.Tensor) -> bool:
 Tracer = Callable[[Node], "Half | Failure | None"]
 
 
-def partner(second: Half, tracer: Tracer = trace) -> Half | None:
+def partner(second: Half, tracer: Tracer = trace, *, sink: bool = False) -> Half | None:
     """The store just before ``second``, if it can join it and nobody reads its cache in between."""
     first = neighbour(second.scatter, "prev", tracer)
     if first is None or not _joins(first, second):
         return None
-    return first if insertion_point([first, second]) is not None else None
+    return first if insertion_point([first, second], [] if sink else None) is not None else None
 
 
-def follower(first: Half, tracer: Tracer = trace) -> Half | None:
+def follower(first: Half, tracer: Tracer = trace, *, sink: bool = False) -> Half | None:
     """The store just after ``first``, if ``first`` is its partner."""
     second = neighbour(first.scatter, "next", tracer)
-    found = None if second is None else partner(second, tracer)
+    found = None if second is None else partner(second, tracer, sink=sink)
     return second if found is not None and found.scatter is first.scatter else None
 
 
-def insertion_point(halves: Sequence[Half]) -> Node | None:
+def insertion_point(halves: Sequence[Half], waiting: list[Node] | None = None) -> Node | None:
     """The node after which one op can do the stores: its inputs are there and the caches' old rows have been read, but not
-    yet the new ones. None when there is no such place."""
+    yet the new ones. None when there is no such place. With ``waiting``, views and copies of the new rows do not count as long
+    as what reads them comes later: they are added to it, to be moved behind the op."""
     inputs = [half.x for half in halves] + [halves[0].store.root]
     inputs += [node for half in halves for node in (half.scale, half.store.loc, half.store.mult, half.store.offset)]
     for half in halves:  # symbolic sizes may be computed where they are used
@@ -245,8 +252,22 @@ def insertion_point(halves: Sequence[Half]) -> Node | None:
         inputs.append(halves[-1].store.root)
     inputs += [reader for half in halves for reader in _readers(half.store.root) if reader not in own]
     last = max(node for node in inputs if isinstance(node, Node))
-    readers = [user for half in halves for user in (*half.store.top.users, *half.scatter.users) if user not in own]
-    return last if all(reader > last for reader in readers) else None
+    made = [node for half in halves for node in (half.store.top, half.scatter)]
+    return last if early_reader(made, own, last, waiting) is None else None
+
+
+def early_reader(made: Sequence[Node], own: set[Node], last: Node, waiting: list[Node] | None) -> Node | None:
+    """A reader of ``made``, not among ``own``, that is not behind ``last``; views and copies that could be are ``waiting``."""
+    pending = list(made)
+    while pending:
+        for user in pending.pop().users:
+            if user in own or user > last or (waiting is not None and user in waiting):
+                continue
+            if waiting is None or not (is_view(user) or is_call(user, *_COPIES)):
+                return user
+            waiting.append(user)
+            pending.append(user)
+    return None
 
 
 def _readers(root: Node) -> list[Node]:
