@@ -113,7 +113,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *map(str, sys.argv)]),
+        "command": shlex.join(["python", *_program(), *map(str, sys.argv[1:])]),
         "gpu": torch.cuda.get_device_name(),
         "driver": _nvidia_smi("driver_version"),
         "python": platform.python_version(),
@@ -121,6 +121,12 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
+
+
+def _program() -> list[str]:
+    """As it has to be called from the repository's root."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name] if spec is not None else sys.argv[:1]
 
 
 def _nvidia_smi(field: str) -> str:

@@ -1,4 +1,7 @@
-"""What every test shares: caches of its own, no settings from the environment, a fresh Dynamo, a fixed seed."""
+"""What every test shares: caches of its own, no settings from the environment, a fresh Dynamo, a fixed seed.
+
+Tests on a GPU do take kernels from ``INDUCTOR_EXT_PREBUILT_DIR``, if that is set: building them takes longer than the tests.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor_ext-te
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clean(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
 
+    kept = "INDUCTOR_EXT_PREBUILT_DIR" if request.node.get_closest_marker("gpu") else ""
     for name in list(os.environ):
-        if name.startswith("INDUCTOR_EXT_"):
+        if name.startswith("INDUCTOR_EXT_") and name != kept:
             monkeypatch.delenv(name)
     monkeypatch.setattr("inductor_ext.passes.RAISE", True)  # a rule's exception is a failed test
     torch._dynamo.reset()

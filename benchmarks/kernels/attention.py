@@ -1,6 +1,6 @@
 """Causal attention without a cache by every library that is installed, against PyTorch's as Hugging Face models call it.
 
-    python benchmarks/kernels/attention.py --out benchmarks/results/h200/attention.json
+    python -m benchmarks.kernels.attention --out benchmarks/results/h200/attention.json
 
 ``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already, and K and V repeated for GQA in
 the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with ``cu_seqlens``, ``padded`` with

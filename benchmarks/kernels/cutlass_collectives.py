@@ -4,7 +4,7 @@
     product = load(128, 128, pingpong=True, cluster_m=2, exact=False)
     product(a, b, scale_a, scale_b, bias, out)
 
-    python benchmarks/kernels/cutlass_collectives.py --arch sm_90a      builds each of `USUAL` from cold, one at a time
+    python -m benchmarks.kernels.cutlass_collectives --arch sm_90a      builds each of `USUAL` from cold, one at a time
 
 Operands are those of ``kernels/scaled_mm/op.py``: a [M, K] row-major, b [K, N] column-major, scales of one element or a vector,
 bias or None; ``out`` is written. Nothing is allocated, and the kernel may start while the one ahead of it ends, as ours do.

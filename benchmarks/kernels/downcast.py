@@ -1,7 +1,7 @@
 """fp8_downcast, downcast_fp8 and fp8_quantize on one GPU: bytes against eager, time against a device copy and stock Inductor.
 
-    python benchmarks/kernels/downcast.py --check --time --out benchmarks/results/h200/downcast.json
-    compute-sanitizer --tool memcheck python benchmarks/kernels/downcast.py --sanitize     (racecheck, initcheck, synccheck)
+    python -m benchmarks.kernels.downcast --check --time --out benchmarks/results/h200/downcast.json
+    compute-sanitizer --tool memcheck python -m benchmarks.kernels.downcast --sanitize     (racecheck, initcheck, synccheck)
 
 Times are CUDA-graph replays, median. Large sizes rotate over enough buffers to find L2 cold. `copy` is a device-to-device copy
 that reads and writes as many bytes together, in the same run; `of copy` is its time over ours. A whole-tensor amax must read

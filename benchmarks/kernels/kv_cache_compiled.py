@@ -1,6 +1,6 @@
 """KV-cache stores as a model writes them, through torch.compile: stock Inductor against this backend, and call overhead.
 
-    python benchmarks/kernels/kv_cache_compiled.py [--out FILE.json]
+    python -m benchmarks.kernels.kv_cache_compiled [--out FILE.json]
 
 K and V [T, 8, 128] bf16, e4m3 caches of 131 072 rows, in the spellings of ``patterns/downcast_fp8.py``: direct, through
 ``.view``, ``[2, …].unbind(0)``, uint8 viewed as e4m3, slice assignment. CUDA-graph replays of ten calls, median; T ≥ 7168 is

@@ -1,6 +1,6 @@
 """An FP8 MLP in one go, or some of its rows at a time, so that gate and up need not leave L2.
 
-    python benchmarks/kernels/mlp_chunks.py --out benchmarks/results/h200/mlp_chunks.json
+    python -m benchmarks.kernels.mlp_chunks --out benchmarks/results/h200/mlp_chunks.json
 
     gate and up in one launch → SiLU(gate) · up, quantised → down, with our kernels; row-wise scales, fast accumulation
 

@@ -1,6 +1,6 @@
 """moe_combine against stock Inductor's code for the same lines, and a device copy of as many bytes.
 
-    python benchmarks/kernels/moe_combine.py --out benchmarks/results/h200/moe_combine.json     (--quick: few rows a token)
+    python -m benchmarks.kernels.moe_combine --out benchmarks/results/h200/moe_combine.json     (--quick: few rows a token)
 
 Stock is ``torch.compile`` of transformers' lines from the second grouped matmul's result on: weights, mask, inverse
 permutation, sum. Both sides make the inverse; ours is the op behind Inductor's scatter. CUDA-graph replays in turn, three

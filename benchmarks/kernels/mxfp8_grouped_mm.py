@@ -1,8 +1,8 @@
 """mxfp8_grouped_mm against PyTorch's grouped products, in bf16 and in row-wise FP8, for the experts of two models.
 
-    python benchmarks/kernels/mxfp8_grouped_mm.py --json benchmarks/results/h200/mxfp8_grouped_mm.json    (--quick: six points)
-    python benchmarks/kernels/mxfp8_grouped_mm.py --tune           every tile at every point, the fastest by tokens a group
-    compute-sanitizer python benchmarks/kernels/mxfp8_grouped_mm.py --sanitize
+    python -m benchmarks.kernels.mxfp8_grouped_mm --json benchmarks/results/h200/mxfp8_grouped_mm.json    (--quick: six points)
+    python -m benchmarks.kernels.mxfp8_grouped_mm --tune           every tile at every point, the fastest by tokens a group
+    compute-sanitizer python -m benchmarks.kernels.mxfp8_grouped_mm --sanitize
 
 Both matmuls of an expert of Qwen3-30B-A3B and of Mixtral-8x7B, uniform random routing. Every point is compared with fp64 of the
 dequantised operands first. Times are CUDA-graph replays, in turn, medians of three rounds. Weights are cold in L2: where the

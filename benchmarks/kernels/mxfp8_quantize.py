@@ -1,6 +1,6 @@
 """mxfp8_quantize against torchao's compiled ``to_mx``, Inductor's code of our reference, and a device copy of the same bytes.
 
-    python benchmarks/kernels/mxfp8_quantize.py --out benchmarks/results/h200/mxfp8_quantize.json     (--quick: four works)
+    python -m benchmarks.kernels.mxfp8_quantize --out benchmarks/results/h200/mxfp8_quantize.json     (--quick: four works)
 
 Every work is compared with the reference's bytes first. Times are CUDA-graph replays, in turn, medians of three rounds, over
 enough buffers to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as x, data and the scales

@@ -1,6 +1,6 @@
 """One scale for a tensor: stock Inductor, two launches and one, in turn, over inputs that L2 does not have.
 
-    python benchmarks/kernels/one_scale.py --out benchmarks/results/h200/one_scale.json
+    python -m benchmarks.kernels.one_scale --out benchmarks/results/h200/one_scale.json
 
 ``of copy`` is the time of a device-to-device copy of as many bytes as must move, over that of one launch; ``auto`` is what is
 taken where nothing is forced: one launch, wherever it is possible.

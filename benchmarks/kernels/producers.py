@@ -1,7 +1,7 @@
 """Producers fused with their FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
 
-    python benchmarks/kernels/producers.py --out benchmarks/results/h200/producers.json        (--only rope: those alone)
-    python benchmarks/kernels/producers.py --only static --rows 16,1024,7168 --out producers_static.json       (a minute or two)
+    python -m benchmarks.kernels.producers --out benchmarks/results/h200/producers.json        (--only rope: those alone)
+    python -m benchmarks.kernels.producers --only static --rows 16,1024,7168 --out producers_static.json       (a minute or two)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.

@@ -1,6 +1,6 @@
 """q and k normalised and rotated, K and V stored into their caches: in one launch, in our two, and as stock Inductor does it.
 
-    python benchmarks/kernels/qk_norm_rope_store.py --out benchmarks/results/h200/qk_norm_rope_store.json       (a minute)
+    python -m benchmarks.kernels.qk_norm_rope_store --out benchmarks/results/h200/qk_norm_rope_store.json       (a minute)
 
     stock     torch.compile of the eager lines: slots by index_put, into caches used as they are
     two       qk_norm_rope, then downcast_fp8; into a bf16 cache qk_norm_rope, then stock's two copies

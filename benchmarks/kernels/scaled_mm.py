@@ -1,6 +1,6 @@
 """scaled_mm against ``torch._scaled_mm``, with the table's choices: speed, siblings, accuracy and the cost of a call.
 
-    python benchmarks/kernels/scaled_mm.py --out benchmarks/results/h200/scaled_mm.json [--collectives]
+    python -m benchmarks.kernels.scaled_mm --out benchmarks/results/h200/scaled_mm.json [--collectives]
 
 Operands are cold in L2. Both sides are CUDA-graph replays, timed in turn, three rounds; a ratio is the median of the rounds'.
 Where the table keeps PyTorch's operator both sides are one call, and the ratio is 1 by choice. ``--collectives`` also times

@@ -1,7 +1,7 @@
 """Gate and up, the activation and its quantisation: two launches, the first of which stores gate and up, or their product.
 
-    python benchmarks/kernels/scaled_mm_act_mul.py --out benchmarks/results/h200/scaled_mm_act_mul.json
-    python benchmarks/kernels/scaled_mm_act_mul.py --table-of benchmarks/results/h200/scaled_mm_act_mul.json
+    python -m benchmarks.kernels.scaled_mm_act_mul --out benchmarks/results/h200/scaled_mm_act_mul.json
+    python -m benchmarks.kernels.scaled_mm_act_mul --table-of benchmarks/results/h200/scaled_mm_act_mul.json
 
     apart   both products side by side by ours, as scaled_mm's table says, or by PyTorch's operator twice, whichever is faster
             here; then act_mul_quantize
@@ -45,7 +45,7 @@ CONFIGS = (
     "tile:256x128c@2x1",
 )  # fmt: skip
 ROUNDS = 3
-COMMAND = "python benchmarks/kernels/scaled_mm_act_mul.py --table-of benchmarks/results/h200/scaled_mm_act_mul.json"
+COMMAND = "python -m benchmarks.kernels.scaled_mm_act_mul --table-of benchmarks/results/h200/scaled_mm_act_mul.json"
 
 
 def inductor_quantise(gate: torch.Tensor, up: torch.Tensor, rowwise: bool) -> tuple[torch.Tensor, torch.Tensor]:

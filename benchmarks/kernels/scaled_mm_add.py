@@ -1,7 +1,7 @@
 """An output projection, the residual and the norm after it: the residual added by the norm, or by the product.
 
-    python benchmarks/kernels/scaled_mm_add.py --out benchmarks/results/h200/scaled_mm_add.json
-    python benchmarks/kernels/scaled_mm_add.py --table-of benchmarks/results/h200/scaled_mm_add.json     the op's table from it
+    python -m benchmarks.kernels.scaled_mm_add --out benchmarks/results/h200/scaled_mm_add.json
+    python -m benchmarks.kernels.scaled_mm_add --table-of benchmarks/results/h200/scaled_mm_add.json     the op's table from it
 
     apart   scaled_mm, by PyTorch's operator or by ours, whichever is faster here; then rms_norm_quantize with the residual
     added   scaled_mm_add in every configuration; then rms_norm_quantize of the sum
@@ -39,7 +39,7 @@ SHAPES = ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))  # N, K of o 
 TOKENS = (512, 1024, 4096, 7168, 16384)
 CONFIGS = ("tile:128x128p", "tile:128x160p", "tile:128x128c", "tile:128x128p@2x1", "tile:64x128p")
 ROUNDS = 3
-COMMAND = "python benchmarks/kernels/scaled_mm_add.py --table-of benchmarks/results/h200/scaled_mm_add.json"
+COMMAND = "python -m benchmarks.kernels.scaled_mm_add --table-of benchmarks/results/h200/scaled_mm_add.json"
 
 
 class Case:

@@ -1,6 +1,6 @@
 """Seconds that nvcc takes for scaled_mm's kernels and for CUTLASS's own collectives, from cold, one at a time. Needs no GPU.
 
-    python benchmarks/kernels/scaled_mm_build.py --out benchmarks/results/nvcc/scaled_mm_build.json
+    python -m benchmarks.kernels.scaled_mm_build --out benchmarks/results/nvcc/scaled_mm_build.json
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path
         table.add_row(name, f"{seconds:.1f}")
     Console().print(table)
     environment = {
-        "command": "python benchmarks/kernels/scaled_mm_build.py",
+        "command": "python -m benchmarks.kernels.scaled_mm_build",
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "compilers": jit.find_toolchain().describe(),

@@ -1,6 +1,6 @@
 """``max_autotune`` with our kernels beside PyTorch's and Triton's, on a real GPU: who won, and what the winner takes.
 
-    python benchmarks/kernels/scaled_mm_max_autotune.py --out benchmarks/results/h200/scaled_mm_max_autotune.json [--triton]
+    python -m benchmarks.kernels.scaled_mm_max_autotune --out benchmarks/results/h200/scaled_mm_max_autotune.json [--triton]
 
 Each product is compiled with ``mode="max-autotune-no-cudagraphs"`` by stock Inductor and by this backend. The winner is read
 from the generated code; outputs are compared with the eager operator; both sides are CUDA-graph replays over cold operands.

@@ -1,6 +1,6 @@
 """The projections of q, k and v, then the norm and rotation of q and k: in two launches, or in one.
 
-    python benchmarks/kernels/scaled_mm_rope.py --out benchmarks/results/h200/scaled_mm_rope.json
+    python -m benchmarks.kernels.scaled_mm_rope --out benchmarks/results/h200/scaled_mm_rope.json
 
     apart     the products, by PyTorch's operator (three) or by scaled_mm (one), whichever is faster here; then qk_norm_rope
     together  scaled_mm_rope in every configuration

@@ -1,6 +1,6 @@
 """The kernels of scaled_mm, rms_norm_quantize, act_mul_quantize and qk_norm_rope once each, small, for compute-sanitizer.
 
-compute-sanitizer --tool memcheck python benchmarks/kernels/scaled_mm_sanitize.py     (racecheck, initcheck, synccheck)
+compute-sanitizer --tool memcheck python -m benchmarks.kernels.scaled_mm_sanitize     (racecheck, initcheck, synccheck)
 """
 
 from __future__ import annotations

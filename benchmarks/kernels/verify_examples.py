@@ -1,6 +1,6 @@
 """Every rule's own examples on the GPU: the graph before and after the rule, run eagerly on the same inputs, byte for byte.
 
-python benchmarks/kernels/verify_examples.py [--out FILE.json]
+python -m benchmarks.kernels.verify_examples [--out FILE.json]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A Hugging Face Qwen3-MoE with MXFP8 experts (random weights): right, how fast, and how much memory, against stock in bf16.
 
-    python benchmarks/models/moe_mxfp8.py [--layers 1] [--tokens 16,4096] [--activations bf16] [--out FILE.json]     on a GPU
-    python benchmarks/models/moe_mxfp8.py --tiny                                                   on a CPU: that it runs
+    python -m benchmarks.models.moe_mxfp8 [--layers 1] [--tokens 16,4096] [--activations bf16] [--out FILE.json]     on a GPU
+    python -m benchmarks.models.moe_mxfp8 --tiny                                                   on a CPU: that it runs
 
 The layers are those of Qwen3-30B-A3B. Each number of tokens is one row: a step of stock ``torch.compile`` in bf16 and of the
 quantised model through this backend with its MXFP8 kernels forced, the median of CUDA-graph replays; the distance of the

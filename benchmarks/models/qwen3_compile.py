@@ -1,6 +1,6 @@
 """Qwen3-0.6B (Hugging Face, random weights) with torchao FP8 PerRow: compile seconds and step time, stock against this backend.
 
-    python benchmarks/models/qwen3_compile.py [--layers 28] [--batch 14] [--length 512] [--together] [--out FILE.json]
+    python -m benchmarks.models.qwen3_compile [--layers 28] [--batch 14] [--length 512] [--together] [--out FILE.json]
 
 Each side compiles in a process of its own with an empty Inductor cache; this backend's kernels are built beforehand (the warm
 kernel cache of the goal). Times are medians of CUDA-graph replays; kernels are counted by the profiler in one step, cuBLAS's

@@ -100,6 +100,18 @@ def test_every_choice_is_a_kernel_that_gates() -> None:
     assert decide("sm_90a", 7168, 3072, 1024, True, False) is None, "exact accumulation was not measured"
 
 
+def test_the_table_says_where_it_pays() -> None:
+    """Qwen3-0.6B's gate and up do on an H200, Llama-3.1-8B's do not; fewer rows than were measured are not known."""
+    row, tensor, large = (
+        decide("sm_90a", 7168, n, k, rowwise, True)
+        for n, k, rowwise in ((3072, 1024, True), (3072, 1024, False), (14336, 4096, True))
+    )
+    assert row is not None and tensor is not None and large is not None
+    assert [row.use, tensor.use, large.use] == [True, True, False]
+    assert "the products and act_mul_quantize at M=7168" in row.why
+    assert decide("sm_90a", 511, 3072, 1024, True, True) is None
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
