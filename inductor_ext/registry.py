@@ -65,6 +65,7 @@ PRESETS = {
         "fp8_downcast",
         "fp8_quantize",
         "scaled_mm",
+        "scaled_mm_act_mul",
         "scaled_mm_add",
         "rms_norm_quantize",
         "act_mul_quantize",

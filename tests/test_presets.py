@@ -56,7 +56,9 @@ def test_qwen3_needs_no_other_kernel(monkeypatch: pytest.MonkeyPatch, recipe: st
         found = inductor_ext.explain(qwen3(recipe), torch.zeros(tokens, dtype=torch.long))
     (report,) = found.graphs
     needed = {jit.JitSpec.from_dict(kernel) for kernel in report.kernels}
-    assert {spec.name for spec in needed} >= {"scaled_mm", "act_mul_quantize", "qk_norm_rope"}
+    # With static scales gate and up have an input each: calibrated apart.
+    activation = "scaled_mm_act_mul" if tokens == (14, 512) and recipe != "static" else "act_mul_quantize"
+    assert {spec.name for spec in needed} >= {"scaled_mm", activation, "qk_norm_rope"}
     ops = [op for op in registry.ops() if op.name in registry.PRESETS["qwen3"]]
     built = {spec for op in ops for spec in op.examples(ARCH, "qwen3")}
     missing = [spec.describe() for spec in needed - built]
