@@ -59,7 +59,7 @@ def test_a_decoding_step_is_rewritten() -> None:
     result = run(Plan("tiny", TINY, work, ours, replays=1, rounds=1, cosine_inputs=0))
     (side,) = result["sides"]
     assert not side["error"], side["error"]
-    expected = {"downcast_fp8": 1, "rms_norm_quantize": 2, "act_mul_quantize": 1, "fp8_quantize": 1, "qk_norm_rope": 1}
+    expected = {"qk_norm_rope_store": 1, "rms_norm_quantize": 2, "act_mul_quantize": 1, "fp8_quantize": 1, "qk_norm_rope": 1}
     assert {name: side["rewrites"].get(name) for name in expected} == expected
     assert result["workload"]["context"] == 16
 
