@@ -75,6 +75,23 @@ def test_fp8_quantize_writes_into_two_planned_buffers(gpu: FakeGpu, dynamic: boo
     assert "return (buf0, buf1, )" in source
 
 
+def test_one_scale_is_not_filled_before_it_is_written(gpu: FakeGpu) -> None:
+    """Inductor makes a kernel of an empty tensor without dimensions: a launch for each scale of a tensor."""
+
+    def linear(x: Any, w: Any, t: Any) -> Any:
+        s = (x.abs().amax() / 448.0).float()
+        return torch._scaled_mm(_quantise(x, s), w.t(), s, t, out_dtype=torch.bfloat16)
+
+    def make() -> tuple[Any, ...]:
+        return _x(64, 128), torch.empty(128, 128, dtype=E4, device="cuda"), _scale()
+
+    source = _source(gpu, linear, make)
+    (call,) = _calls(source, "fp8_quantize")
+    assert call.endswith("out0=buf0, out1=reinterpret_tensor(buf1, (), (), 0))")
+    assert "buf1 = empty_strided_cuda((1, ), (1, ), torch.float32)" in source
+    assert "triton_" not in source.split("def call")[1]
+
+
 @DYNAMIC
 def test_a_chain_of_ops_reuses_the_first_ones_buffer(gpu: FakeGpu, dynamic: bool) -> None:
     def twice(x: Any, w: Any, s: Any, t: Any) -> Any:
