@@ -79,7 +79,7 @@ class Case:
                     continue
                 rows = _by_rows(cache)
                 at = (self.loc, self.program, "", self.cache_dtype, self.mult, self.offset, self.wrap)
-                torch.ops.inductor_ext.downcast_fp8(x, None, rows, None, scale, None, *at)
+                torch.ops.inductor_ext.downcast_fp8(x.contiguous(), None, rows, None, scale, None, *at)
                 if rows is not cache:
                     cache.view(U8).copy_(rows.view(U8))
         return q_out, k_out if self.keep_k else k_out.new_empty(0)
