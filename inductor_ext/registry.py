@@ -37,6 +37,7 @@ OP_MODULES = (
 RULE_MODULES = (
     "prefill_only",
     "causal_attention",
+    "grouped_queries",
     "moe_combine",
     "moe_masks",
     "quantize_once",
