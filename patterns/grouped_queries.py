@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext import torch_compat
 from inductor_ext.graph import aten, call, describe, erase_dead, known_equal, value_of
-from inductor_ext.patterns.support import attention
+from inductor_ext.patterns.support import attention, has_run
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_examples import HKV, H, S, heads, repeated, sdpa
 from inductor_ext.rule import Context, Example, Match, Refusal, Rule
@@ -57,9 +57,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     refused = _unsupported(found, k, v, context)
     if refused is not None:
         return refused
-    if q.device.type == "cuda" and not context.forced:
-        wanted = f'rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, "not measured on a GPU", wanted=wanted, found=describe(k))
+    refused = has_run.refusal(node, context, q.device, frozenset(), has_run.NOT_MEASURED)
+    if refused is not None:
+        return refused
     plan = _Plan(found, k, v)
     batch, shared, count, width = plan.shape
     detail = f"{batch} × {count} queries of {shared} heads of {width}, {found.kernel}"

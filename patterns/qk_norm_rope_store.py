@@ -5,8 +5,8 @@
 
 Stores that `downcast_fp8` takes, and the same of rows in the cache's own dtype; also along the third dimension of a cache
 [B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written as a tensor only where something else reads it. v
-comes along if it goes to the same rows and is in memory in the dtype that k has before its rotation. On a GPU on which the
-kernel has not run yet (``HAS_RUN``) the rule waits for ``always``: two launches do then what it does in one.
+comes along if it goes to the same rows and is in memory in the dtype that k has before its rotation. On a GPU on which it
+was not measured (``MEASURED``) the rule waits for ``always``: two launches do then what it does in one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from inductor_ext.graph import (
     value_of,
 )
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
-from inductor_ext.kernels.qk_norm_rope_store.op import HAS_RUN, OP
+from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
 from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope
 from inductor_ext.patterns.support import cache_store, has_run, kv_store
@@ -152,7 +152,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
     if found is None:
         return None
-    refused = has_run.refusal(node, context, value_of(found.k.x).device, HAS_RUN)
+    refused = has_run.refusal(node, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
     if refused is not None:
         return refused
     stored = "K and V" if found.v else f"K alone ({found.why_not_v})"

@@ -77,13 +77,13 @@ def test_a_static_cache_is_stored_by_the_rotation(kind: str) -> None:
 # ---- what is left to others ------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_waits_until_the_kernel_has_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule, "HAS_RUN", frozenset({"sm_100a"}))
+def test_a_gpu_waits_until_it_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "MEASURED", frozenset({"sm_100a"}))
     make = lambda: _inputs(4, 10, KV_HEADS, D)("cuda")  # noqa: E731
     found = explained(_fp8, make)
     assert found.counts() == {"qk_norm_rope": 1, "downcast_fp8": 1}
-    assert refusals(found, "qk_norm_rope_store") == ["the kernel has not been run on this GPU yet"]
-    monkeypatch.setattr(rule, "HAS_RUN", frozenset({"sm_90a"}))
+    assert refusals(found, "qk_norm_rope_store") == ["the rewrite has not been measured on this GPU yet"]
+    monkeypatch.setattr(rule, "MEASURED", frozenset({"sm_90a"}))
     assert explained(_fp8, make).counts() == {"qk_norm_rope": 1, "qk_norm_rope_store": 1}
 
 
