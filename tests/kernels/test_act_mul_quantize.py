@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -112,16 +113,12 @@ def test_fake_agrees(shape: Any, granularity: str) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     kinds = itertools.product((BF16, FP16, FP32), ACTIVATIONS, ("row", "tensor"))
     keys = [(*kind, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for kind in kinds]
     keys += [(dtype, "silu", "row", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16)]
-    modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
-    failed = [module for module in modules if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in keys)
 
 
 def check(gate: Any, up: Any, act: str) -> None:
@@ -178,13 +175,10 @@ def test_layouts_extremes_and_empty_input() -> None:
 @pytest.mark.gpu
 def test_mxfp8_on_the_gpu(caplog: pytest.LogCaptureFixture) -> None:
     """Bytes of the reference: SiLU's are eager's, and all that follows is exact."""
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     keys = [(dtype, "silu", "mx", rounding, "", E4) for dtype in (BF16, FP16, FP32) for rounding in mx.ROUNDINGS]
-    failed = [made for made in jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values() if isinstance(made, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in keys)
     for key, columns, rows in itertools.product(keys, (32, 96, 128, 768, 2880, 14336), (0, 1, 37, 700)):
         dtype, _, _, rounding, _, _ = key
         both = operands((rows, 2 * columns + 8), dtype, "cuda")[0]
@@ -194,4 +188,4 @@ def test_mxfp8_on_the_gpu(caplog: pytest.LogCaptureFixture) -> None:
             wanted = OP.reference(gate, up, "silu", "mx", rounding, "", E4, [])
             for one, two in zip(found, wanted, strict=True):
                 assert_same_bytes(one, two, f"{dtype} {rounding} {rows} x {columns}")
-    assert "running PyTorch's own operators instead" not in caplog.text
+    assert_kernels_ran(caplog)

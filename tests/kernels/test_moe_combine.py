@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels.moe_combine.op import MAX_TOP_K, OP, moe, product_dtype
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, build
 
 registry.ops()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -231,12 +232,8 @@ def test_the_source_reads_no_row_outside_y(library: ctypes.CDLL) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
-    modules = jit.prepare([OP.spec_of_key(key, arch) for key in (*VARIANTS.values(), *moe(arch))]).values()
-    failed = [module for module in modules if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    arch = arch_or_skip()
+    build(OP.spec_of_key(key, arch) for key in (*VARIANTS.values(), *moe(arch)))
 
 
 @gpu

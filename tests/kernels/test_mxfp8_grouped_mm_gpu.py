@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import hopper
 from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, _numbers, _power_of_two, dequantize
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 pytestmark = pytest.mark.gpu
 
@@ -30,21 +31,16 @@ KEYS += [("hopper:128x128", "mxfp8", FP32), ("hopper:128x128", "fp8", FP32), ("h
 @pytest.fixture(scope="module")
 def modules() -> dict[Any, Any]:
     registry.ops()
-    options = settings.current(progress=False)
-    arch = jit.current_arch(options)
-    if arch != hopper.TARGET:
-        pytest.skip(f"the kernels tested here are for {hopper.TARGET}, found {arch}")
+    arch = arch_or_skip(hopper.TARGET, "the kernels tested here")
     specs = {key: OP.spec_of_key((arch, key), arch) for key in KEYS}
-    made = jit.prepare(list(specs.values()))
-    failed = [module for module in made.values() if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    made = build(specs.values())
     return {key: made[spec] for key, spec in specs.items()}
 
 
 @pytest.fixture(autouse=True)
 def _kernels_and_not_fallbacks(caplog: pytest.LogCaptureFixture) -> Any:
     yield
-    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+    assert_kernels_ran(caplog)
 
 
 def counts_of(kind: str, tokens: int, experts: int) -> list[int]:

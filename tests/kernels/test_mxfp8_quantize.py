@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_quantize.op import OP
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 from tests.support.fp8 import rounded
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -431,19 +432,15 @@ def test_rows_in_registers(on_cpu: ctypes.CDLL, dtype: torch.dtype, threads: int
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     keys = itertools.product(FLOATS, mx.ROUNDINGS, (False, True))
-    modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
-    failed = [module for module in modules if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in keys)
 
 
 @pytest.fixture
 def kernel(built: None, caplog: pytest.LogCaptureFixture) -> Any:
     yield
-    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+    assert_kernels_ran(caplog)
 
 
 def check(x: torch.Tensor, offs: Any = None, rounding: str = "rceil", swizzled: bool = False) -> None:

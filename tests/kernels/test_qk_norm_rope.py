@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import NORMS, OP
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, build
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MODELS = {"cast mul": "qwen3.Qwen3", "mul cast": "olmo2.Olmo2", "mul+1 cast": "gemma3.Gemma3"}
@@ -176,15 +177,11 @@ HEAD_DIMS = (2, 30, 64, 72, 80, 96, 128, 136, 192, 256)
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     keys = [(d, d if norm else None, d, norm, d) for d, norm in itertools.product((BF16, FP16, FP32), NORMS)]
     keys += [(BF16, FP32, BF16, "mul+1 cast", BF16), (BF16, None, FP32, "", BF16), (BF16, None, FP32, "", FP32)]
-    modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
-    failed = [module for module in modules if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in keys)
 
 
 def ordered(x: torch.Tensor) -> torch.Tensor:

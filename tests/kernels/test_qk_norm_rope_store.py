@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import NORMS
 from inductor_ext.kernels.qk_norm_rope_store.op import OP
 from tests.kernels.test_qk_norm_rope import operands
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, build
 
 E4, E5, U8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -478,9 +479,7 @@ def test_source_names_the_token_outside(library: Any) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     specs = []
     for dtype, norm in ((BF16, "cast mul"), (BF16, ""), (FP16, "mul cast"), (FP32, "mul+1 cast")):
@@ -490,8 +489,7 @@ def built() -> None:
             for v in (program, None):
                 key = (dtype, weight, dtype, norm, dtype, cache, program, v, scale, None if v is None else scale, index)
                 specs.append(OP.spec_of_key(key, arch))
-    failed = [module for module in jit.prepare(specs).values() if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    build(specs)
 
 
 on_gpu = [gpu, pytest.mark.usefixtures("built")]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.fp8_quantize.op import OP as QUANTIZE
 from inductor_ext.kernels.fp8_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE, WORKSPACE_FLOATS
@@ -22,6 +22,7 @@ from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import normalise
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 E4, U8 = torch.float8_e4m3fn, torch.uint8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -187,21 +188,18 @@ BIG_ROWS = ((7168, 3072), (30011, 1024), (5000, 8192))  # half of y is kept, or 
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     specs = [RMS_NORM.spec_of_key((d, r, d, "cast mul", "tensor", *PROGRAMS, E4), arch) for d in NAMES for r in (True, False)]
     specs += [ACT_MUL.spec_of_key((d, "silu", "tensor", *PROGRAMS, E4), arch) for d in NAMES]
     specs += [QUANTIZE.spec_of_key((d, "tensor", *PROGRAMS, E4), arch) for d in NAMES]
-    failed = [each for each in jit.prepare(specs).values() if isinstance(each, Exception)]
-    assert not failed, failed[0]
+    build(specs)
 
 
 @pytest.fixture
 def _kernels_and_not_fallbacks(caplog: pytest.LogCaptureFixture, built: None) -> Iterator[None]:
     yield
-    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+    assert_kernels_ran(caplog)
 
 
 on_gpu = [gpu, pytest.mark.usefixtures("_kernels_and_not_fallbacks")]

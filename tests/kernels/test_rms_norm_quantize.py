@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.rms_norm_quantize.op import NORMS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -157,16 +158,12 @@ COLUMNS = (8, 64, 100, 128, 520, 1024, 1032, 3072, 4096, 8192, 16384)
 
 @pytest.fixture(scope="module")
 def built() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     every = itertools.product((BF16, FP16, FP32), (True, False), NORMS)
     keys = [(d, r, w, n, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for d, r, n in every for w in dict.fromkeys((d, FP32))]
     keys += [(BF16, r, BF16, "cast mul", "tensor", TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for r in (True, False)]
-    modules = jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values()
-    failed = [module for module in modules if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in keys)
 
 
 def check(x: Any, residual: Any, weight: Any, norm: str, granularity: str = "row") -> None:
@@ -243,14 +240,11 @@ def test_layouts_extremes_and_empty_input() -> None:
 
 @pytest.fixture(scope="module")
 def built_mx() -> None:
-    arch = jit.current_arch(settings.current())
-    if arch is None:
-        pytest.skip("no GPU")
+    arch = arch_or_skip()
     registry.ops()
     kinds = itertools.product((BF16, FP16, FP32), (True, False), ("cast mul", "mul+1 cast"))
     keys = [(d, r, d, n, "mx", rounding, "", E4) for (d, r, n), rounding in zip(kinds, itertools.cycle(mx.ROUNDINGS))]
-    failed = [made for made in jit.prepare([OP.spec_of_key(key, arch) for key in keys]).values() if isinstance(made, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in keys)
 
 
 @gpu
@@ -270,7 +264,7 @@ def test_mxfp8_given_the_factor_every_byte_is_eagers(caplog: pytest.LogCaptureFi
                 wanted = OP.reference(given, other, weight, 1e-6, norm, "mx", rounding, "", E4, [])
                 for one, two in zip(found, wanted, strict=True):
                     assert_same_bytes(one, two, f"{dtype} {norm} {rows} x {columns}")
-    assert "running PyTorch's own operators instead" not in caplog.text
+    assert_kernels_ran(caplog)
 
 
 @gpu

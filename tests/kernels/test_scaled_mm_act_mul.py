@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
 from inductor_ext.kernels.scaled_mm_act_mul.op import DEFAULT, EXACT, OP, choose, decide, is_ours
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -117,18 +118,14 @@ def test_the_table_says_where_it_pays() -> None:
 
 @pytest.fixture
 def hopper(caplog: pytest.LogCaptureFixture) -> Any:
-    options = settings.current(progress=False)
-    arch = jit.current_arch(options)
-    if arch != "sm_90a":
-        pytest.skip(f"the kernels are for sm_90a, found {arch}")
+    arch = arch_or_skip("sm_90a")
     plain = [(name, E4, E4, BF16, True) for name in CONFIGS if name != EXACT]
     plain += [(DEFAULT, E4, E4, FP16, True), (EXACT, E4, E4, BF16, False)]
     specs = [SCALED_MM.spec_of_key(key, arch) for key in plain] + [OP.spec_of_key((*key, "silu"), arch) for key in plain]
     specs += [OP.spec_of_key((DEFAULT, E4, E4, BF16, True, act), arch) for act in ACTIVATIONS]
-    failed = [each for each in jit.prepare(list(dict.fromkeys(specs))).values() if isinstance(each, Exception)]
-    assert not failed, failed[0]
+    build(specs)
     yield
-    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+    assert_kernels_ran(caplog)
 
 
 def separate(

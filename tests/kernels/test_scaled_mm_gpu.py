@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import jit, registry
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import Config, parse
 from inductor_ext.kernels.scaled_mm.op import OP
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 pytestmark = pytest.mark.gpu
 
@@ -33,16 +34,11 @@ TENSOR_ARGUMENTS = ("a", "b", "scale_a", "scale_b", "bias")
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
     registry.ops()
-    options = settings.current(progress=False)
-    arch = jit.current_arch(options)
-    if arch != "sm_90a":
-        pytest.skip(f"the configurations tested here are for sm_90a, found {arch}")
+    arch = arch_or_skip("sm_90a", "the configurations tested here")
     wanted = [(name, E4, E4, BF16, True) for name in CONFIGS]
     wanted += [(name, E4, E4, BF16, False) for name in CONFIGS if parse(name).supports(True)]
     wanted += [(name, *dtypes, True) for name in ("stream:16x64/8", "tile:128x128c") for dtypes in DTYPES]
-    modules = jit.prepare([OP.spec_of_key(key, arch) for key in wanted])
-    failed = [module for module in modules.values() if isinstance(module, Exception)]
-    assert not failed, failed[0]
+    build(OP.spec_of_key(key, arch) for key in wanted)
 
 
 DTYPES = ((E4, E5, BF16), (E5, E4, BF16), (E4, E4, FP16), (E4, E4, FP32), (E5, E4, FP32))
@@ -51,7 +47,7 @@ DTYPES = ((E4, E5, BF16), (E5, E4, BF16), (E4, E4, FP16), (E4, E4, FP32), (E5, E
 @pytest.fixture(autouse=True)
 def _kernels_and_not_fallbacks(caplog: pytest.LogCaptureFixture) -> Any:
     yield
-    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+    assert_kernels_ran(caplog)
 
 
 def operands(

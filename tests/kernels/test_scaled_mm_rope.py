@@ -14,13 +14,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from inductor_ext import jit, registry, settings
+from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
 from inductor_ext.kernels.scaled_mm_rope.op import DEFAULT, EXACT, NORMS, OP, choose, is_ours
 from tests.support import scaled_tables as tables
 from tests.support.equal import assert_same_bytes
+from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 D = 128
@@ -255,19 +256,15 @@ SHAPES = (
 
 @pytest.fixture
 def hopper(caplog: pytest.LogCaptureFixture) -> Any:
-    options = settings.current(progress=False)
-    arch = jit.current_arch(options)
-    if arch != "sm_90a":
-        pytest.skip(f"the kernels are for sm_90a, found {arch}")
+    arch = arch_or_skip("sm_90a")
     keys = [(name, E4, E4, BF16, True, norm) for name in CONFIGS for norm in ("", "cast mul")]
     keys += [(DEFAULT, E4, E4, BF16, True, norm) for norm in NORMS] + [(EXACT, E4, E4, BF16, False, "cast mul")]
     specs = [OP.spec_of_key(key, arch) for key in keys]
     specs += [SCALED_MM.spec_of_key(key[:5], arch) for key in keys]
     specs += [QK_NORM_ROPE.spec_of_key((BF16, BF16 if norm else None, BF16, norm, BF16), arch) for norm in NORMS]
-    failed = [each for each in jit.prepare(list(dict.fromkeys(specs))).values() if isinstance(each, Exception)]
-    assert not failed, failed[0]
+    build(specs)
     yield
-    assert "running PyTorch's own operators instead" not in caplog.text, "the kernel did not run"
+    assert_kernels_ran(caplog)
 
 
 def check(given: Given, found: torch.Tensor, wanted: torch.Tensor, what: Any = "") -> None:
