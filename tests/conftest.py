@@ -15,6 +15,15 @@ import pytest
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor_ext-tests-")
 
 
+#: Files that take minutes, most of them nvcc's.
+LONG = ("test_builds.py", "test_mxfp8_blackwell.py", "test_blackwell.py", "test_expert_parallel.py", "test_tensor_parallel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those first: two processes then end together."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _clean(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
