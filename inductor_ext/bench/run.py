@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 import shlex
 import socket
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def run(plan: Plan, stage: Stage = contextlib.nullcontext) -> dict[str, Any]:
                 side.kernels = side.ask("breakdown").get("kernels", [])
                 if plan.cosine_inputs:
                     side.embeddings = side.ask("embed").get("path", "")
-            cosines = {side.side.name: _cosine(Path(scratch), side.embeddings) for side in sides}
+            cosines = _cosines(Path(scratch), {side.side.name: side.embeddings for side in sides})
         return _result(plan, sides, cosines)
 
 
@@ -191,13 +192,30 @@ def _small(plan: Plan, side: Side, folder: Path) -> Job:
     return dataclasses.replace(plan, shape=shape, cosine_inputs=0).job(side, folder)
 
 
-def _cosine(scratch: Path, embeddings: str) -> dict[str, float] | None:
-    """Mean and least cosine of each text's embedding to that of the bf16 model, run eagerly."""
+def _cosines(scratch: Path, embeddings: Mapping[str, str]) -> dict[str, dict[str, float] | None]:
+    """Of each side, over the texts: mean and least cosine of an embedding to that of the bf16 model, run eagerly.
+
+    ``less_stock`` is the mean of the differences to stock's cosine of the same text, ``standard_error`` that mean's: texts differ
+    from each other by more than sides do.
+    """
     reference = scratch / "0" / "reference.pt"
-    if not embeddings or not reference.exists():
-        return None
-    cosines = torch.nn.functional.cosine_similarity(torch.load(embeddings).double(), torch.load(reference).double(), dim=1)
-    return {"inputs": len(cosines), "mean": float(cosines.mean()), "min": float(cosines.min())}
+    if not reference.exists():
+        return dict.fromkeys(embeddings)
+    wanted = torch.load(reference).double()
+    of = {
+        name: torch.nn.functional.cosine_similarity(torch.load(path).double(), wanted, dim=1)
+        for name, path in embeddings.items()
+        if path
+    }
+    stock = of.get(SIDES["stock"].name)
+    found: dict[str, dict[str, float] | None] = dict.fromkeys(embeddings)
+    for name, cosines in of.items():
+        found[name] = row = {"inputs": len(cosines), "mean": float(cosines.mean()), "min": float(cosines.min())}
+        if stock is not None and cosines is not stock and len(cosines) > 1:
+            less = cosines - stock
+            row["less_stock"] = float(less.mean())
+            row["standard_error"] = float(less.std() / math.sqrt(len(less)))
+    return found
 
 
 def _result(plan: Plan, processes: Sequence[Process], cosines: dict[str, Any]) -> dict[str, Any]:

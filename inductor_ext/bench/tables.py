@@ -42,7 +42,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _sides(result: Result) -> Section:
     ablated = any(side["name"] == "no rules" for side in result["sides"])
-    columns = ("side", "step, ms", "of stock's speed", "items/s", "tokens/s", "compile, s", "cosine to bf16: mean", "least")
+    columns = ("side", "step, ms", "of stock's speed", "items/s", "tokens/s", "compile, s", "cosine to bf16: mean", "least", "mean less stock's")
     rows = []
     before: float | None = None
     for side in result["sides"]:
@@ -56,6 +56,7 @@ def _sides(result: Result) -> Section:
             _number(side["compile_s"], ".1f"),
             _number(cosine.get("mean"), ".6f"),
             _number(cosine.get("min"), ".6f"),
+            f"{cosine['less_stock']:+.6f} ± {cosine['standard_error']:.6f}" if "less_stock" in cosine else "–",
         ]
         if ablated:
             row.append("–" if before is None or ms is None else f"{before - ms:+.3f}")

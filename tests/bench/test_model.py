@@ -17,7 +17,7 @@ from inductor_ext.bench import model as models
 from inductor_ext.bench import quantize, sides
 from inductor_ext.bench.cache import decode_cache
 from inductor_ext.bench.channel import Channel
-from inductor_ext.bench.run import Plan, run
+from inductor_ext.bench.run import Plan, _cosines, run
 from inductor_ext.bench.sides import Job, Side
 from inductor_ext.bench.workload import Workload
 from inductor_ext.cli import app
@@ -186,6 +186,18 @@ def test_a_side_that_takes_too_long_is_given_up() -> None:
     pytest.importorskip("transformers")
     (side,) = run(plan(limit_s=0.01))["sides"]
     assert side["error"] == "the process of 'eager' was not ready after 0.01 s" and side["step_ms"] is None
+
+
+def test_cosines_are_compared_text_by_text(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    torch.save(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), tmp_path / "0" / "reference.pt")
+    torch.save(torch.tensor([[3.0, 0.0], [1.0, 1.0]]), tmp_path / "stock.pt")  # cosines 1, √½
+    torch.save(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), tmp_path / "ours.pt")  # √½, 1
+    found = _cosines(tmp_path, {"stock": str(tmp_path / "stock.pt"), "ours": str(tmp_path / "ours.pt"), "failed": ""})
+    assert found["failed"] is None and found["stock"] is not None and "less_stock" not in found["stock"]
+    assert found["ours"] == pytest.approx(
+        {"inputs": 2, "mean": 0.5 + 0.5**1.5, "min": 0.5**0.5, "less_stock": 0.0, "standard_error": 1 - 0.5**0.5}
+    )
 
 
 def test_packed_attention_of_ours_is_sdpas() -> None:

@@ -100,7 +100,8 @@ def side(name: str, ms: float | None, parts: dict[str, float], **more: Any) -> d
 def result() -> dict[str, Any]:
     stock = side("stock", 10.0, {GEMM: 5000.0, ATTENTION: 2000.0, MEMORY: 2000.0, MEMSET: 100.0, GAPS: 900.0})
     parts = {GEMM: 5000.0, ATTENTION: 2000.0, MEMORY: 1200.0, MEMSET: 0.0, GAPS: -200.0}
-    ours = side("ours", 8.0, parts, rewrites={"scaled_mm": 4})
+    cosine = {"inputs": 8, "mean": 0.9990, "min": 0.9984, "less_stock": -0.0001, "standard_error": 0.00005}
+    ours = side("ours", 8.0, parts, rewrites={"scaled_mm": 4}, cosine_to_bf16=cosine)
     lower = floor.floor_us(MODELS["Qwen3-0.6B"], Workload((512,) * 14), "row")
     return {
         "environment": {"GPU": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-21"},
@@ -118,6 +119,7 @@ def result() -> dict[str, Any]:
 def test_tables(result: dict[str, Any]) -> None:
     times, kernels, rewrites = tables.tables(result)
     assert times.rows[1][:3] == ["ours", "8.000", "1.25×"] and times.rows[2][0] == "floor (H200)"
+    assert times.rows[0][-1] == "–" and times.rows[1][-1] == "-0.000100 ± 0.000050"
     assert kernels.rows[1][0] == "ours" and kernels.rows[1][-2:] == ["-200", "10"]
     assert rewrites.rows == [["ours", "4"]]
     assert all(len(row) == len(section.columns) for section in (times, kernels, rewrites) for row in section.rows)
