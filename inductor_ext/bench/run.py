@@ -195,8 +195,8 @@ def _small(plan: Plan, side: Side, folder: Path) -> Job:
 def _cosines(scratch: Path, embeddings: Mapping[str, str]) -> dict[str, dict[str, float] | None]:
     """Of each side, over the texts: mean and least cosine of an embedding to that of the bf16 model, run eagerly.
 
-    ``less_stock`` is the mean of the differences to stock's cosine of the same text, ``standard_error`` that mean's: texts differ
-    from each other by more than sides do.
+    ``less_stock`` is the mean of the differences to stock's cosine of the same text, ``standard_error`` that mean's: texts
+    differ from each other by more than sides do.
     """
     reference = scratch / "0" / "reference.pt"
     if not reference.exists():

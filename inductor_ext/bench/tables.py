@@ -42,7 +42,8 @@ def _number(value: float | None, form: str) -> str:
 
 def _sides(result: Result) -> Section:
     ablated = any(side["name"] == "no rules" for side in result["sides"])
-    columns = ("side", "step, ms", "of stock's speed", "items/s", "tokens/s", "compile, s", "cosine to bf16: mean", "least", "mean less stock's")
+    cosines = ("cosine to bf16: mean", "least", "mean less stock's")
+    columns = ("side", "step, ms", "of stock's speed", "items/s", "tokens/s", "compile, s", *cosines)
     rows = []
     before: float | None = None
     for side in result["sides"]:
