@@ -176,10 +176,6 @@ def keys(
     return [(name, a.dtype, b[0].dtype, out_dtype, fast, norm) for name in names if name]
 
 
-def source(key: Any) -> str:
-    return parse(key[0]).source
-
-
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
     name, a_dtype, b_dtype, out_dtype, fast, norm = key
     end = f"inductor_ext::NormRope<inductor_ext::{CPP_NORMS[norm] if norm else 'NoNorm'}>"
@@ -218,7 +214,7 @@ OP = Op(
     fake=fake,
     reference=reference,
     kernel=Kernel(
-        source=source,
+        source=scaled_mm.source,
         key=key,
         exports=exports,
         bind=bind,
