@@ -21,7 +21,6 @@ from torch.fx import Graph, Node
 from inductor_ext import torch_compat
 from inductor_ext.graph import aten, call, describe, erase_dead, is_call, known_equal, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
-from inductor_ext.kernels.scaled_mm.choice import MEASURED_GAIN
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
 from inductor_ext.kernels.scaled_mm_act_mul.op import OUT_DTYPES
@@ -102,7 +101,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
         return context.refuse(node, why.reason, wanted=wanted, found=why.found)
     static = isinstance(p.m, int)
-    name = scaled_mm_act_mul.choose(target, p.m if static else scaled_mm.bounds(p.m)[1], *problem)
+    name = scaled_mm_act_mul.TABLE.choose(target, p.m if static else scaled_mm.bounds(p.m)[1], *problem)
     if device.type == "cuda" and not name:
         return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
     plan = _Plan(gate, up, act, name if static and device.type == "cuda" else "")
@@ -208,19 +207,10 @@ def _rowwise(gate: _Half, up: _Half) -> bool:
 
 
 def _gain(target: str, found: Product, act: str, problem: tuple[int, int, bool, bool]) -> str | Failure:
-    """What was measured, where it is a gain for every M that there may be."""
+    """`scaled_plan.measured` of SiLU, which the table was measured with."""
     if act != "silu":
         return Failure(found.node, "not measured", "SiLU", act)
-    sizes = [found.m] if isinstance(found.m, int) else scaled_mm_act_mul.sizes(target, found.m, *problem)
-    each = [(m, scaled_mm_act_mul.decide(target, m, *problem)) for m in sizes]
-    unknown = next((m for m, choice in each if choice is None), None)
-    if unknown is not None:
-        wanted = "a measured number of rows, with fast accumulation, on a measured GPU"
-        return Failure(found.node, "not measured", wanted, f"{unknown} rows on {target}")
-    least = min((choice for _, choice in each if choice is not None), key=lambda choice: choice.gain)
-    if not least.use:
-        return Failure(found.node, "it would not be faster", f"{MEASURED_GAIN} times the speed of two launches", least.why)
-    return least.why
+    return scaled_plan.measured(scaled_mm_act_mul.TABLE, target, found, problem)
 
 
 # ---- the rewrite ---------------------------------------------------------------------------------------------------------

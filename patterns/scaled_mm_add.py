@@ -20,7 +20,6 @@ from torch.fx import Graph, Node
 from inductor_ext import torch_compat
 from inductor_ext.graph import aten, call, describe, erase_dead, is_call, known_equal, same_sizes, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
-from inductor_ext.kernels.scaled_mm.choice import MEASURED_GAIN
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
@@ -73,13 +72,14 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return refused
     device = value_of(found.a).device
     target = scaled_mm.target_of(device)
-    why = "" if context.forced else _gain(target, found)
+    problem = found.n, found.k, found.rowwise, found.fast
+    why = "" if context.forced else scaled_plan.measured(scaled_mm_add.TABLE, target, found, problem)
     if isinstance(why, Failure):
         wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
         return context.refuse(node, why.reason, wanted=wanted, found=why.found)
     static = isinstance(found.m, int)
     most = found.m if static else scaled_mm.bounds(found.m)[1]
-    name = scaled_mm_add.choose(target, most, found.n, found.k, found.rowwise, found.fast)
+    name = scaled_mm_add.TABLE.choose(target, most, *problem)
     if device.type == "cuda" and not name:
         return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
     plan = _Plan(found, residual, name if static and device.type == "cuda" else "")
@@ -87,21 +87,6 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     arguments = torch.fx.map_arg(plan.arguments(rows), value_of)
     detail = name if device.type == "cuda" else "reference"
     return Match(node, (Call(scaled_mm_add.OP, arguments),), detail, why or "the residual is read with the product", plan)
-
-
-def _gain(target: str, found: Product) -> str | Failure:
-    """What was measured, where it is a gain for every M that there may be."""
-    problem = found.n, found.k, found.rowwise, found.fast
-    sizes = [found.m] if isinstance(found.m, int) else scaled_mm_add.sizes(target, found.m, *problem)
-    each = [(m, scaled_mm_add.decide(target, m, *problem)) for m in sizes]
-    unknown = next((m for m, choice in each if choice is None), None)
-    if unknown is not None:
-        wanted = "a measured number of rows, with fast accumulation, on a measured GPU"
-        return Failure(found.node, "not measured", wanted, f"{unknown} rows on {target}")
-    least = min((choice for _, choice in each if choice is not None), key=lambda choice: choice.gain)
-    if not least.use:
-        return Failure(found.node, "it would not be faster", f"{MEASURED_GAIN} times the speed of two launches", least.why)
-    return least.why
 
 
 def _unlike(node: Node, part: Node, residual: Node, found: Product, context: Context) -> Refusal | None:

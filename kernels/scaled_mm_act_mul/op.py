@@ -22,17 +22,16 @@ from typing import Any
 import torch
 
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, CPP_ACTIVATIONS
-from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import Config, parse
+from inductor_ext.kernels.scaled_mm.op_table import OpTable
 from inductor_ext.op import Kernel, Op
-
-_HERE = Path(__file__).parent
 
 OUT_DTYPES = (torch.bfloat16, torch.float16)
 
 #: What a problem takes that is not in the table, and the same with partial sums beside the sums.
 DEFAULT, EXACT = "tile:128x128p", "tile:128x128c"
+TABLE = OpTable(Path(__file__).parent, DEFAULT, EXACT)
 
 
 def fake(
@@ -80,35 +79,12 @@ def is_ours(config: Config) -> bool:
     return config.family == "tile" and config.n in (128, 256) and config.accumulators <= 128
 
 
-def decide(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
-    """What was measured of one problem, quantisation included; None below the least M that was, and without a table."""
-    found, kind = choice.table(target, _HERE), choice.kind(rowwise, fast)
-    rows = found.rows(kind, n, k) if found is not None else []
-    return found.choose(kind, m, n, k) if found is not None and rows and m >= rows[0].m else None
-
-
-def choose(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> str:
-    """The configuration for one problem on ``target``; "" where there is none."""
-    if target != "sm_90a":
-        return ""
-    found = decide(target, m, n, k, rowwise, fast)
-    if found is not None:
-        return found.config.name
-    return DEFAULT if fast else EXACT
-
-
-def sizes(target: str, m: torch.SymInt, n: int, k: int, rowwise: bool, fast: bool) -> list[int]:
-    """The M in its range at which `decide` may change its mind."""
-    return choice.possible_sizes(target, n, k, rowwise, fast, *scaled_mm.bounds(m), _HERE)
-
-
 def key(
     a: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scale_a: torch.Tensor, scale_gate: torch.Tensor,
     scale_up: torch.Tensor, bias_gate: Any, bias_up: Any, act: str, out_dtype: torch.dtype, fast: bool, static_b: bool,
     config: str,
 ) -> Hashable:  # fmt: skip
-    rowwise = scaled_mm.is_rowwise((scale_a, scale_gate, scale_up))
-    config = config or choose(scaled_mm.target_of(a.device), a.shape[0], gate.shape[1], gate.shape[0], rowwise, fast)
+    config = config or TABLE.name(a, gate, (scale_a, scale_gate, scale_up), fast)
     return (config, a.dtype, gate.dtype, out_dtype, fast, act) if config else None
 
 
@@ -118,18 +94,8 @@ def keys(
     config: str,
 ) -> list[Hashable]:  # fmt: skip
     """Every key that some M in its range leads to."""
-    m = a.shape[0]
-    if config or isinstance(m, int):
-        given = (a, gate, up, scale_a, scale_gate, scale_up, bias_gate, bias_up, act, out_dtype, fast, static_b, config)
-        return [key(*given)]
-    target, (k, n) = scaled_mm.target_of(a.device), gate.shape
-    rowwise = scaled_mm.is_rowwise((scale_a, scale_gate, scale_up))
-    names = dict.fromkeys(choose(target, size, n, k, rowwise, fast) for size in sizes(target, m, n, k, rowwise, fast))
+    names = [config] if config else TABLE.names(a, gate, (scale_a, scale_gate, scale_up), fast)
     return [(name, a.dtype, gate.dtype, out_dtype, fast, act) for name in names if name]
-
-
-def source(key: Any) -> str:
-    return parse(key[0]).source
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
@@ -160,12 +126,8 @@ def examples(target: str) -> tuple[Hashable, ...]:
 
 def qwen3(target: str) -> list[Hashable]:
     """Every kernel that the gate and up of Qwen3-0.6B may take, for any M."""
-    measured, e4 = choice.table(target, _HERE), torch.float8_e4m3fn
-    if measured is None:
-        return []
-    kinds = [choice.kind(rowwise, True) for rowwise in (True, False)]
-    names = dict.fromkeys(row.config.name for kind in kinds for row in measured.rows(kind, 3072, 1024))
-    return [(name, e4, e4, torch.bfloat16, True, "silu") for name in names]
+    e4 = torch.float8_e4m3fn
+    return [(name, e4, e4, torch.bfloat16, True, "silu") for name in TABLE.preset(target, ((3072, 1024),))]
 
 
 OP = Op(
@@ -178,7 +140,7 @@ OP = Op(
     fake=fake,
     reference=reference,
     kernel=Kernel(
-        source=source,
+        source=scaled_mm.source,
         key=key,
         exports=exports,
         bind=bind,

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 
-from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
+from inductor_ext.kernels.scaled_mm.op_table import OpTable
 from inductor_ext.op import Kernel, Op
 
-_HERE = Path(__file__).parent
-
-#: What a problem takes for which scaled_mm's table names a kernel of another family: 128 × 128 fills most grids.
+#: What a problem takes that is not in the table: 128 × 128 fills most grids.
 DEFAULT = "tile:128x128p"
+TABLE = OpTable(Path(__file__).parent, DEFAULT, DEFAULT)
 
 #: Of a thread, for one tile: 192 spill 72 bytes beside the residual.
 MAX_ACCUMULATORS = 160
@@ -76,28 +75,6 @@ def reference(
     return out + residual
 
 
-def decide(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
-    """What was measured of one problem, the norm after it included; None below the least M that was, and without a table."""
-    found, kind = choice.table(target, _HERE), choice.kind(rowwise, fast)
-    rows = found.rows(kind, n, k) if found is not None else []
-    return found.choose(kind, m, n, k) if found is not None and rows and m >= rows[0].m else None
-
-
-def choose(target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> str:
-    """The configuration for one problem on ``target``; "" where there is none."""
-    if target != "sm_90a":
-        return ""
-    found = decide(target, m, n, k, rowwise, fast)
-    if found is not None:
-        return found.config.name
-    return DEFAULT if parse(DEFAULT).supports(not fast) else "tile:128x128c"
-
-
-def sizes(target: str, m: torch.SymInt, n: int, k: int, rowwise: bool, fast: bool) -> list[int]:
-    """The M in its range at which `decide` may change its mind."""
-    return choice.possible_sizes(target, n, k, rowwise, fast, *scaled_mm.bounds(m), _HERE)
-
-
 def key(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -110,8 +87,7 @@ def key(
     static_b: bool,
     config: str,
 ) -> Hashable:
-    rowwise = scaled_mm.is_rowwise((scale_a, scale_b))
-    config = config or choose(scaled_mm.target_of(a.device), a.shape[0], b.shape[1], b.shape[0], rowwise, fast)
+    config = config or TABLE.name(a, b, (scale_a, scale_b), fast)
     return (config, a.dtype, b.dtype, out_dtype, fast) if config else None
 
 
@@ -128,12 +104,7 @@ def keys(
     config: str,
 ) -> list[Hashable]:
     """Every key that some M in its range leads to."""
-    m = a.shape[0]
-    if config or isinstance(m, int):
-        return [key(a, b, scale_a, scale_b, bias, residual, out_dtype, fast, static_b, config)]
-    target, (k, n) = scaled_mm.target_of(a.device), b.shape
-    rowwise = scaled_mm.is_rowwise((scale_a, scale_b))
-    names = dict.fromkeys(choose(target, size, n, k, rowwise, fast) for size in sizes(target, m, n, k, rowwise, fast))
+    names = [config] if config else TABLE.names(a, b, (scale_a, scale_b), fast)
     return [(name, a.dtype, b.dtype, out_dtype, fast) for name in names if name]
 
 
@@ -163,12 +134,8 @@ def examples(target: str) -> tuple[Hashable, ...]:
 
 def qwen3(target: str) -> list[Hashable]:
     """Every kernel that the o and down of Qwen3-0.6B may take, for any M."""
-    measured, e4 = choice.table(target, _HERE), torch.float8_e4m3fn
-    if measured is None:
-        return []
-    kinds = [choice.kind(rowwise, True) for rowwise in (True, False)]
-    rows = [row for kind in kinds for n, k in ((1024, 2048), (1024, 3072)) for row in measured.rows(kind, n, k)]
-    return [(name, e4, e4, torch.bfloat16, True) for name in dict.fromkeys(row.config.name for row in rows)]
+    e4 = torch.float8_e4m3fn
+    return [(name, e4, e4, torch.bfloat16, True) for name in TABLE.preset(target, ((1024, 2048), (1024, 3072)))]
 
 
 OP = Op(

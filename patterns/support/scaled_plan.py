@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from inductor_ext.graph import call, value_of
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm.op_table import OpTable
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.scaled_product import Product
@@ -124,3 +125,17 @@ def _sizes(target: str, m: Any, ns: tuple[int, ...], k: int, rowwise: bool, fast
     measured = {row.m for n in {*ns, sum(ns)} for row in table.rows(kind, n, k)}
     sizes = {least, *(size + step for size in measured for step in (0, 1))}
     return sorted(size for size in sizes if least <= size <= most)
+
+
+def measured(table: OpTable, target: str, found: Product, problem: tuple[int, int, bool, bool]) -> str | Failure:
+    """What an op's own table says of ``problem`` (N, K, row-wise, fast), where it is a gain for every M that there may be."""
+    each = [(m, table.decide(target, m, *problem)) for m in table.sizes(target, found.m, *problem)]
+    unknown = next((m for m, known in each if known is None), None)
+    if unknown is not None:
+        wanted = "a measured number of rows, with fast accumulation, on a measured GPU"
+        return Failure(found.node, "not measured", wanted, f"{unknown} rows on {target}")
+    least = min((known for _, known in each if known is not None), key=lambda known: known.gain)
+    if not least.use:
+        wanted = f"{choice.MEASURED_GAIN} times the speed of two launches"
+        return Failure(found.node, "it would not be faster", wanted, least.why)
+    return least.why

@@ -17,7 +17,7 @@ from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
-from inductor_ext.kernels.scaled_mm_act_mul.op import DEFAULT, EXACT, OP, choose, decide, is_ours
+from inductor_ext.kernels.scaled_mm_act_mul.op import DEFAULT, EXACT, OP, TABLE, is_ours
 from tests.support.equal import assert_same_bytes
 from tests.support.kernels import arch_or_skip, build
 
@@ -94,23 +94,23 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 def test_every_choice_is_a_kernel_that_gates() -> None:
     shapes, either = ((3072, 1024), (12288, 4096), (14336, 4096), (512, 256)), (True, False)
     for m, (n, k), rowwise, fast in itertools.product((1, 64, 512, 7168, 16384), shapes, either, either):
-        config = parse(choose("sm_90a", m, n, k, rowwise, fast))
+        config = parse(TABLE.choose("sm_90a", m, n, k, rowwise, fast))
         assert is_ours(config) and config.supports(not fast)
-    assert choose("sm_100a", 512, 1024, 1024, True, True) == ""
-    assert decide("sm_100a", 7168, 3072, 1024, True, True) is None
-    assert decide("sm_90a", 7168, 3072, 1024, True, False) is None, "exact accumulation was not measured"
+    assert TABLE.choose("sm_100a", 512, 1024, 1024, True, True) == ""
+    assert TABLE.decide("sm_100a", 7168, 3072, 1024, True, True) is None
+    assert TABLE.decide("sm_90a", 7168, 3072, 1024, True, False) is None, "exact accumulation was not measured"
 
 
 def test_the_table_says_where_it_pays() -> None:
     """Qwen3-0.6B's gate and up do on an H200, Llama-3.1-8B's do not; fewer rows than were measured are not known."""
     row, tensor, large = (
-        decide("sm_90a", 7168, n, k, rowwise, True)
+        TABLE.decide("sm_90a", 7168, n, k, rowwise, True)
         for n, k, rowwise in ((3072, 1024, True), (3072, 1024, False), (14336, 4096, True))
     )
     assert row is not None and tensor is not None and large is not None
     assert [row.use, tensor.use, large.use] == [True, True, False]
     assert "the products and act_mul_quantize at M=7168" in row.why
-    assert decide("sm_90a", 511, 3072, 1024, True, True) is None
+    assert TABLE.decide("sm_90a", 511, 3072, 1024, True, True) is None
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

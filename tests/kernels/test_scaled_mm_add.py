@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from inductor_ext import registry
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
-from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, choose, decide, keys
+from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, TABLE, keys
 from tests.support.kernels import arch_or_skip, build
 
 E4 = torch.float8_e4m3fn
@@ -79,21 +79,21 @@ def test_bad_residuals(residual: torch.Tensor, error: type[Exception], message: 
 def test_every_choice_is_a_kernel_that_adds() -> None:
     shapes, either = ((1024, 2048), (1024, 3072), (4096, 14336)), (True, False)
     for m, (n, k), rowwise, fast in itertools.product((1, 64, 512, 7168, 16384), shapes, either, either):
-        config = parse(choose("sm_90a", m, n, k, rowwise, fast))
+        config = parse(TABLE.choose("sm_90a", m, n, k, rowwise, fast))
         assert config.family == "tile" and config.supports(not fast) and config.accumulators <= MAX_ACCUMULATORS
-    assert choose("sm_100a", 512, 1024, 1024, True, True) == ""
+    assert TABLE.choose("sm_100a", 512, 1024, 1024, True, True) == ""
 
 
 def test_the_table_says_where_it_pays() -> None:
     """Qwen3-0.6B's o and down do on an H200, Llama-3.1-8B's do not; fewer rows than were measured are not known."""
-    pays = {
-        (n, k): decide("sm_90a", 7168, n, k, True, True) for n, k in ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))
-    }
-    assert [found.use for found in pays.values() if found is not None] == [True, True, False, False]
-    assert all(found is not None and "a product and a norm that adds at M=7168" in found.why for found in pays.values())
-    assert decide("sm_90a", 511, 1024, 2048, True, True) is None and decide("sm_90a", 512, 1024, 2048, True, True) is not None
-    assert decide("sm_90a", 7168, 1024, 2048, True, False) is None, "exact accumulation was not measured"
-    assert decide("sm_100a", 7168, 1024, 2048, True, True) is None
+    shapes = ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))
+    pays = [TABLE.decide("sm_90a", 7168, n, k, True, True) for n, k in shapes]
+    assert [found.use for found in pays if found is not None] == [True, True, False, False]
+    assert all(found is not None and "a product and a norm that adds at M=7168" in found.why for found in pays)
+    fewer, least = (TABLE.decide("sm_90a", m, 1024, 2048, True, True) for m in (511, 512))
+    assert fewer is None and least is not None
+    assert TABLE.decide("sm_90a", 7168, 1024, 2048, True, False) is None, "exact accumulation was not measured"
+    assert TABLE.decide("sm_100a", 7168, 1024, 2048, True, True) is None
 
 
 def test_keys_of_a_symbolic_number_of_rows() -> None:
