@@ -26,7 +26,7 @@ from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
 from inductor_ext.kernels.scaled_mm_act_mul.op import OUT_DTYPES
 from inductor_ext.patterns.act_mul_quantize import gated
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
-from inductor_ext.patterns.support import scaled_plan, scaled_product
+from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
@@ -143,25 +143,13 @@ def _columns(node: Node) -> tuple[Any, ...] | None:
     if is_call(node, operator.getitem) and is_call(node.args[0], aten.split.Tensor, aten.split_with_sizes.default):
         split, index = node.args
         parts = [part.shape[-1] for part in value_of(split)]  # type: ignore[arg-type]
-        if not _last(split, split.args[2:]) or not all(isinstance(part, int) for part in parts):  # type: ignore[union-attr,arg-type]
+        whole, _, dim = (*split.args, 0)[:3]  # type: ignore[union-attr]
+        if dim not in (-1, value_of(whole).dim() - 1) or not all(isinstance(part, int) for part in parts):  # type: ignore[arg-type]
             return None
         low = sum(parts[:index])  # type: ignore[misc]
         return low, low + parts[index], node, split  # type: ignore[index]
-    if not is_call(node, aten.slice.Tensor):
-        return None
-    given = list(node.args[1:])
-    dim, low, high, step = given + [0, 0, None, 1][len(given) :]
-    width = value_of(node.args[0]).shape[-1]
-    numbers = all(each is None or isinstance(each, int) for each in (low, high, step))
-    if not _last(node, [dim]) or step != 1 or not numbers or not isinstance(width, int):
-        return None
-    inside = range(width)[low:high]
-    return inside.start, inside.stop, node
-
-
-def _last(node: Node, dim: Sequence[Any]) -> bool:
-    """Whether ``dim``, of one number or none, is the last dimension of what ``node`` takes a part of."""
-    return (dim[0] if dim else 0) in (-1, value_of(node.args[0]).dim() - 1)
+    inside = columns.taken(node)
+    return None if inside is None else (inside.start, inside.stop, node)
 
 
 # ---- what the kernel takes ---------------------------------------------------------------------------------------------

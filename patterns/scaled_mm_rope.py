@@ -151,16 +151,10 @@ def _columns(node: Node) -> _Columns | None:
     """The columns of a two-dimensional buffer that ``node`` is; None where it is no slice and no call of scaled_mm."""
     if _is_products(node):
         return _Columns(node, node, 0, value_of(node).shape[1])
-    if not is_call(node, aten.slice.Tensor):
+    inside = columns.taken(node)
+    if inside is None or value_of(node).dim() != 2:
         return None
-    given = list(node.args[1:])
-    buffer, (dim, low, high, step) = node.args[0], given + [0, 0, None, 1][len(given) :]
-    value = value_of(buffer)
-    numbers = all(each is None or isinstance(each, int) for each in (low, high, step))
-    if value.dim() != 2 or dim not in (1, -1) or step != 1 or not numbers or not isinstance(value.shape[1], int):
-        return None
-    inside = range(value.shape[1])[low:high]
-    return _Columns(node, buffer, inside.start, inside.stop)
+    return _Columns(node, node.args[0], inside.start, inside.stop)  # type: ignore[arg-type]
 
 
 # ---- what the kernel takes ---------------------------------------------------------------------------------------------

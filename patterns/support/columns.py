@@ -124,6 +124,19 @@ def _joins(user: Node, parts: Sequence[Node]) -> bool:
     return is_cat_of_columns(user) and list(user.args[0]) == list(parts)
 
 
+def taken(node: Node) -> range | None:
+    """Which columns a slice takes; None where ``node`` is no slice of the last dimension, or its ends are not numbers."""
+    if not is_call(node, aten.slice.Tensor):
+        return None
+    given = list(node.args[1:])
+    dim, low, high, step = given + [0, 0, None, 1][len(given) :]
+    whole = value_of(node.args[0])
+    width, numbers = whole.shape[-1], all(each is None or isinstance(each, int) for each in (low, high, step))
+    if dim not in (-1, whole.dim() - 1) or step != 1 or not numbers or not isinstance(width, int):
+        return None
+    return range(width)[low:high]
+
+
 def is_cat_of_columns(node: Any) -> bool:
     """Whether a node concatenates along the last dimension."""
     if not is_call(node, aten.cat.default):
