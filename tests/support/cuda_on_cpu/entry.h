@@ -1,4 +1,5 @@
-// What the C functions that run a kernel on the CPU share: tensors from Python. Included once, after the kernel's source.
+// What the C functions that run a kernel on the CPU share: tensors from Python, and errors for it. Included once, after the
+// kernel's source.
 #pragma once
 
 #include "../given.h"
@@ -13,4 +14,22 @@ TensorView view(const Given& given) {
 }
 [[maybe_unused]] Optional<TensorView> maybe(const Given* given) { return given ? Optional<TensorView>(view(*given)) : std::nullopt; }
 
+// 0, or 1 with `error` filled.
+template <typename F>
+int attempt(char* error, int length, F&& f) {
+  spans.clear();
+  launches = 0;
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& failure) {
+    std::strncpy(error, failure.what(), length - 1);
+    return 1;
+  }
+}
+
 }  // namespace
+
+// The GPU's multiprocessors, which the choice of a kernel or of a grid asks for.
+extern "C" void set_multiprocessors(int count) { multiprocessors = count; }
+extern "C" int launches_of_last_call() { return launches; }

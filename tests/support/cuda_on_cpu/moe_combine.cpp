@@ -8,14 +8,9 @@ namespace {
 template <typename Y, typename W, typename Product, typename Out, typename Index, typename Id>
 int call(const Given* y, const Given* weights, const Given* inverse, const Given* ids, int64_t experts, const Given* out, char* error,
          int length) {
-  spans.clear();
-  try {
+  return attempt(error, length, [&] {
     MoeCombine<Y, W, Product, Out, Index, Id>::run(view(*y), maybe(weights), view(*inverse), maybe(ids), experts, view(*out));
-    return 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
+  });
 }
 
 }  // namespace
@@ -30,6 +25,3 @@ VARIANT(bf16, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, int64_
 VARIANT(bf16_by_fp32, __nv_bfloat16, float, float, __nv_bfloat16, int64_t, int32_t)
 VARIANT(fp16, __half, __half, __half, float, int32_t, int64_t)
 VARIANT(fp32, float, float, float, float, int32_t, int32_t)
-
-// The GPU's multiprocessors, which the choice of a kernel asks for.
-extern "C" void set_multiprocessors(int count) { multiprocessors = count; }

@@ -10,7 +10,6 @@ namespace {
 
 template <typename In, typename Rounding>
 void run(const Given& x, const Given* offs, const Given& data, const Given& scales, bool swizzled) {
-  spans.clear();
   const TensorView x_view = view(x), data_view = view(data), scales_view = view(scales);
   if (!swizzled) return Mxfp8QuantizePlain<In, Rounding>::run(x_view, data_view, scales_view);
   Mxfp8QuantizeSwizzled<In, Rounding>::run(x_view, offs ? Optional<TensorView>(view(*offs)) : std::nullopt, data_view, scales_view);
@@ -27,15 +26,11 @@ void run(const Given& x, const Given* offs, const Given& data, const Given& scal
 extern "C" int mxfp8_quantize(int bits, const Given* x, const Given* offs, const Given* data, const Given* scales, bool swizzled,
                               bool floor, int sms, char* error, int length) {
   multiprocessors = sms;
-  try {
+  return attempt(error, length, [&] {
     if (bits == 32) run<float>(*x, offs, *data, *scales, swizzled, floor);
     if (bits == 16) run<__half>(*x, offs, *data, *scales, swizzled, floor);
     if (bits == -16) run<__nv_bfloat16>(*x, offs, *data, *scales, swizzled, floor);
-    return 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
+  });
 }
 
 // The arithmetic of mx.cuh, for every bit pattern that a test asks for.

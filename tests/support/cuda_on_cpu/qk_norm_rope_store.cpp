@@ -29,19 +29,6 @@ struct AsItIs {
   static void visit(F&&) {}
 };
 
-template <typename F>
-int guarded(char* error, int length, F&& f) {
-  spans.clear();
-  launches = 0;
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
-}
-
 struct Call {  // of both: what the store does not have stays null
   const Given *k, *q, *v, *k_weight, *q_weight, *cos, *sin, *k_cache, *v_cache, *k_scale, *v_scale, *loc, *q_out, *k_out;
   int64_t mult, offset, wrap, keep_k, check;
@@ -49,14 +36,14 @@ struct Call {  // of both: what the store does not have stays null
 
 template <typename T, typename Norm>
 int turn(const Call& c, char* error, int length) {
-  return guarded(error, length, [&] {
+  return attempt(error, length, [&] {
     QkNormRope<T, T, T, T, Norm>::run(view(*c.k), maybe(c.q), maybe(c.k_weight), maybe(c.q_weight), view(*c.cos), view(*c.sin), 1e-6,
                                       view(*c.k_out), view(*c.q_out));
   });
 }
 template <typename T, typename Norm, typename Cache, typename Program, typename Loc>
 int store(const Call& c, char* error, int length) {
-  return guarded(error, length, [&] {
+  return attempt(error, length, [&] {
     QkNormRopeStore<T, T, T, T, Norm, Cache, true, Program, Program, Loc>::run(
         view(*c.k), maybe(c.q), maybe(c.v), maybe(c.k_weight), maybe(c.q_weight), view(*c.cos), view(*c.sin), view(*c.k_cache),
         maybe(c.v_cache), maybe(c.k_scale), maybe(c.v_scale), maybe(c.loc), 1e-6, c.mult, c.offset, c.wrap != 0, c.keep_k != 0,
@@ -76,7 +63,3 @@ int store(const Call& c, char* error, int length) {
 VARIANT(bf16, __nv_bfloat16, CastThenWeight)
 VARIANT(bf16_plain, __nv_bfloat16, NoNorm)
 VARIANT(fp32_plain, float, NoNorm)
-
-extern "C" int launches_of_last_call() { return launches; }
-// The GPU's multiprocessors, which say how many tokens a block has.
-extern "C" void set_multiprocessors(int count) { multiprocessors = count; }

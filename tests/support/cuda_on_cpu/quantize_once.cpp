@@ -3,11 +3,12 @@
 #include "fp8_quantize/fp8_quantize.cuh"
 #include "rms_norm_quantize/rms_norm_quantize.cuh"
 
+#include "../programs.h"
 #include "entry.h"
 
 namespace {
 
-// scale = amax / 448 rounded to In, and x / scale within ±448: torchao's, as eager PyTorch on a CPU computes it.
+// scale = amax / 448 rounded to In: torchao's, as eager PyTorch on a CPU computes it.
 template <typename In>
 struct Over448 {
   static constexpr bool kRow = false;
@@ -15,66 +16,40 @@ struct Over448 {
   static Prepared prepare(const Env&) { return {}; }
   static void apply(Prepared, float (&v)[1]) { v[0] = to_float(from_float<In>(v[0] / 448.0f)); }
 };
-struct ByScale {
-  static constexpr bool kRow = false;
-  struct Prepared {
-    float scale;
-  };
-  static Prepared prepare(const Env& env) { return {env.scale}; }
-  template <int N>
-  static void apply(const Prepared& p, float (&v)[N]) {
-    for (float& each : v) {
-      each /= p.scale;
-      if (each == each) each = std::min(std::max(each, -448.0f), 448.0f);
-    }
-  }
-};
-struct PlusAbs {  // an activation that a test can compute exactly
-  template <typename In, int N>
-  static void apply(float (&x)[N]) {
-    for (float& each : x) each = each + std::fabs(each);
-  }
-};
 
+// 0, 1 with `error` filled, or 2 where `f` says that it wants y.
 template <typename F>
-int guarded(F&& f, char* error, int length) {
-  spans.clear();
-  launches = 0;
-  try {
-    return f() ? 2 : 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
+int attempt_once(char* error, int length, F&& f) {
+  bool wants_y = false;
+  const int failed = attempt(error, length, [&] { wants_y = f(); });
+  return wants_y ? 2 : failed;
 }
 
 }  // namespace
 
-// 0, 1 with `error` filled, or 2 for want of y.
 #define VARIANT(name, In, W)                                                                                                   \
   extern "C" int norm_##name(const Given* x, const Given* residual, const Given* weight, double eps, const Given* out,         \
                              const Given* scale, const Given* total, const Given* y, const Given* partial, char* error,        \
                              int length) {                                                                                     \
-    return guarded([&] {                                                                                                       \
+    return attempt_once(error, length, [&] {                                                                                   \
       const auto with = [&](auto has) {                                                                                        \
         using Op = RmsNormQuantize<In, W, decltype(has)::value, CastThenWeight, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>; \
-        return Op::run(view(*x), maybe(residual), view(*weight), eps, view(*out), view(*scale), view(*total), maybe(y), maybe(partial),  \
+        return Op::run(view(*x), maybe(residual), view(*weight), eps, view(*out), view(*scale), view(*total), maybe(y), maybe(partial), \
                        0, 0, 0, 0, 0, 0, 0, 0);                                                                                \
       };                                                                                                                       \
       return residual ? with(std::true_type{}) : with(std::false_type{});                                                      \
-    }, error, length);                                                                                                         \
+    });                                                                                                                        \
   }                                                                                                                            \
   extern "C" int act_mul_##name(const Given* gate, const Given* up, const Given* out, const Given* scale, const Given* y,      \
                                 const Given* partial, char* error, int length) {                                               \
     using Op = ActMulQuantize<In, PlusAbs, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                           \
-    return guarded([&] {                                                                                                       \
+    return attempt_once(error, length, [&] {                                                                                   \
       return Op::run(view(*gate), view(*up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);      \
-    }, error, length);                                                                                                         \
+    });                                                                                                                        \
   }                                                                                                                            \
   extern "C" int alone_##name(const Given* x, const Given* out, const Given* scale, const Given* partial, char* error, int length) { \
     using Op = Fp8QuantizeTensor<In, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                                        \
-    return guarded([&] { return Op::run(view(*x), view(*out), view(*scale), view(*partial), 0, 0, 0, 0, 0, 0, 0, 0), false; }, \
-                   error, length);                                                                                             \
+    return attempt(error, length, [&] { Op::run(view(*x), view(*out), view(*scale), view(*partial), 0, 0, 0, 0, 0, 0, 0, 0); }); \
   }
 VARIANT(bf16, __nv_bfloat16, __nv_bfloat16)
 VARIANT(fp16, __half, float)
@@ -82,5 +57,4 @@ VARIANT(fp32, float, float)
 
 // The GPU, before the first call: its multiprocessors, blocks of one, and shared memory of one.
 extern "C" void set_device(int sms, int blocks, int shared) { multiprocessors = sms, blocks_of_sm = blocks, shared_of_sm = shared; }
-extern "C" int launches_of_last_call() { return launches; }
 extern "C" uint32_t divided(uint32_t i, int64_t by, uint32_t* left) { return Divisor::of(by).divide(i, left); }

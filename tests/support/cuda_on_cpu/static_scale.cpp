@@ -2,6 +2,7 @@
 #include "act_mul_quantize/static_scale.cuh"
 #include "rms_norm_quantize/static_scale.cuh"
 
+#include "../programs.h"
 #include "entry.h"
 
 namespace {
@@ -17,21 +18,6 @@ struct Reciprocal {
   static void apply(Nothing, float (&v)[1]) { v[0] = to_float(from_float<S>(1.0f / v[0])); }
 };
 
-// x.float() / scale within ±448, as torchao has it.
-struct ByScale {
-  static constexpr bool kRow = false;
-  struct Prepared {
-    float scale;
-  };
-  static Prepared prepare(const Env& env) { return {env.scale}; }
-  template <int N>
-  static void apply(const Prepared& p, float (&v)[N]) {
-    for (float& each : v) {
-      each /= p.scale;
-      if (each == each) each = std::min(std::max(each, -448.0f), 448.0f);
-    }
-  }
-};
 // x * scale in In, and the same times the call's first number.
 template <typename In, bool Number>
 struct Times {
@@ -45,25 +31,6 @@ struct Times {
     for (float& each : v) each = to_float(from_float<In>(each * p.factor));
   }
 };
-struct PlusAbs {  // an activation that a test can compute exactly
-  template <typename In, int N>
-  static void apply(float (&x)[N]) {
-    for (float& each : x) each = each + std::fabs(each);
-  }
-};
-
-template <typename F>
-int guarded(F&& f, char* error, int length) {
-  spans.clear();
-  launches = 0;
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
-}
 
 // Calls f(Program, Scales) of a recipe: 'd' divides by `count` scales, 'r' multiplies by their reciprocals, 'n' by a number.
 template <typename In, typename S, typename F>
@@ -81,7 +48,7 @@ void with_recipe(char recipe, int count, F&& f) {
   extern "C" int norm_##name(int recipe, int count, const Given* x, const Given* residual, const Given* weight, double eps,         \
                              const Given* out, const Given* total, const Given* s0, const Given* s1, const Given* s2,               \
                              const Given* s3, double c0, char* error, int length) {                                                 \
-    return guarded([&] {                                                                                                            \
+    return attempt(error, length, [&] {                                                                                             \
       with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
         const auto run = [&](auto has) {                                                                                            \
           using Op = RmsNormQuantizeStatic<In, W, decltype(has)::value, CastThenWeight, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>; \
@@ -90,20 +57,17 @@ void with_recipe(char recipe, int count, F&& f) {
         };                                                                                                                          \
         residual ? run(std::true_type{}) : run(std::false_type{});                                                                  \
       });                                                                                                                           \
-    }, error, length);                                                                                                              \
+    });                                                                                                                             \
   }                                                                                                                                 \
   extern "C" int act_mul_##name(int recipe, int count, const Given* gate, const Given* up, const Given* out, const Given* s0,       \
                                 const Given* s1, const Given* s2, const Given* s3, double c0, char* error, int length) {            \
-    return guarded([&] {                                                                                                            \
+    return attempt(error, length, [&] {                                                                                             \
       with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
         using Op = ActMulQuantizeStatic<In, PlusAbs, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>;                     \
         Op::run(view(*gate), view(*up), view(*out), maybe(s0), maybe(s1), maybe(s2), maybe(s3), c0, 0, 0, 0, 0, 0, 0, 0);           \
       });                                                                                                                           \
-    }, error, length);                                                                                                              \
+    });                                                                                                                             \
   }
 VARIANT(bf16, __nv_bfloat16, __nv_bfloat16, float)
 VARIANT(fp16, __half, float, __half)
 VARIANT(fp32, float, float, __nv_bfloat16)
-
-extern "C" void set_multiprocessors(int count) { multiprocessors = count; }
-extern "C" int launches_of_last_call() { return launches; }

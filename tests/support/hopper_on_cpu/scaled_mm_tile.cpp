@@ -1,18 +1,8 @@
 // A class of scaled_mm's tile family behind a C function for each of its entries: tests/kernels/test_scaled_mm_tile_cpu.py.
 #include "scaled_mm/tile.cuh"
 
+#include "../programs.h"
 #include "entry.h"
-
-namespace inductor_ext {
-
-struct PlusAbs {  // an activation that a test can compute exactly
-  template <typename In, int N>
-  static void apply(float (&x)[N]) {
-    for (float& each : x) each = each + std::fabs(each);
-  }
-};
-
-}  // namespace inductor_ext
 
 namespace {
 
