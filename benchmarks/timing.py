@@ -1,6 +1,7 @@
 """Timing on a CUDA device, the same way for every benchmark.
 
     seconds = graph_time([lambda: op(x0, y0), lambda: op(x1, y1), …])    median of CUDA-graph replays, per call
+    times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round;  ratio(one, other)
     rate    = copy_bandwidth(nbytes)                                     bytes/s, read + written, of a device-to-device copy
     write_json("benchmarks/results/h200/name.json", {"rows": rows})      that and `environment()`
 
@@ -11,6 +12,7 @@ cold L2, pass calls over enough buffer sets: `sets_for(bytes_per_call)` says how
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -19,12 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Side = TypeVar("Side", bound=Hashable)
 COLD_FACTOR = 4  # buffers between two uses of the same one, in sizes of L2
 
 
@@ -49,6 +52,19 @@ def graph_time(calls: Sequence[Callable[[], Any]], *, replays: int = 25, least_c
         graph = _capture(calls, count)
     _replay_times(graph, 3)
     return statistics.median(_replay_times(graph, replays)) / count
+
+
+def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 3, **options: int) -> dict[Side, list[float]]:
+    """Microseconds of a call of each side, a number a round: the chip's clock changes, for all of them alike."""
+    found: dict[Side, list[float]] = {name: [] for name in sides}
+    for _, (name, calls) in itertools.product(range(rounds), sides.items()):
+        found[name].append(graph_time(calls, **options) * 1e6)
+    return found
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over the rounds of one side's time by another's."""
+    return statistics.median(a / b for a, b in zip(above, below))
 
 
 def graph_us(call: Callable[[], Any], calls: int = 10) -> float:

@@ -27,7 +27,6 @@ from inductor_ext.kernels.varlen_attention.op import OP, problem_of
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SHAPES = ((56, 128), (14, 512), (7, 1024), (1, 7168), (1, 16))
 SCALE = HEAD_DIM**-0.5
-ROUNDS = 3
 aten = torch.ops.aten
 Call = Callable[[], Any]
 
@@ -123,22 +122,18 @@ def measure(batch: int, length: int) -> list[dict[str, Any]]:
         made = [make() for _ in range(count)]
         calls[side] = [call for call, _ in made]
         apart[side] = distance(*made[0])
-    times: dict[Any, list[float]] = {side: [] for side in calls}
-    for _ in range(ROUNDS):
-        for side, each in calls.items():
-            times[side].append(timing.graph_time(each, replays=7) * 1e6)
+    times = timing.in_turn(calls, replays=7)
     operations = 4 * batch * HEADS * HEAD_DIM * length * (length + 1) / 2
     rows = []
     for side, found in times.items():
         us = statistics.median(found)
-        ratio = statistics.median(a / b for a, b in zip(times["stock", "batch"], found))
         rows.append(
             {
                 "sequences": f"{batch} × {length}",
                 "library": side[0],
                 "how": side[1],
                 "us": round(us, 2),
-                "of_stock": round(ratio, 2),
+                "of_stock": round(timing.ratio(times["stock", "batch"], found), 2),
                 "TFLOP/s": round(operations / us * 1e-6),
                 "distance": f"{apart[side]:.1e}",
             }

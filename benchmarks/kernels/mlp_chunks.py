@@ -36,7 +36,6 @@ MODELS = {"Qwen3-0.6B": (1024, 3072), "Qwen3-8B": (4096, 12288), "Llama-3.1-8B":
 TOKENS = (4096, 7168, 16384)
 CHUNKS = (1, 2, 3, 4, 6, 8)
 ARCH = "sm_90a"
-ROUNDS = 3
 
 
 class Mlp:
@@ -113,14 +112,11 @@ def measure(model: str, tokens: int) -> dict[str, Any]:
         distance = float((first.out.double() - wanted.double()).norm() / wanted.double().norm())
         if not distance < 5e-3:
             raise SystemExit(f"{model}, {tokens} tokens, {chunks} chunks: another result, by {distance:.2g}")
-    times: dict[int, list[float]] = {chunks: [] for chunks in CHUNKS}
-    for _, (chunks, calls) in itertools.product(range(ROUNDS), sides.items()):
-        times[chunks].append(timing.graph_time(calls, replays=5, least_calls=4) * 1e6)
-    ratios = {chunks: statistics.median(a / b for a, b in zip(times[1], times[chunks])) for chunks in CHUNKS}
+    times = timing.in_turn(sides, replays=5, least_calls=4)
     return {
         "model": model, "tokens": tokens, "megabytes": round(tokens * intermediate * 4e-6, 1),
         "us": {chunks: round(statistics.median(each), 2) for chunks, each in times.items()},
-        "ratio": {chunks: round(ratio, 3) for chunks, ratio in ratios.items()},
+        "ratio": {chunks: round(timing.ratio(times[1], each), 3) for chunks, each in times.items()},
     }  # fmt: skip
 
 

@@ -39,7 +39,6 @@ SHAPES = (
 )
 MASKED_TOO = (4096, 8, 2048, 128)
 QUICK = tuple(shape for shape in SHAPES if shape[1] <= 6 or shape == MASKED_TOO)
-ROUNDS = 3
 Call = Callable[[], Any]
 
 
@@ -74,11 +73,8 @@ def measure(tokens: int, top_k: int, hidden: int, experts: int, masked: bool) ->
         for name, side in sides.items():
             calls[name].append(lambda side=side, given=given: side(*given))
     stock, ours = (calls[name][0]().float() for name in sides)
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, each in calls.items():
-            found[name].append(timing.graph_time(each, replays=9) * 1e6)
-    ratio = statistics.median(a / b for a, b in zip(found["stock"], found["ours"]))
+    found = timing.in_turn(calls, replays=9)
+    ratio = timing.ratio(found["stock"], found["ours"])
     time = statistics.median(found["ours"])
     return {
         "tokens": tokens, "k": top_k, "hidden": hidden, "masked": masked,

@@ -34,7 +34,6 @@ from inductor_ext.kernels.mxfp8_grouped_mm import hopper
 from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, dequantize
 
 BF16, FP32, E4 = torch.bfloat16, torch.float32, mx.DATA
-ROUNDS = 3
 FEW_ROWS = 64  # an expert that is hit: up to here reading weights takes longer than multiplying
 TOKENS = (1, 8, 64, 512, 4096, 16384)
 #: experts, hidden, intermediate, experts a token
@@ -198,18 +197,15 @@ def measure(w: Weights, tokens: int) -> dict[str, Any]:
         sides[name] = [ours(w, s, kind) for s in sets]
         row[f"{name}_tile"] = hopper.tile(kind, rows, experts)
         row[f"{name}_error"] = max(check(run, w, s, kind) for run, s in list(zip(sides[name], sets))[:2])
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, calls in sides.items():
-            times[name].append(timing.graph_time(calls, replays=7, least_calls=8) * 1e6)
+    times = timing.in_turn(sides, replays=7, least_calls=8)
     for name, found in times.items():
         us = statistics.median(found)
         row[f"{name}_us"] = round(us, 2)
         row[f"{name}_tbs"] = round(hit * n * k * (2 if name == "bf16" else 1) / us * 1e-6, 3)
         row[f"{name}_tflops"] = round(2 * rows * n * k / us * 1e-6, 1)
     for name in OURS:
-        row[f"{name}_ratio"] = round(statistics.median(a / b for a, b in zip(times["bf16"], times[name])), 3)
-        row[f"{name}_ratio_fp8"] = round(statistics.median(a / b for a, b in zip(times["fp8"], times[name])), 3)
+        row[f"{name}_ratio"] = round(timing.ratio(times["bf16"], times[name]), 3)
+        row[f"{name}_ratio_fp8"] = round(timing.ratio(times["fp8"], times[name]), 3)
     return row
 
 

@@ -28,7 +28,6 @@ from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_S
 
 LAUNCHES = "INDUCTOR_EXT_TENSOR_LAUNCHES"
 ROWS = (1, 16, 128, 1024, 7168, 65536)
-ROUNDS = 3
 SETS = 8  # of buffers, at most: tensors of a few KB are found in L2, as they are behind the kernel that made them
 
 
@@ -69,11 +68,7 @@ def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     sides = {"stock": [pair[0] for pair in pairs]}
     for name, launches in (("two", 2), ("one", 1), ("auto", 0)):
         sides[name] = [forced(pair[1], launches) for pair in pairs]
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, each in sides.items():
-            found[name].append(timing.graph_time(each, replays=5) * 1e6)
-    times = {name: statistics.median(each) for name, each in found.items()}
+    times = {name: statistics.median(each) for name, each in timing.in_turn(sides, replays=5).items()}
     return {
         "work": work, "rows": rows, "columns": columns,
         **{f"{name}_us": round(each, 2) for name, each in times.items()},

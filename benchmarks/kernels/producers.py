@@ -32,7 +32,6 @@ TENSOR_SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024),
 ACT_MUL_SHAPES = ((1, 3072), (16, 3072), (128, 3072), (1024, 3072), (7168, 3072), (1, 14336), (128, 14336), (7168, 14336))
 ROPE_TOKENS, ROPE_HEADS = (1, 16, 128, 1024, 7168), ((16, 8, 128), (32, 8, 128))  # heads of q, of k, their columns
 LONGEST = 512  # tokens of a sequence
-ROUNDS = 3
 Calls = tuple[int, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]]
 
 
@@ -182,11 +181,8 @@ def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     moved, make = calls
     pairs = [make() for _ in range(timing.sets_for(moved, 32))]
     sides = {"stock": [pair[0] for pair in pairs], "ours": [pair[1] for pair in pairs]}
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, each in sides.items():
-            found[name].append(timing.graph_time(each, replays=9) * 1e6)
-    ratio = statistics.median(a / b for a, b in zip(found["stock"], found["ours"]))
+    found = timing.in_turn(sides, replays=9)
+    ratio = timing.ratio(found["stock"], found["ours"])
     ours = statistics.median(found["ours"])
     return {
         "work": work, "rows": rows, "columns": columns,

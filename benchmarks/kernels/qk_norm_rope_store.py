@@ -35,7 +35,7 @@ from inductor_ext.kernels.qk_norm_rope_store.op import OP
 from inductor_ext.kernels.rms_norm_quantize.op import normalise
 
 E4, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
-D, SLOTS, LONGEST, ROUNDS = 128, 131072, 512, 3
+D, SLOTS, LONGEST = 128, 131072, 512
 TOKENS, FEWER = (1, 16, 64, 7168), (16, 7168)  # into FP8 caches; into bf16 caches, of the first model
 
 
@@ -139,14 +139,9 @@ def measure(layer: Layer, tokens: int, cache_dtype: torch.dtype) -> dict[str, An
         "together": [c.together for c in cases],
     }
     check(cases[0], {name: calls[0] for name, calls in sides.items()})
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _, (name, calls) in itertools.product(range(ROUNDS), sides.items()):
-        found[name].append(timing.graph_time(calls, replays=7) * 1e6)
+    found = timing.in_turn(sides, replays=7)
     times = {f"{name}_us": round(statistics.median(each), 2) for name, each in found.items()}
-    ratios = {
-        f"to_{name}": round(statistics.median(a / b for a, b in zip(found[name], found["together"])), 3)
-        for name in ("stock", "two")
-    }
+    ratios = {f"to_{name}": round(timing.ratio(found[name], found["together"]), 3) for name in ("stock", "two")}
     copied = timing.copy_time(moved) * 1e6
     return {
         "model": layer.model, "tokens": tokens, "cache": str(cache_dtype)[6:], **times, **ratios,

@@ -15,7 +15,6 @@ first compared, byte for byte, with its own products and PyTorch's activation. `
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -44,7 +43,6 @@ CONFIGS = (
     "tile:128x128p", "tile:64x256p", "tile:128x128c", "tile:128x256c", "tile:128x128p@2x1", "tile:128x256c@2x1",
     "tile:256x128c@2x1",
 )  # fmt: skip
-ROUNDS = 3
 COMMAND = "python -m benchmarks.kernels.scaled_mm_act_mul --table-of benchmarks/results/h200/scaled_mm_act_mul.json"
 
 
@@ -122,9 +120,7 @@ def measure(problem: cases.Problem, stock: Callable[..., Any] | None, replays: i
     }
     if stock is not None:
         sides["stock"] = [lambda c=c: stock(*c.by_torch(), c.problem.rowwise) for c in sets]
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _, (name, calls) in itertools.product(range(ROUNDS), sides.items()):
-        found[name].append(timing.graph_time(calls, replays=replays) * 1e6)
+    found = timing.in_turn(sides, replays=replays)
     times = {name: round(statistics.median(each), 2) for name, each in found.items()}
     best = min(CONFIGS, key=times.__getitem__)
     apart = min("torch", "ours", key=times.__getitem__)
@@ -132,7 +128,7 @@ def measure(problem: cases.Problem, stock: Callable[..., Any] | None, replays: i
         "m": problem.m, "n": problem.n // 2, "k": problem.k, "rowwise": problem.rowwise,
         "apart": apart if apart == "torch" else chosen.config.name, "apart_us": times[apart],
         "gated": best, "gated_us": times[best],
-        "ratio": round(statistics.median(a / b for a, b in zip(found[apart], found[best])), 3),
+        "ratio": round(timing.ratio(found[apart], found[best]), 3),
         "of_stock": round(times["stock"] / times[best], 3) if stock is not None else None, "all_us": times,
     }  # fmt: skip
 

@@ -13,7 +13,6 @@ first compared, byte for byte, with its own product and PyTorch's addition.
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -38,7 +37,6 @@ E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))  # N, K of o and down
 TOKENS = (512, 1024, 4096, 7168, 16384)
 CONFIGS = ("tile:128x128p", "tile:128x160p", "tile:128x128c", "tile:128x128p@2x1", "tile:64x128p")
-ROUNDS = 3
 COMMAND = "python -m benchmarks.kernels.scaled_mm_add --table-of benchmarks/results/h200/scaled_mm_add.json"
 
 
@@ -96,16 +94,14 @@ def measure(problem: cases.Problem) -> dict[str, Any]:
         "ours": [lambda c=c: c.apart(lambda: c.product(chosen.config.name, c.x.out)) for c in sets],
         **{config: [lambda c=c, config=config: c.added(config) for c in sets] for config in CONFIGS},
     }
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _, (name, calls) in itertools.product(range(ROUNDS), sides.items()):
-        found[name].append(timing.graph_time(calls, replays=7) * 1e6)
+    found = timing.in_turn(sides, replays=7)
     times = {name: round(statistics.median(each), 2) for name, each in found.items()}
     best = min(CONFIGS, key=times.__getitem__)
     apart = min("torch", "ours", key=times.__getitem__)
     return {
         "m": problem.m, "n": problem.n, "k": problem.k, "rowwise": problem.rowwise,
         "apart": apart, "apart_us": times[apart], "added": best, "added_us": times[best],
-        "ratio": round(statistics.median(a / b for a, b in zip(found[apart], found[best])), 3), "all_us": times,
+        "ratio": round(timing.ratio(found[apart], found[best]), 3), "all_us": times,
     }  # fmt: skip
 
 

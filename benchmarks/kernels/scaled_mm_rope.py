@@ -54,7 +54,6 @@ LAYERS = (
 TOKENS = (512, 1024, 4096, 7168, 16384)
 SEQUENCE = 512
 CONFIGS = ("tile:128x128p", "tile:128x128p@2x1", "tile:64x128p")
-ROUNDS = 3
 
 
 class Case:
@@ -131,15 +130,13 @@ def measure(layer: Layer, m: int, rowwise: bool) -> dict[str, Any]:
         "ours": [lambda c=c: c.ours(name) for c in sets],
         **{config: [lambda c=c, config=config: c.together(config) for c in sets] for config in CONFIGS},
     }
-    found: dict[str, list[float]] = {side: [] for side in sides}
-    for _, (side, calls) in itertools.product(range(ROUNDS), sides.items()):
-        found[side].append(timing.graph_time(calls, replays=7) * 1e6)
+    found = timing.in_turn(sides, replays=7)
     times = {side: round(statistics.median(each), 2) for side, each in found.items()}
     best, apart = min(CONFIGS, key=times.__getitem__), min("torch", "ours", key=times.__getitem__)
     return {
         "model": layer.model, "m": m, "rowwise": rowwise, "apart": apart if apart == "torch" else name,
         "apart_us": times[apart], "together": best, "together_us": times[best],
-        "ratio": round(statistics.median(a / b for a, b in zip(found[apart], found[best])), 3), "all_us": times,
+        "ratio": round(timing.ratio(found[apart], found[best]), 3), "all_us": times,
     }  # fmt: skip
 
 
