@@ -15,8 +15,6 @@ first compared, byte for byte, with its own products and PyTorch's activation. `
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,15 +24,15 @@ import typer
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
-from benchmarks.kernels.shared import built, show, table_text
+from benchmarks.kernels.scaled_mm_fused import compare, write_table
+from benchmarks.kernels.shared import built, show
 from inductor_ext import registry
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.act_mul_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.fp8_quantize.op import OP as QUANTIZE
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
-from inductor_ext.kernels.scaled_mm_act_mul import op as op_module
-from inductor_ext.kernels.scaled_mm_act_mul.op import OP
+from inductor_ext.kernels.scaled_mm_act_mul.op import OP, TABLE
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((3072, 1024), (12288, 4096), (14336, 4096))  # N, K of gate, and of up: Qwen3-0.6B, Qwen3-8B, Llama-3.1-8B
@@ -120,30 +118,10 @@ def measure(problem: cases.Problem, stock: Callable[..., Any] | None, replays: i
     }
     if stock is not None:
         sides["stock"] = [lambda c=c: stock(*c.by_torch(), c.problem.rowwise) for c in sets]
-    found = timing.in_turn(sides, replays=replays)
-    times = {name: round(statistics.median(each), 2) for name, each in found.items()}
-    best = min(CONFIGS, key=times.__getitem__)
-    apart = min("torch", "ours", key=times.__getitem__)
-    return {
-        "m": problem.m, "n": problem.n // 2, "k": problem.k, "rowwise": problem.rowwise,
-        "apart": apart if apart == "torch" else chosen.config.name, "apart_us": times[apart],
-        "gated": best, "gated_us": times[best],
-        "ratio": round(timing.ratio(found[apart], found[best]), 3),
-        "of_stock": round(times["stock"] / times[best], 3) if stock is not None else None, "all_us": times,
-    }  # fmt: skip
-
-
-def table(measured: dict[str, Any]) -> str:
-    """What `kernels/scaled_mm/choice.py` reads, from a file of results."""
-    shapes: dict[tuple[str, int, int], list[Any]] = {}
-    for row in measured["rows"]:
-        found = [row["m"], row["gated"], row["gated_us"], round(row["gated_us"] * row["ratio"], 2)]
-        shapes.setdefault((choice.kind(row["rowwise"], True), row["n"], row["k"]), []).append(found)
-    made = [{"kind": kind, "n": n, "k": k, "rows": rows} for (kind, n, k), rows in shapes.items()]
-    columns = ["M", "configuration", "ours and the quantisation after it, µs", "the products and act_mul_quantize, µs"]
-    gpu, torch_version = (measured["environment"][name] for name in ("gpu", "torch"))
-    over = "the products and act_mul_quantize"
-    return table_text(made, gpu=gpu, made_by=COMMAND, torch=torch_version, columns=columns, over=over)
+    found = compare(sides, CONFIGS, "gated", chosen.config.name, replays)
+    shape = {"m": problem.m, "n": problem.n // 2, "k": problem.k, "rowwise": problem.rowwise}
+    of_stock = round(found["all_us"]["stock"] / found["gated_us"], 3) if stock is not None else None
+    return {**shape, **found, "of_stock": of_stock}
 
 
 def main(
@@ -154,7 +132,8 @@ def main(
     tokens: Annotated[str, typer.Option(help="M, separated by commas.")] = ",".join(map(str, TOKENS)),
 ) -> None:
     if table_of is not None:
-        (Path(op_module.__file__).parent / "table_sm_90a.json").write_text(table(json.loads(table_of.read_text())))
+        columns = "ours and the quantisation after it, µs", "the products and act_mul_quantize, µs"
+        write_table(TABLE, table_of, "gated", COMMAND, columns, over="the products and act_mul_quantize")
         return
     registry.ops()
     sizes = [int(each) for each in tokens.split(",")]

@@ -13,8 +13,6 @@ first compared, byte for byte, with its own product and PyTorch's addition.
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,14 +22,14 @@ import typer
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
-from benchmarks.kernels.shared import built, show, table_text
+from benchmarks.kernels.scaled_mm_fused import compare, write_table
+from benchmarks.kernels.shared import built, show
 from inductor_ext import registry
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
-from inductor_ext.kernels.scaled_mm_add import op as op_module
-from inductor_ext.kernels.scaled_mm_add.op import OP
+from inductor_ext.kernels.scaled_mm_add.op import OP, TABLE
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))  # N, K of o and down
@@ -94,28 +92,8 @@ def measure(problem: cases.Problem) -> dict[str, Any]:
         "ours": [lambda c=c: c.apart(lambda: c.product(chosen.config.name, c.x.out)) for c in sets],
         **{config: [lambda c=c, config=config: c.added(config) for c in sets] for config in CONFIGS},
     }
-    found = timing.in_turn(sides, replays=7)
-    times = {name: round(statistics.median(each), 2) for name, each in found.items()}
-    best = min(CONFIGS, key=times.__getitem__)
-    apart = min("torch", "ours", key=times.__getitem__)
-    return {
-        "m": problem.m, "n": problem.n, "k": problem.k, "rowwise": problem.rowwise,
-        "apart": apart, "apart_us": times[apart], "added": best, "added_us": times[best],
-        "ratio": round(timing.ratio(found[apart], found[best]), 3), "all_us": times,
-    }  # fmt: skip
-
-
-def table(measured: dict[str, Any]) -> str:
-    """What `kernels/scaled_mm/choice.py` reads, from a file of results."""
-    shapes: dict[tuple[str, int, int], list[Any]] = {}
-    for row in measured["rows"]:
-        found = [row["m"], row["added"], row["added_us"], round(row["added_us"] * row["ratio"], 2)]
-        shapes.setdefault((choice.kind(row["rowwise"], True), row["n"], row["k"]), []).append(found)
-    made = [{"kind": kind, "n": n, "k": k, "rows": rows} for (kind, n, k), rows in shapes.items()]
-    columns = ["M", "configuration", "ours and the norm after it, µs", "two launches and the norm, µs"]
-    gpu, torch_version = (measured["environment"][name] for name in ("gpu", "torch"))
-    over = "a product and a norm that adds"
-    return table_text(made, gpu=gpu, made_by=COMMAND, torch=torch_version, columns=columns, over=over)
+    shape = {"m": problem.m, "n": problem.n, "k": problem.k, "rowwise": problem.rowwise}
+    return shape | compare(sides, CONFIGS, "added")
 
 
 def main(
@@ -123,7 +101,8 @@ def main(
     table_of: Annotated[Path | None, typer.Option("--table-of", help="Measure nothing: make the op's table of these.")] = None,
 ) -> None:
     if table_of is not None:
-        (Path(op_module.__file__).parent / "table_sm_90a.json").write_text(table(json.loads(table_of.read_text())))
+        columns = "ours and the norm after it, µs", "two launches and the norm, µs"
+        write_table(TABLE, table_of, "added", COMMAND, columns, over="a product and a norm that adds")
         return
     registry.ops()
     built(op.spec_of_key((config, E4, E4, BF16, True), "sm_90a") for op in (OP, SCALED_MM) for config in CONFIGS)

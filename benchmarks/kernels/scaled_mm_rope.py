@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ import typer
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
+from benchmarks.kernels.scaled_mm_fused import compare
 from benchmarks.kernels.shared import built, show
 from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
@@ -130,14 +130,7 @@ def measure(layer: Layer, m: int, rowwise: bool) -> dict[str, Any]:
         "ours": [lambda c=c: c.ours(name) for c in sets],
         **{config: [lambda c=c, config=config: c.together(config) for c in sets] for config in CONFIGS},
     }
-    found = timing.in_turn(sides, replays=7)
-    times = {side: round(statistics.median(each), 2) for side, each in found.items()}
-    best, apart = min(CONFIGS, key=times.__getitem__), min("torch", "ours", key=times.__getitem__)
-    return {
-        "model": layer.model, "m": m, "rowwise": rowwise, "apart": apart if apart == "torch" else name,
-        "apart_us": times[apart], "together": best, "together_us": times[best],
-        "ratio": round(timing.ratio(found[apart], found[best]), 3), "all_us": times,
-    }  # fmt: skip
+    return {"model": layer.model, "m": m, "rowwise": rowwise, **compare(sides, CONFIGS, "together", name)}
 
 
 def build() -> None:
