@@ -180,30 +180,18 @@ def scratch(
 
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
-    if key[1] == "mxfp8":
-        return _bind_mxfp8(module)
-    launch = module.run
-
-    def run(
-        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, _block: Any, out: Any,
-        _scratch: Any = None,
-    ) -> None:  # fmt: skip
-        launch(x, x_scale, w, w_scale, offs, out)
-
-    return run
-
-
-def _bind_mxfp8(module: Any) -> Callable[..., None]:
-    launch, to_bf16 = module.run, module.to_bf16
+    launch, to_bf16 = module.run, module.to_bf16 if key[1] == "mxfp8" else None
 
     def run(
         x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, _block: Any, out: Any,
         kept: Any = None,
     ) -> None:  # fmt: skip
-        if kept is None:  # a call outside of compiled code
-            kept = torch.empty(2 * x.numel(), dtype=torch.uint8, device=x.device)
-        to_bf16(x, x_scale, kept)
-        launch(kept.view(torch.bfloat16).view(x.shape), None, w, w_scale, offs, out)
+        if to_bf16 is not None:
+            if kept is None:  # a call outside of compiled code
+                kept = torch.empty(2 * x.numel(), dtype=torch.uint8, device=x.device)
+            to_bf16(x, x_scale, kept)
+            x, x_scale = kept.view(torch.bfloat16).view(x.shape), None
+        launch(x, x_scale, w, w_scale, offs, out)
 
     return run
 
