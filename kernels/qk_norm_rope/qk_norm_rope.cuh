@@ -46,24 +46,6 @@ __device__ __forceinline__ void rotate(const Raw<In, N>& y, const Raw<In, N>& ot
   store_half(rotated<Out>(y, other, cos, sin), out);
 }
 
-// One half of a head, normalised: y = norm(x * factor, weight), rounded to In.
-template <typename Norm, typename In, typename W, int N>
-__device__ __forceinline__ void normalise(Raw<In, N>& x, float factor, const Raw<W, N>& weight) {
-  float v[N];
-  x.unpack(v);
-#pragma unroll
-  for (int e = 0; e < N; ++e) v[e] = __fmul_rn(v[e], factor);
-  if constexpr (std::is_same_v<Norm, CastThenWeight> && std::is_same_v<W, In>) {
-    x.pack(v);
-    x.multiply(weight);
-  } else {
-    float w[N];
-    weight.unpack(w);
-    Norm::template apply<In>(v, w);
-    x.pack(v);
-  }
-}
-
 constexpr int kQkBlock = 128;
 
 // Nothing but the two results. What a call stores besides is a type of this kind, whose blocks are the grid's first.

@@ -60,47 +60,54 @@ struct NormRope {
 
 constexpr int kHead = 128;  // columns
 
-// One row of a head in the registers of four neighbouring lanes, 8 * j + 2 * (lane % 4) and the column after it in pair j:
-// normalised in place. `weight`: all of the head's, in shared memory.
+// A row of a head lies in the registers of four neighbouring lanes: columns 8 * j + 2 * (lane % 4) and the one
+// after it in word j.
+template <typename Out>
+using HeadRow = Raw<Out, kHead / 4>;
+
+// Both rows of a thread's, normalised in place. `weight`: all of the head's, in shared memory.
 template <typename Norm, typename Out>
-__device__ __forceinline__ void norm_head(Raw<Out, kHead / 4>& row, const float* weight, float eps) {
-  float v[kHead / 4];
-  row.unpack(v);
-  float sum = 0.f;
+__device__ __forceinline__ void norm_heads(HeadRow<Out> (&rows)[2], const Out* weight, float eps) {
+  HeadRow<Out> of;
 #pragma unroll
-  for (int i = 0; i < kHead / 4; ++i) sum = fmaf(v[i], v[i], sum);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  const float factor = rsqrtf(sum * (1.0f / kHead) + eps);
+  for (int j = 0; j < kHead / 8; ++j) of.words[j] = *reinterpret_cast<const uint32_t*>(weight + 8 * j + 2 * (threadIdx.x % 4));
 #pragma unroll
-  for (int j = 0; j < kHead / 8; ++j) {
-    const float2 of = *reinterpret_cast<const float2*>(weight + 8 * j + 2 * (threadIdx.x % 4));
-    float pair[2] = {__fmul_rn(v[2 * j], factor), __fmul_rn(v[2 * j + 1], factor)};
-    const float w[2] = {of.x, of.y};
-    Norm::template apply<Out>(pair, w);
-    row.words[j] = Raw<Out, 2>::pair(pair[0], pair[1]);
+  for (int i = 0; i < 2; ++i) {
+    float v[kHead / 4], sums[2] = {};  // two chains of additions
+    rows[i].unpack(v);
+#pragma unroll
+    for (int e = 0; e < kHead / 4; ++e) sums[e % 2] = fmaf(v[e], v[e], sums[e % 2]);
+    float sum = sums[0] + sums[1];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    normalise<Norm>(rows[i], rsqrtf(sum * (1.0f / kHead) + eps), of);
   }
 }
 
-// What a thread needs to rotate its share of 64 rows that lie in shared memory, low and high half of the head apart: 16 bytes, a
-// piece, of each half of four rows. Read before the rows are there.
+// What a lane needs to rotate its share of the 16 rows that its warp has put into shared memory, low and high half of the head
+// apart: 16 bytes, a piece, of each half of four rows.
 template <typename Out>
 struct RopeTables {
   static constexpr int kRows = 4, kPiece = 8;  // elements
   Raw<Out, kPiece> cos_low[kRows], cos_high[kRows], sin_low[kRows], sin_high[kRows];
 
-  static __device__ __forceinline__ int row(int n) { return static_cast<int>(threadIdx.x % 128) / 8 + 16 * n; }
+  // Of 64 rows, those of the warp's 16.
+  static __device__ __forceinline__ int row(int n) { return static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 8) + 4 * n; }
   static __device__ __forceinline__ int piece() { return threadIdx.x % 8; }
 
   // `first`: the row of the products that is row 0 here; rows from `rows` on get some other row's.
   __device__ __forceinline__ void read(const RopeParams& p, int first, int rows) {
+    uint32_t batch = (first + row(0)) / p.sequence, token = (first + row(0)) - batch * p.sequence;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
-      const uint32_t token = min(first + row(n), rows - 1), batch = token / p.sequence, at = token - batch * p.sequence;
-      const Out* cos = static_cast<const Out*>(p.cos) + batch * p.cos_batch + at * p.cos_token + piece() * kPiece;
-      const Out* sin = static_cast<const Out*>(p.sin) + batch * p.sin_batch + at * p.sin_token + piece() * kPiece;
+      const bool inside = first + row(n) < rows;
+      const uint32_t of_batch = inside ? batch : 0, of_token = inside ? token : 0;
+      const Out* cos = static_cast<const Out*>(p.cos) + of_batch * p.cos_batch + of_token * p.cos_token + piece() * kPiece;
+      const Out* sin = static_cast<const Out*>(p.sin) + of_batch * p.sin_batch + of_token * p.sin_token + piece() * kPiece;
       cos_low[n].load(cos), cos_high[n].load(cos + kHead / 2);
       sin_low[n].load(sin), sin_high[n].load(sin + kHead / 2);
+      token += row(1) - row(0);
+      while (token >= p.sequence) token -= p.sequence, ++batch;  // another division each would be most of this
     }
   }
 

@@ -6,6 +6,8 @@
 //   clusters     cm × cn CTAs with neighbouring tiles; each brings 1/cn of its rows of a and 1/cm of its rows of b to all that
 //                share them. FP8 at full rate wants more bytes a cycle than L2 gives 132 SMs: 128 × 128 tiles ask for 64, L2
 //                has about 30, so what neighbours share is fetched once.
+//   halves       where a last round of tiles would leave at least half of the CTAs idle, each of its tiles is taken in two halves of
+//                its rows: 448 tiles on 132 multiprocessors take the time of 3.6 rounds instead of 4
 //
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
 // through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
@@ -45,12 +47,15 @@ struct TileShared {
   static constexpr int kStages = fit(kChunks) < kTileMaxStages ? fit(kChunks) : kTileMaxStages;
   static constexpr int kBytes = kStages * kStage + fixed(kChunks);
   static_assert(kStages >= 3, "the tile leaves no room for a pipeline");
+  static constexpr bool kHalves = Pingpong && kBlocks == 2;  // can be had: a consumer has two blocks of 64 rows
 };
 
 struct TileParams {
   Products products;
   int tiles_m;          // in cluster tiles, rounded up
   int tiles_n;          // likewise
+  int whole;            // tiles that are taken whole: all, or all but the last round's
+  int parts;            // those and the halves of the others
   int group;            // cluster tiles of M that are taken together, so that their b stays in L2
   int cluster_m, cluster_n;
   bool static_b;
@@ -61,10 +66,14 @@ struct TileAt {
   int row, channel;
   const Product* product;
   int blocks;  // stages of K
+  bool half;   // of its rows: 64 from `row` on
 };
 
-template <int M, int Columns>
-__device__ __forceinline__ TileAt tile_at(const TileParams& p, int index, int rank_m, int rank_n) {
+// `part`: a tile, or from p.whole on a half of one.
+template <int M, int Columns, bool Halves>
+__device__ __forceinline__ TileAt tile_at(const TileParams& p, int part, int rank_m, int rank_n) {
+  const bool half = Halves && part >= p.whole;
+  const int index = half ? p.whole + (part - p.whole) / 2 : part, below = half ? (part - p.whole) % 2 * 64 : 0;
   const int per_group = p.group * p.tiles_n;
   const int group = index / per_group, rest = index - group * per_group;
   const int first = group * p.group, rows = min(p.group, p.tiles_m - first);
@@ -72,7 +81,8 @@ __device__ __forceinline__ TileAt tile_at(const TileParams& p, int index, int ra
   int which = 0;
   while (which + 1 < p.products.count && tile_n >= p.products.of[which + 1].first_tile) ++which;
   const Product& product = p.products.of[which];
-  return {(tile_m * p.cluster_m + rank_m) * M, (tile_n - product.first_tile) * Columns, &product, (product.k + kBlockK - 1) / kBlockK};
+  const int row = (tile_m * p.cluster_m + rank_m) * M + below;
+  return {row, (tile_n - product.first_tile) * Columns, &product, (product.k + kBlockK - 1) / kBlockK, half};
 }
 
 // What a thread's columns of one box are multiplied by: those of `Wgmma`.
@@ -87,17 +97,6 @@ struct ChannelScales {
     for (int j = 0; j < kGroups; ++j) of[j] = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (threadIdx.x % 4));
   }
 };
-
-// Two products, rounded, plus two of the residual: what adding in fp32 and rounding gives, since fp32 holds the sum of two numbers
-// of 16 bits or is off by less than would round it otherwise.
-__device__ __forceinline__ uint32_t add_pairs(const __nv_bfloat16*, uint32_t a, uint32_t b) {
-  const __nv_bfloat162 sum = __hadd2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
-  return reinterpret_cast<const uint32_t&>(sum);
-}
-__device__ __forceinline__ uint32_t add_pairs(const __half*, uint32_t a, uint32_t b) {
-  const __half2 sum = __hadd2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
-  return reinterpret_cast<const uint32_t&>(sum);
-}
 
 // Byte `byte` of row `row` of a chunk, swizzled as the copy engine reads it.
 template <int Box>
@@ -136,15 +135,14 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j += 2) {
       const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j + (matrix >> 1)) * 16;
-      uint32_t value[4] = {packed(j, 0), packed(j, 1), packed(j + 1, 0), packed(j + 1, 1)};
+      Raw<Out, 8> value{packed(j, 0), packed(j, 1), packed(j + 1, 0), packed(j + 1, 1)};
       cute::uint128_t& place = *reinterpret_cast<cute::uint128_t*>(at(row, byte));
       if constexpr (Add) {
-        uint32_t residual[4];
-        cute::SM75_U32x4_LDSM_N::copy(place, residual[0], residual[1], residual[2], residual[3]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) value[i] = add_pairs(tag, value[i], residual[i]);
+        Raw<Out, 8> residual;
+        cute::SM75_U32x4_LDSM_N::copy(place, residual.words[0], residual.words[1], residual.words[2], residual.words[3]);
+        value.add(residual);
       }
-      cute::SM90_U32x4_STSM_N::copy(value[0], value[1], value[2], value[3], place);
+      cute::SM90_U32x4_STSM_N::copy(value.words[0], value.words[1], value.words[2], value.words[3], place);
     }
   } else {
 #pragma unroll
@@ -190,12 +188,10 @@ __device__ __forceinline__ void stage_gated(uint8_t* chunk, const float (&d)[N /
   }
 }
 
-// A head's sums of one block of 64 rows, scaled, rounded and normalised, into the two chunks of its halves.
-template <typename End, typename Out, int Box>
-__device__ __forceinline__ void stage_head(uint8_t* low, uint8_t* high, const float (&d)[kHead / 2], const float (&row_scale)[2],
-                                           const float* channel_scale, const float* weight, float eps, bool norms) {
-  static_assert(Box == 128 && sizeof(Out) == 2, "half a head is a box");
-  Raw<Out, kHead / 4> rows[2];
+// A head's sums of one block of 64 rows, scaled and rounded: half of the registers.
+template <typename Out>
+__device__ __forceinline__ void round_head(HeadRow<Out> (&rows)[2], const float (&d)[kHead / 2], const float (&row_scale)[2],
+                                           const float* channel_scale) {
 #pragma unroll
   for (int j = 0; j < kHead / 8; ++j) {
     const float2 scale = *reinterpret_cast<const float2*>(channel_scale + 8 * j + 2 * (threadIdx.x % 4));
@@ -205,12 +201,12 @@ __device__ __forceinline__ void stage_head(uint8_t* low, uint8_t* high, const fl
       rows[i].words[j] = Raw<Out, 2>::pair(pair[0] * row_scale[i] * scale.x, pair[1] * row_scale[i] * scale.y);
     }
   }
-  if constexpr (End::kNorms) {
-    if (norms) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) norm_head<typename End::Norm>(rows[i], weight, eps);
-    }
-  }
+}
+
+// Into the two chunks of the head's halves.
+template <typename Out, int Box>
+__device__ __forceinline__ void stage_head(uint8_t* low, uint8_t* high, const HeadRow<Out> (&rows)[2]) {
+  static_assert(Box == 128 && sizeof(Out) == 2, "half a head is a box");
   const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < kHead / 8; j += 2) {
@@ -245,12 +241,13 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
   const int ctas = p.cluster_m * p.cluster_n, rank = blockIdx.x % ctas;
   const int rank_m = rank % p.cluster_m, rank_n = rank / p.cluster_m;
-  const int first = blockIdx.x / ctas, step = gridDim.x / ctas, tiles = p.tiles_m * p.tiles_n;
+  const int first = blockIdx.x / ctas, step = gridDim.x / ctas;
   const int group = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.products.count; ++i) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].a));
+      if (p.whole < p.parts) cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].a_half));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].b));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].out));
       if (Add) cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].residual));
@@ -275,7 +272,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       for (int i = 0; i < p.cluster_n; ++i) same_m |= 1 << (rank_m + p.cluster_m * i);
       for (int i = 0; i < p.cluster_m; ++i) same_n |= 1 << (i + p.cluster_m * rank_n);
       const int a_rows = M / p.cluster_n, b_rows = N / p.cluster_m;
+      auto tile_of = [&](int part) { return tile_at<M, Shared::kColumns, Shared::kHalves>(p, part, rank_m, rank_n); };
+      auto bytes_of = [&](const TileAt& tile) { return tile.half ? Shared::kStage - 64 * kBlockK : Shared::kStage; };
       auto load_a = [&](const TileAt& tile, int block, int s) {
+        if (tile.half) return load_tile(&tile.product->a_half, full + s, shared + s * Shared::kStage, block * kBlockK, tile.row);
         uint8_t* to = shared + s * Shared::kStage + rank_n * a_rows * kBlockK;
         const int row = tile.row + rank_n * a_rows;
         if (p.cluster_n > 1) {
@@ -304,22 +304,22 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       Slot slot;
       slot.phase = 1;  // the first time round every stage is free
       int ahead = 0;
-      if (p.static_b && first < tiles) {  // a few stages of weights before the kernel ahead has ended
-        const TileAt tile = tile_at<M, Shared::kColumns>(p, first, rank_m, rank_n);
+      if (p.static_b && first < p.parts) {  // a few stages of weights before the kernel ahead has ended
+        const TileAt tile = tile_of(first);
         for (; ahead < min(tile.blocks, kStages); ++ahead) {
-          FullBarrier::arrive_and_expect_tx(full + ahead, Shared::kStage);
+          FullBarrier::arrive_and_expect_tx(full + ahead, bytes_of(tile));
           load_b(tile, ahead, ahead);
         }
       }
       wait_for_previous_kernel();
-      for (int index = first; index < tiles; index += step) {
-        const TileAt tile = tile_at<M, Shared::kColumns>(p, index, rank_m, rank_n);
+      for (int part = first; part < p.parts; part += step) {
+        const TileAt tile = tile_of(part);
         for (int block = 0; block < tile.blocks; ++block) {
           if (ahead > 0) {
             --ahead;
           } else {
             EmptyBarrier::wait(empty + slot.index, slot.phase);
-            FullBarrier::arrive_and_expect_tx(full + slot.index, Shared::kStage);
+            FullBarrier::arrive_and_expect_tx(full + slot.index, bytes_of(tile));
             load_b(tile, block, slot.index);
           }
           load_a(tile, block, slot.index);
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     uint8_t* own_staging = staging + consumer * Shared::kChunks * Shared::kChunk;
     float* channel_scale = vectors + consumer * Shared::kVector;
     float* channel_bias = channel_scale + N;
-    float* head_weight = channel_bias + N;  // of a norm only
+    Out* head_weight = reinterpret_cast<Out*>(channel_bias + N);  // of a norm only
     int staged = 0;  // chunks so far
     uint32_t residual_phase = 0;
     auto meet = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, consumer); };
@@ -352,8 +352,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     if (Pingpong && consumer == 1) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2);  // the first tile is consumer 0's
     Slot slot;
     int turn = 0;
-    for (int index = first; index < tiles; index += step, turn ^= 1) {
-      const TileAt tile = tile_at<M, Shared::kColumns>(p, index, rank_m, rank_n);
+    for (int part = first; part < p.parts; part += step, turn ^= 1) {
+      const TileAt tile = tile_at<M, Shared::kColumns, Shared::kHalves>(p, part, rank_m, rank_n);
       if (Pingpong && turn != consumer) {
         slot.skip(tile.blocks, kStages);
         continue;
@@ -364,18 +364,20 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       // Asked for before the products and used after them.
       if (Add && leader) {
         cute::tma_store_wait<0>();  // the copy engine has read the last tile, which every warp had finished before
-        FullBarrier::arrive_and_expect_tx(residual_full + consumer, Shared::kChunks * Shared::kChunk);
-        for (int i = 0; i < Shared::kChunks; ++i) {
+        const int every = tile.half ? 2 : 1;  // chunks of the first block alone
+        FullBarrier::arrive_and_expect_tx(residual_full + consumer, Shared::kChunks / every * Shared::kChunk);
+        for (int i = 0; i < Shared::kChunks; i += every) {
           const int column = tile.channel + i / kBlocks * Shared::kBoxColumns, row = row0 + i % kBlocks * 64;
           load_tile(&product.residual, residual_full + consumer, own_staging + i * Shared::kChunk, column, row);
         }
       }
       bool rotates = false;
       if constexpr (End::kRotates) rotates = tile.product - p.products.of < end.products;
-      float scale[kBlocks][2], channel[2] = {}, weight = 0.f;
+      float scale[kBlocks][2], channel[2] = {};
+      Out weight{};
       float added[2] = {-0.f, -0.f};  // where there is no bias: what changes no number
       if constexpr (End::kNorms) {
-        if (rotates) weight = widen(static_cast<const Out*>(end.weight[tile.product - p.products.of])[threadIdx.x % kWarpgroup]);
+        if (rotates) weight = static_cast<const Out*>(end.weight[tile.product - p.products.of])[threadIdx.x % kWarpgroup];
       }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -408,44 +410,51 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       // Consumers take turns in the ring: a wait for a stage tells only odd rounds from even ones, so one that ran ahead of the
       // other's tile would take that tile's stages for its own.
       if constexpr (Pingpong) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2 + consumer);
-      int previous = -1;
-      for (int block = 0; block < tile.blocks; ++block) {
-        FullBarrier::wait(full + slot.index, slot.phase);
-        const uint8_t* a = shared + slot.index * Shared::kStage + (Pingpong ? 0 : consumer * Shared::kRows * kBlockK);
-        const uint8_t* b_tile = shared + slot.index * Shared::kStage + M * kBlockK;
-        if constexpr (Exact) {
+      auto multiply = [&](auto blocks) {  // that many blocks of rows
+        int previous = -1;
+        for (int block = 0; block < tile.blocks; ++block) {
+          FullBarrier::wait(full + slot.index, slot.phase);
+          const uint8_t* a = shared + slot.index * Shared::kStage + (Pingpong ? 0 : consumer * Shared::kRows * kBlockK);
+          const uint8_t* b_tile = shared + slot.index * Shared::kStage + M * kBlockK;
+          if constexpr (Exact) {
 #pragma unroll
-          for (int b = 0; b < kBlocks; ++b) {
-            float part[N / 2];
-            fence_registers(part);
+            for (int b = 0; b < blocks; ++b) {
+              float part[N / 2];
+              fence_registers(part);
+              cute::warpgroup_arrive();
+              Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, part, true);
+              cute::warpgroup_commit_batch();
+              cute::warpgroup_wait<0>();
+              if (b == blocks - 1) release(slot.index);
+              fence_registers(part);
+#pragma unroll
+              for (int i = 0; i < N / 2; ++i) d[b][i] += part[i];
+            }
+          } else {
+#pragma unroll
+            for (int b = 0; b < blocks; ++b) fence_registers(d[b]);
             cute::warpgroup_arrive();
-            Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, part, true);
+#pragma unroll
+            for (int b = 0; b < blocks; ++b) Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, d[b], block == 0);
             cute::warpgroup_commit_batch();
-            cute::warpgroup_wait<0>();
-            if (b == kBlocks - 1) release(slot.index);
-            fence_registers(part);
-#pragma unroll
-            for (int i = 0; i < N / 2; ++i) d[b][i] += part[i];
+            cute::warpgroup_wait<1>();
+            if (previous >= 0) release(previous);
+            previous = slot.index;
           }
-        } else {
-#pragma unroll
-          for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
-          cute::warpgroup_arrive();
-#pragma unroll
-          for (int b = 0; b < kBlocks; ++b) Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, d[b], block == 0);
-          cute::warpgroup_commit_batch();
-          cute::warpgroup_wait<1>();
-          if (previous >= 0) release(previous);
-          previous = slot.index;
+          slot.advance(kStages);
         }
-        slot.advance(kStages);
-      }
-      if constexpr (Pingpong) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2 + (consumer ^ 1));
-      if constexpr (!Exact) {
-        cute::warpgroup_wait<0>();
-        if (previous >= 0) release(previous);
+        if constexpr (Pingpong) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2 + (consumer ^ 1));
+        if constexpr (!Exact) {
+          cute::warpgroup_wait<0>();
+          if (previous >= 0) release(previous);
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
+          for (int b = 0; b < blocks; ++b) fence_registers(d[b]);
+        }
+      };
+      if (Shared::kHalves && tile.half) {
+        multiply(std::integral_constant<int, 1>());
+      } else {
+        multiply(std::integral_constant<int, kBlocks>());
       }
 
       // Those of the last tile were read before its last `meet`.
@@ -461,14 +470,20 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       meet();
       if constexpr (End::kRotates) {
         unrolled<kBlocks>([&](auto b) {
-          uint8_t* chunks[2] = {own_staging + 2 * b * Shared::kChunk, own_staging + (2 * b + 1) * Shared::kChunk};
-          stage_head<End, Out, Shared::kBox>(chunks[0], chunks[1], d[b], scale[b], channel_scale, head_weight, end.eps, rotates);
+          if (b > 0 && tile.half) return;
+          uint8_t* low = own_staging + 2 * b * Shared::kChunk;
+          HeadRow<Out> rows[2];
+          round_head<Out>(rows, d[b], scale[b], channel_scale);
+          if constexpr (End::kNorms) {
+            if (rotates) norm_heads<typename End::Norm>(rows, head_weight, end.eps);
+          }
+          stage_head<Out, Shared::kBox>(low, low + Shared::kChunk, rows);
           if (rotates) {
             RopeTables<Out> tables;
             tables.read(end, row0 + b * 64, p.products.m);
-            meet();
+            __syncwarp();  // a warp rotates the rows that it has staged
             tables.rotate([&](int half, int row, int piece) {
-              return reinterpret_cast<uint4*>(in_chunk<Shared::kBox>(chunks[half], row, piece * 16));
+              return reinterpret_cast<uint4*>(in_chunk<Shared::kBox>(low + half * Shared::kChunk, row, piece * 16));
             });
           }
           cute::tma_store_fence();
@@ -476,7 +491,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
           if (leader) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              cute::SM90_TMA_STORE_2D::copy(&product.out, chunks[half], tile.channel + half * Shared::kBoxColumns, row0 + b * 64);
+              cute::SM90_TMA_STORE_2D::copy(&product.out, low + half * Shared::kChunk, tile.channel + half * Shared::kBoxColumns, row0 + b * 64);
             }
             cute::tma_store_arrive();
           }
@@ -495,6 +510,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 #pragma unroll
         for (int i = 0; i < N / Shared::kColumns; ++i) scales[i].read(channel_scale + i * Shared::kColumns + kFirst);
         unrolled<kBlocks>([&](auto b) {
+          if (b > 0 && tile.half) {
+            staged += Add;  // a residual's chunks have their places
+            return;
+          }
           uint8_t* chunk = own_staging + staged++ % Shared::kChunks * Shared::kChunk;
           if constexpr (!Add) {
             if (leader) cute::tma_store_wait<Shared::kChunks - 1>();  // the copy engine has read what was there
@@ -555,19 +574,27 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
 
   static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n,
                      const typename End::Params& end = {}) {
-    const int ctas = cluster_m * cluster_n;
+    const int ctas = cluster_m * cluster_n, room = sm_count(device) / ctas;
     TileParams p{products};
     p.tiles_m = static_cast<int>(ceil_div(products.m, M * cluster_m));
     p.tiles_n = products.tiles_n / cluster_n / (N / Shared::kColumns);
     p.group = std::max(1, 1024 / (M * cluster_m));
     p.cluster_m = cluster_m, p.cluster_n = cluster_n, p.static_b = static_b;
+    p.whole = p.parts = p.tiles_m * p.tiles_n;
+    const int left = p.parts % room;
+    if (Shared::kHalves && ctas == 1 && 2 * left <= room && (products.m - 1) % M >= M / 2) {  // no half without a row
+      p.whole -= left, p.parts += left;
+      for (int i = 0; left > 0 && i < products.count; ++i) {
+        Product& of = p.products.of[i];
+        encode(&of.a_half, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, static_cast<const uint8_t*>(of.a_data), products.m, of.k, of.a_pitch, M / 2, 128);
+      }
+    }
     auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact, End>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");
     });
-    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n * ctas, room = sm_count(device) / ctas * ctas;
-    Launch launch(static_cast<unsigned>(std::min(wanted, room)), kTileThreads);
+    Launch launch(static_cast<unsigned>(std::min(p.parts, room) * ctas), kTileThreads);
     launch.stream(env_stream(device)).shared_memory(Shared::kBytes).programmatic();
     if (ctas > 1) launch.cluster(ctas);
     launch.run(kernel, p, end);

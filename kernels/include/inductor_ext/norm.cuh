@@ -7,7 +7,10 @@
 //   NoNorm                   no norm at all
 #pragma once
 
+#include <type_traits>
+
 #include "inductor_ext/steps.cuh"
+#include "inductor_ext/vec.cuh"
 
 namespace inductor_ext {
 
@@ -39,5 +42,23 @@ struct OnePlusWeightThenCast {
 struct NoNorm {
   static constexpr bool kNorm = false;
 };
+
+// x = norm(x * factor, weight), rounded to In.
+template <typename Norm, typename In, typename W, int N>
+__device__ __forceinline__ void normalise(Raw<In, N>& x, float factor, const Raw<W, N>& weight) {
+  float v[N];
+  x.unpack(v);
+#pragma unroll
+  for (int e = 0; e < N; ++e) v[e] = __fmul_rn(v[e], factor);
+  if constexpr (std::is_same_v<Norm, CastThenWeight> && std::is_same_v<W, In>) {
+    x.pack(v);
+    x.multiply(weight);
+  } else {
+    float w[N];
+    weight.unpack(w);
+    Norm::template apply<In>(v, w);
+    x.pack(v);
+  }
+}
 
 }  // namespace inductor_ext

@@ -70,6 +70,9 @@ struct Raw {
   void multiply(const Raw& other) {
     for (int i = 0; i < N; ++i) values[i] = from_float<T>(to_float(values[i]) * to_float(other.values[i]));
   }
+  void add(const Raw& other) {
+    for (int i = 0; i < N; ++i) values[i] = from_float<T>(to_float(values[i]) + to_float(other.values[i]));
+  }
   void store(T* p) const {
     check_access(p, sizeof(values), std::min<size_t>(sizeof(values), 16));
     std::memcpy(p, values, sizeof(values));

@@ -244,13 +244,3 @@ Out narrow(float v) {
 }
 
 }  // namespace inductor_ext
-
-// By way of fp32, as eager adds: it holds the sum of two numbers of 16 bits, or is off by less than would round it otherwise.
-inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  using inductor_ext::narrow, inductor_ext::widen;
-  return {narrow<__nv_bfloat16>(widen(a.x) + widen(b.x)), narrow<__nv_bfloat16>(widen(a.y) + widen(b.y))};
-}
-inline __half2 __hadd2(__half2 a, __half2 b) {
-  using inductor_ext::narrow, inductor_ext::widen;
-  return {narrow<__half>(widen(a.x) + widen(b.x)), narrow<__half>(widen(a.y) + widen(b.y))};
-}

@@ -29,6 +29,9 @@ struct Raw {
   void multiply(const Raw& other) {
     for (int i = 0; i < N; ++i) set(i, get(i) * other.get(i));
   }
+  void add(const Raw& other) {  // by way of fp32, as eager adds
+    for (int i = 0; i < N; ++i) set(i, get(i) + other.get(i));
+  }
   static uint32_t pair(float low, float high) { return inductor_ext::pack(static_cast<T*>(nullptr), low, high); }
 
  private:
