@@ -25,11 +25,8 @@ constexpr int64_t kAlignment = 16;  // bytes, of everything that the copy engine
 // One product of a launch, as the device sees it. A scale of one element is read with stride 0.
 struct Product {
   CUtensorMap a, b;
-  CUtensorMap a_half;  // in boxes of 64 rows: where the tile family takes halves of tiles only
   CUtensorMap out;  // of the tile family only
   CUtensorMap residual;  // of kernels that add one only
-  const void* a_data;
-  int64_t a_pitch;  // bytes
   const float* scale_a;
   const float* scale_b;
   const void* bias;
@@ -115,7 +112,6 @@ void add_product(Products& products, const Boxes& boxes, Device& device, int* co
   if (products.m == 0) return;
   const int64_t a_pitch = pitch_of(a, 0, products.m, p.k), b_pitch = pitch_of(b, 1, p.n, p.k);
   check_pitch(a, "a", a_pitch), check_pitch(b, "b", b_pitch);
-  p.a_data = data(a), p.a_pitch = a_pitch;
   encode(&p.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(a), products.m, p.k, a_pitch, boxes.a_rows, 128);
   encode(&p.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(b), p.n, p.k, b_pitch, boxes.b_rows, 128);
   if (boxes.out_rows > 0) {

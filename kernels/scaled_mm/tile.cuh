@@ -6,8 +6,9 @@
 //   clusters     cm × cn CTAs with neighbouring tiles; each brings 1/cn of its rows of a and 1/cm of its rows of b to all that
 //                share them. FP8 at full rate wants more bytes a cycle than L2 gives 132 SMs: 128 × 128 tiles ask for 64, L2
 //                has about 30, so what neighbours share is fetched once.
-//   halves       where a last round of tiles would leave at least half of the CTAs idle, each of its tiles is taken in two halves of
-//                its rows: 448 tiles on 132 multiprocessors take the time of 3.6 rounds instead of 4
+//
+// Not here: the tiles of a last round taken in halves, so that all CTAs have some, 448 tiles on 132 multiprocessors in 3.6 rounds
+// instead of 4. It took as long (0.98 to 1.00 of the speed at 7168 rows on an H200): CTAs that have none leave the others power.
 //
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
 // through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
@@ -47,15 +48,12 @@ struct TileShared {
   static constexpr int kStages = fit(kChunks) < kTileMaxStages ? fit(kChunks) : kTileMaxStages;
   static constexpr int kBytes = kStages * kStage + fixed(kChunks);
   static_assert(kStages >= 3, "the tile leaves no room for a pipeline");
-  static constexpr bool kHalves = Pingpong && kBlocks == 2;  // can be had: a consumer has two blocks of 64 rows
 };
 
 struct TileParams {
   Products products;
   int tiles_m;          // in cluster tiles, rounded up
   int tiles_n;          // likewise
-  int whole;            // tiles that are taken whole: all, or all but the last round's
-  int parts;            // those and the halves of the others
   int group;            // cluster tiles of M that are taken together, so that their b stays in L2
   int cluster_m, cluster_n;
   bool static_b;
@@ -66,14 +64,10 @@ struct TileAt {
   int row, channel;
   const Product* product;
   int blocks;  // stages of K
-  bool half;   // of its rows: 64 from `row` on
 };
 
-// `part`: a tile, or from p.whole on a half of one.
-template <int M, int Columns, bool Halves>
-__device__ __forceinline__ TileAt tile_at(const TileParams& p, int part, int rank_m, int rank_n) {
-  const bool half = Halves && part >= p.whole;
-  const int index = half ? p.whole + (part - p.whole) / 2 : part, below = half ? (part - p.whole) % 2 * 64 : 0;
+template <int M, int Columns>
+__device__ __forceinline__ TileAt tile_at(const TileParams& p, int index, int rank_m, int rank_n) {
   const int per_group = p.group * p.tiles_n;
   const int group = index / per_group, rest = index - group * per_group;
   const int first = group * p.group, rows = min(p.group, p.tiles_m - first);
@@ -81,8 +75,7 @@ __device__ __forceinline__ TileAt tile_at(const TileParams& p, int part, int ran
   int which = 0;
   while (which + 1 < p.products.count && tile_n >= p.products.of[which + 1].first_tile) ++which;
   const Product& product = p.products.of[which];
-  const int row = (tile_m * p.cluster_m + rank_m) * M + below;
-  return {row, (tile_n - product.first_tile) * Columns, &product, (product.k + kBlockK - 1) / kBlockK, half};
+  return {(tile_m * p.cluster_m + rank_m) * M, (tile_n - product.first_tile) * Columns, &product, (product.k + kBlockK - 1) / kBlockK};
 }
 
 // What a thread's columns of one box are multiplied by: those of `Wgmma`.
@@ -241,13 +234,12 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
   const int ctas = p.cluster_m * p.cluster_n, rank = blockIdx.x % ctas;
   const int rank_m = rank % p.cluster_m, rank_n = rank / p.cluster_m;
-  const int first = blockIdx.x / ctas, step = gridDim.x / ctas;
+  const int first = blockIdx.x / ctas, step = gridDim.x / ctas, tiles = p.tiles_m * p.tiles_n;
   const int group = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.products.count; ++i) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].a));
-      if (p.whole < p.parts) cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].a_half));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].b));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].out));
       if (Add) cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.products.of[i].residual));
@@ -272,10 +264,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       for (int i = 0; i < p.cluster_n; ++i) same_m |= 1 << (rank_m + p.cluster_m * i);
       for (int i = 0; i < p.cluster_m; ++i) same_n |= 1 << (i + p.cluster_m * rank_n);
       const int a_rows = M / p.cluster_n, b_rows = N / p.cluster_m;
-      auto tile_of = [&](int part) { return tile_at<M, Shared::kColumns, Shared::kHalves>(p, part, rank_m, rank_n); };
-      auto bytes_of = [&](const TileAt& tile) { return tile.half ? Shared::kStage - 64 * kBlockK : Shared::kStage; };
       auto load_a = [&](const TileAt& tile, int block, int s) {
-        if (tile.half) return load_tile(&tile.product->a_half, full + s, shared + s * Shared::kStage, block * kBlockK, tile.row);
         uint8_t* to = shared + s * Shared::kStage + rank_n * a_rows * kBlockK;
         const int row = tile.row + rank_n * a_rows;
         if (p.cluster_n > 1) {
@@ -304,22 +293,22 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       Slot slot;
       slot.phase = 1;  // the first time round every stage is free
       int ahead = 0;
-      if (p.static_b && first < p.parts) {  // a few stages of weights before the kernel ahead has ended
-        const TileAt tile = tile_of(first);
+      if (p.static_b && first < tiles) {  // a few stages of weights before the kernel ahead has ended
+        const TileAt tile = tile_at<M, Shared::kColumns>(p, first, rank_m, rank_n);
         for (; ahead < min(tile.blocks, kStages); ++ahead) {
-          FullBarrier::arrive_and_expect_tx(full + ahead, bytes_of(tile));
+          FullBarrier::arrive_and_expect_tx(full + ahead, Shared::kStage);
           load_b(tile, ahead, ahead);
         }
       }
       wait_for_previous_kernel();
-      for (int part = first; part < p.parts; part += step) {
-        const TileAt tile = tile_of(part);
+      for (int index = first; index < tiles; index += step) {
+        const TileAt tile = tile_at<M, Shared::kColumns>(p, index, rank_m, rank_n);
         for (int block = 0; block < tile.blocks; ++block) {
           if (ahead > 0) {
             --ahead;
           } else {
             EmptyBarrier::wait(empty + slot.index, slot.phase);
-            FullBarrier::arrive_and_expect_tx(full + slot.index, bytes_of(tile));
+            FullBarrier::arrive_and_expect_tx(full + slot.index, Shared::kStage);
             load_b(tile, block, slot.index);
           }
           load_a(tile, block, slot.index);
@@ -352,8 +341,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     if (Pingpong && consumer == 1) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2);  // the first tile is consumer 0's
     Slot slot;
     int turn = 0;
-    for (int part = first; part < p.parts; part += step, turn ^= 1) {
-      const TileAt tile = tile_at<M, Shared::kColumns, Shared::kHalves>(p, part, rank_m, rank_n);
+    for (int index = first; index < tiles; index += step, turn ^= 1) {
+      const TileAt tile = tile_at<M, Shared::kColumns>(p, index, rank_m, rank_n);
       if (Pingpong && turn != consumer) {
         slot.skip(tile.blocks, kStages);
         continue;
@@ -364,9 +353,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       // Asked for before the products and used after them.
       if (Add && leader) {
         cute::tma_store_wait<0>();  // the copy engine has read the last tile, which every warp had finished before
-        const int every = tile.half ? 2 : 1;  // chunks of the first block alone
-        FullBarrier::arrive_and_expect_tx(residual_full + consumer, Shared::kChunks / every * Shared::kChunk);
-        for (int i = 0; i < Shared::kChunks; i += every) {
+        FullBarrier::arrive_and_expect_tx(residual_full + consumer, Shared::kChunks * Shared::kChunk);
+        for (int i = 0; i < Shared::kChunks; ++i) {
           const int column = tile.channel + i / kBlocks * Shared::kBoxColumns, row = row0 + i % kBlocks * 64;
           load_tile(&product.residual, residual_full + consumer, own_staging + i * Shared::kChunk, column, row);
         }
@@ -410,51 +398,44 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       // Consumers take turns in the ring: a wait for a stage tells only odd rounds from even ones, so one that ran ahead of the
       // other's tile would take that tile's stages for its own.
       if constexpr (Pingpong) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2 + consumer);
-      auto multiply = [&](auto blocks) {  // that many blocks of rows
-        int previous = -1;
-        for (int block = 0; block < tile.blocks; ++block) {
-          FullBarrier::wait(full + slot.index, slot.phase);
-          const uint8_t* a = shared + slot.index * Shared::kStage + (Pingpong ? 0 : consumer * Shared::kRows * kBlockK);
-          const uint8_t* b_tile = shared + slot.index * Shared::kStage + M * kBlockK;
-          if constexpr (Exact) {
+      int previous = -1;
+      for (int block = 0; block < tile.blocks; ++block) {
+        FullBarrier::wait(full + slot.index, slot.phase);
+        const uint8_t* a = shared + slot.index * Shared::kStage + (Pingpong ? 0 : consumer * Shared::kRows * kBlockK);
+        const uint8_t* b_tile = shared + slot.index * Shared::kStage + M * kBlockK;
+        if constexpr (Exact) {
 #pragma unroll
-            for (int b = 0; b < blocks; ++b) {
-              float part[N / 2];
-              fence_registers(part);
-              cute::warpgroup_arrive();
-              Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, part, true);
-              cute::warpgroup_commit_batch();
-              cute::warpgroup_wait<0>();
-              if (b == blocks - 1) release(slot.index);
-              fence_registers(part);
-#pragma unroll
-              for (int i = 0; i < N / 2; ++i) d[b][i] += part[i];
-            }
-          } else {
-#pragma unroll
-            for (int b = 0; b < blocks; ++b) fence_registers(d[b]);
+          for (int b = 0; b < kBlocks; ++b) {
+            float part[N / 2];
+            fence_registers(part);
             cute::warpgroup_arrive();
-#pragma unroll
-            for (int b = 0; b < blocks; ++b) Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, d[b], block == 0);
+            Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, part, true);
             cute::warpgroup_commit_batch();
-            cute::warpgroup_wait<1>();
-            if (previous >= 0) release(previous);
-            previous = slot.index;
-          }
-          slot.advance(kStages);
-        }
-        if constexpr (Pingpong) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2 + (consumer ^ 1));
-        if constexpr (!Exact) {
-          cute::warpgroup_wait<0>();
-          if (previous >= 0) release(previous);
+            cute::warpgroup_wait<0>();
+            if (b == kBlocks - 1) release(slot.index);
+            fence_registers(part);
 #pragma unroll
-          for (int b = 0; b < blocks; ++b) fence_registers(d[b]);
+            for (int i = 0; i < N / 2; ++i) d[b][i] += part[i];
+          }
+        } else {
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
+          cute::warpgroup_arrive();
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) Wgmma<EA, EB, N>::stage(a + b * 64 * kBlockK, b_tile, d[b], block == 0);
+          cute::warpgroup_commit_batch();
+          cute::warpgroup_wait<1>();
+          if (previous >= 0) release(previous);
+          previous = slot.index;
         }
-      };
-      if (Shared::kHalves && tile.half) {
-        multiply(std::integral_constant<int, 1>());
-      } else {
-        multiply(std::integral_constant<int, kBlocks>());
+        slot.advance(kStages);
+      }
+      if constexpr (Pingpong) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2 + (consumer ^ 1));
+      if constexpr (!Exact) {
+        cute::warpgroup_wait<0>();
+        if (previous >= 0) release(previous);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) fence_registers(d[b]);
       }
 
       // Those of the last tile were read before its last `meet`.
@@ -470,7 +451,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       meet();
       if constexpr (End::kRotates) {
         unrolled<kBlocks>([&](auto b) {
-          if (b > 0 && tile.half) return;
           uint8_t* low = own_staging + 2 * b * Shared::kChunk;
           HeadRow<Out> rows[2];
           round_head<Out>(rows, d[b], scale[b], channel_scale);
@@ -510,10 +490,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 #pragma unroll
         for (int i = 0; i < N / Shared::kColumns; ++i) scales[i].read(channel_scale + i * Shared::kColumns + kFirst);
         unrolled<kBlocks>([&](auto b) {
-          if (b > 0 && tile.half) {
-            staged += Add;  // a residual's chunks have their places
-            return;
-          }
           uint8_t* chunk = own_staging + staged++ % Shared::kChunks * Shared::kChunk;
           if constexpr (!Add) {
             if (leader) cute::tma_store_wait<Shared::kChunks - 1>();  // the copy engine has read what was there
@@ -574,27 +550,19 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
 
   static void launch(const Products& products, int device, bool static_b, int cluster_m, int cluster_n,
                      const typename End::Params& end = {}) {
-    const int ctas = cluster_m * cluster_n, room = sm_count(device) / ctas;
+    const int ctas = cluster_m * cluster_n;
     TileParams p{products};
     p.tiles_m = static_cast<int>(ceil_div(products.m, M * cluster_m));
     p.tiles_n = products.tiles_n / cluster_n / (N / Shared::kColumns);
     p.group = std::max(1, 1024 / (M * cluster_m));
     p.cluster_m = cluster_m, p.cluster_n = cluster_n, p.static_b = static_b;
-    p.whole = p.parts = p.tiles_m * p.tiles_n;
-    const int left = p.parts % room;
-    if (Shared::kHalves && ctas == 1 && 2 * left <= room && (products.m - 1) % M >= M / 2) {  // no half without a row
-      p.whole -= left, p.parts += left;
-      for (int i = 0; left > 0 && i < products.count; ++i) {
-        Product& of = p.products.of[i];
-        encode(&of.a_half, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, static_cast<const uint8_t*>(of.a_data), products.m, of.k, of.a_pitch, M / 2, 128);
-      }
-    }
     auto* kernel = scaled_mm_tile_kernel<EA, EB, Out, M, N, Pingpong, Exact, End>;
     static OncePerDevice allowed;
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");
     });
-    Launch launch(static_cast<unsigned>(std::min(p.parts, room) * ctas), kTileThreads);
+    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n * ctas, room = sm_count(device) / ctas * ctas;
+    Launch launch(static_cast<unsigned>(std::min(wanted, room)), kTileThreads);
     launch.stream(env_stream(device)).shared_memory(Shared::kBytes).programmatic();
     if (ctas > 1) launch.cluster(ctas);
     launch.run(kernel, p, end);

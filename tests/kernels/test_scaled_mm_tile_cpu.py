@@ -152,19 +152,6 @@ def test_many_tiles_of_few_stages(tile: Any, k: int) -> None:
     check(tile, 5 * tile[1], 3 * tile[2], k, sms=3, static_b=True)
 
 
-@pytest.mark.parametrize("k", [128, 400])
-@pytest.mark.parametrize(("tiles", "sms"), [(6, 4), (7, 3), (1, 2)], ids=["one round", "two rounds", "nothing else"])
-def test_the_last_round_in_halves(tile: Any, tiles: int, sms: int, k: int) -> None:
-    """Of pingpong tiles of 128 rows: by the bytes what one CTA, which takes all tiles whole, gives."""
-    kernel, rows, columns, a_dtype, out_dtype = tile
-    torch.manual_seed(tiles)
-    m, n = (2 * rows - 8, tiles // 2 * columns) if tiles % 2 == 0 else (rows, tiles * columns)
-    given = problem(m, n, k, a_dtype, out_dtype, True, True)
-    found = into(m, n, out_dtype, lambda out: kernel.run(*given, out, sms=sms, static_b=k == 128, seed=sms))
-    assert_same_bytes(found, into(m, n, out_dtype, lambda out: kernel.run(*given, out, sms=1)))
-    close(found, *given)
-
-
 def test_no_row(tile: Any) -> None:
     check(tile, 0, 32, 64)
 
@@ -198,8 +185,7 @@ def test_a_residual_is_added_to_the_rounded_product(built: Built, name: str) -> 
     key = config, a_dtype, E4, out_dtype, fast
     plain, adding = built(scaled_mm, *key), built(scaled_mm_add, *key)
     rows, columns = parse(config).m, parse(config).n
-    halves = (2 * rows - 8, 3 * columns, 400, 4)
-    for m, n, k, sms in ((rows + 9, columns + 48, 400, 2), (3 * rows, 2 * columns, 128, 1), (5, 16, 16, 1), halves):
+    for m, n, k, sms in ((rows + 9, columns + 48, 400, 2), (3 * rows, 2 * columns, 128, 1), (5, 16, 16, 1)):
         torch.manual_seed(m)
         given = problem(m, n, k, a_dtype, out_dtype, True, k == 400)
         residual = within((m, n), (torch.randn(m, n) * 100).to(out_dtype))
@@ -221,8 +207,7 @@ def test_gate_and_up(built: Built, name: str, up_first: bool) -> None:
     plain, gated = built(scaled_mm, *key), built(scaled_mm_act_mul, *key, "silu")
     tile = parse(config)
     rows, columns = tile.m * tile.cluster[0], tile.n // 2 * tile.cluster[1]
-    sizes = [(rows + 9, columns + 48, 400, 2, 2), (3 * rows, 2 * columns, 128, 1, 1), (5, 16, 16, 1, 0)]
-    for m, n, k, sms, biased in (*sizes, (2 * rows - 8, 3 * columns, 400, 4, 2)):  # the last: in halves
+    for m, n, k, sms, biased in ((rows + 9, columns + 48, 400, 2, 2), (3 * rows, 2 * columns, 128, 1, 1), (5, 16, 16, 1, 0)):
         torch.manual_seed(m)
         weights = sorted((operand(n, k, E4) for _ in range(2)), key=torch.Tensor.data_ptr, reverse=up_first)
         gate, up = (each.t() for each in weights)
@@ -261,7 +246,6 @@ def test_heads(built: Built, name: str, norm: str) -> None:
     check_heads(built, name, norm, 1, 2 * rows + 8, [HEAD], 1, sms=2)
     check_heads(built, name, norm, 3, 11, [HEAD, 2 * HEAD], 1)
     check_heads(built, name, norm, 5, 1, [HEAD, HEAD], 2, tables=5)
-    check_heads(built, name, norm, 2, rows - 4, [HEAD, HEAD, HEAD], 2, sms=4)  # the last round in halves
 
 
 def check_heads(
