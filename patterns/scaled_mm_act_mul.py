@@ -198,7 +198,7 @@ def _gain(target: str, found: Product, act: str, problem: tuple[int, int, bool, 
     """`scaled_plan.measured` of SiLU, which the table was measured with."""
     if act != "silu":
         return Failure(found.node, "not measured", "SiLU", act)
-    return scaled_plan.measured(scaled_mm_act_mul.TABLE, target, found, problem)
+    return scaled_plan.measured(scaled_mm_act_mul.TABLE, target, found.node, found.m, problem)
 
 
 # ---- the rewrite ---------------------------------------------------------------------------------------------------------

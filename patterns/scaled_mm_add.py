@@ -73,7 +73,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     device = value_of(found.a).device
     target = scaled_mm.target_of(device)
     problem = found.n, found.k, found.rowwise, found.fast
-    why = "" if context.forced else scaled_plan.measured(scaled_mm_add.TABLE, target, found, problem)
+    why = "" if context.forced else scaled_plan.measured(scaled_mm_add.TABLE, target, found.node, found.m, problem)
     if isinstance(why, Failure):
         wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
         return context.refuse(node, why.reason, wanted=wanted, found=why.found)

@@ -110,20 +110,22 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     (a,), b, scale_a, scale_b, _, _, fast, *_ = buffer.args
     device, m = value_of(a).device, value_of(a).shape[0]
     target = scaled_mm.target_of(device)
-    if not context.forced and target not in scaled_mm_rope.BY_ITSELF:
-        wanted = f'rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, "it is seldom faster", wanted=wanted, found=scaled_mm_rope.MEASURED)
     static = isinstance(m, int)
     ns, k = tuple(value_of(each).shape[1] for each in b), value_of(b[0]).shape[0]
     rowwise = scaled_mm.is_rowwise([value_of(each) for each in (*scale_a, *scale_b)])
-    name = scaled_mm_rope.choose(target, m if static else scaled_mm.bounds(m)[1], ns, k, rowwise, fast)
+    table, problem = scaled_mm_rope.table(node.args[7]), (sum(ns), k, rowwise, fast)  # type: ignore[arg-type]
+    why = "" if context.forced else scaled_plan.measured(table, target, node, m, problem)
+    if isinstance(why, Failure):
+        wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
+        return context.refuse(node, why.reason, wanted=wanted, found=why.found)
+    name = table.choose(target, m if static else scaled_mm.bounds(m)[1], *problem)
     if device.type == "cuda" and not name:
         return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
     plan = _Plan(node, buffer, heads, tuple(node.args[4:6]), place, name if static and device.type == "cuda" else "")
     made = Call(scaled_mm_rope.OP, torch.fx.map_arg(plan.arguments(), value_of))
     turned = " and ".join(str(head.width // HEAD_DIM) for head in heads)
     detail = f"{turned} heads, N = {' + '.join(map(str, ns))}: {name if device.type == 'cuda' else 'reference'}"
-    return Match(node, (made,), detail, "heads are rotated before they are stored", plan)
+    return Match(node, (made,), detail, why or "heads are rotated before they are stored", plan)
 
 
 def _heads(node: Node) -> tuple[_Head, ...] | Failure | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.kernels.shared import table_text
-from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.op_table import OpTable
 
 
@@ -33,7 +32,8 @@ def write_table(table: OpTable, results: Path, name: str, made_by: str, columns:
     shapes: dict[tuple[str, int, int], list[Any]] = {}
     for row in measured["rows"]:
         us = row[f"{name}_us"]
-        shape = choice.kind(row["rowwise"], True), row["n"], row["k"]
+        end = OpTable(table.folder, table.default, table.exact, row.get("end", ""))
+        shape = end.kind(row["rowwise"], True), row["n"], row["k"]
         shapes.setdefault(shape, []).append([row["m"], row[name], us, round(us * row["ratio"], 2)])
     made = [{"kind": kind, "n": n, "k": k, "rows": rows} for (kind, n, k), rows in shapes.items()]
     gpu, torch = (measured["environment"][key] for key in ("gpu", "torch"))

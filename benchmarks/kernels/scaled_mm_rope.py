@@ -1,6 +1,7 @@
 """The projections of q, k and v, then the norm and rotation of q and k: in two launches, or in one.
 
     python -m benchmarks.kernels.scaled_mm_rope --out benchmarks/results/h200/scaled_mm_rope.json
+    python -m benchmarks.kernels.scaled_mm_rope --table-of benchmarks/results/h200/scaled_mm_rope.json       (needs no GPU)
 
     apart     the products, by PyTorch's operator (three) or by scaled_mm (one), whichever is faster here; then qk_norm_rope
     together  scaled_mm_rope in every configuration
@@ -23,13 +24,13 @@ import typer
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
-from benchmarks.kernels.scaled_mm_fused import compare
+from benchmarks.kernels.scaled_mm_fused import compare, write_table
 from benchmarks.kernels.shared import built, show
 from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
-from inductor_ext.kernels.scaled_mm_rope.op import HEAD_DIM, OP
+from inductor_ext.kernels.scaled_mm_rope.op import HEAD_DIM, NORMALISED, OP, table
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 
@@ -53,6 +54,7 @@ LAYERS = (
 )
 TOKENS = (512, 1024, 4096, 7168, 16384)
 SEQUENCE = 512
+COMMAND = "python -m benchmarks.kernels.scaled_mm_rope --table-of benchmarks/results/h200/scaled_mm_rope.json"
 CONFIGS = ("tile:128x128p", "tile:128x128p@2x1", "tile:64x128p")
 
 
@@ -122,31 +124,43 @@ def measure(layer: Layer, m: int, rowwise: bool) -> dict[str, Any]:
     sets = [Case(layer, problem) for _ in range(timing.sets_for(moved, 16))]
     for config in CONFIGS:
         check(sets[0], config)
-    chosen = scaled_mm.decide("sm_90a", m, layer.widths, layer.k, rowwise, True)
-    assert chosen is not None
-    name = chosen.config.name
+    name = product_config(problem, layer)
     sides: dict[str, list[Callable[[], Any]]] = {
         "torch": [c.stock for c in sets],
         "ours": [lambda c=c: c.ours(name) for c in sets],
         **{config: [lambda c=c, config=config: c.together(config) for c in sets] for config in CONFIGS},
     }
-    return {"model": layer.model, "m": m, "rowwise": rowwise, **compare(sides, CONFIGS, "together", name)}
+    end = {"end": NORMALISED} if layer.norm else {}
+    shape = {"model": layer.model, "m": m, "n": problem.n, "k": problem.k, "rowwise": rowwise, **end}
+    return shape | compare(sides, CONFIGS, "together", name)
+
+
+def product_config(problem: cases.Problem, layer: Layer) -> str:
+    """The configuration of scaled_mm that is timed apart."""
+    chosen = scaled_mm.decide("sm_90a", problem.m, layer.widths, problem.k, problem.rowwise, True)
+    assert chosen is not None
+    return chosen.config.name
 
 
 def build() -> None:
     """Every kernel that is compared, in parallel. RuntimeError with the first failure."""
     names, norms = set(CONFIGS), {layer.norm for layer in LAYERS}
     for layer, m, rowwise in itertools.product(LAYERS, TOKENS, (True, False)):
-        chosen = scaled_mm.decide("sm_90a", m, layer.widths, layer.k, rowwise, True)
-        assert chosen is not None
-        names.add(chosen.config.name)
+        names.add(product_config(cases.Problem(m, sum(layer.widths), layer.k, rowwise, True), layer))
     specs = [OP.spec_of_key((config, E4, E4, BF16, True, norm), "sm_90a") for config in CONFIGS for norm in sorted(norms)]
     specs += [SCALED_MM.spec_of_key((name, E4, E4, BF16, True), "sm_90a") for name in sorted(names)]
     specs += [QK_NORM_ROPE.spec_of_key((BF16, BF16 if norm else None, BF16, norm, BF16), "sm_90a") for norm in sorted(norms)]
     built(specs)
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_rope.json")) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_rope.json"),
+    table_of: Annotated[Path | None, typer.Option("--table-of", help="Measure nothing: make the op's table of these.")] = None,
+) -> None:
+    if table_of is not None:
+        columns = "ours, µs", "the products and the rotation, µs"
+        write_table(table(""), table_of, "together", COMMAND, columns, over="the products and qk_norm_rope")
+        return
     registry.ops()
     build()
     rows = [measure(layer, m, rowwise) for layer, rowwise, m in itertools.product(LAYERS, (True, False), TOKENS)]

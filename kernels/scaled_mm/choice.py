@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,14 @@ def choose(arch: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> Choi
 
 def possible(arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int = 1, most_m: int = MAX_M) -> list[Choice]:
     """Every choice that some M between two bounds leads to."""
-    sizes = possible_sizes(arch, n, k, rowwise, fast, least_m, most_m)
+    found = table(arch)
+    sizes = sizes_of(found.rows(kind(rowwise, fast), n, k) if found else [], least_m, most_m)
     choices = [choose(arch, m, n, k, rowwise, fast) for m in sizes]
     return [choice for choice in choices if choice is not None]
 
 
-def possible_sizes(
-    arch: str, n: int, k: int, rowwise: bool, fast: bool, least_m: int = 1, most_m: int = MAX_M, folder: Path = _HERE
-) -> list[int]:
-    """The M between two bounds at which the choice may become another: each measured one and the next above it."""
-    found = table(arch, folder)
-    rows = found.rows(kind(rowwise, fast), n, k) if found else []
+def sizes_of(rows: Sequence[Row], least_m: int, most_m: int) -> list[int]:
+    """The M between two bounds that take another of ``rows`` than the M before: each measured one and the next above it."""
     sizes = {least_m, *(row.m for row in rows if least_m <= row.m <= most_m)}
     sizes |= {m + 1 for m in sizes if m < most_m}
     return sorted(m for m in sizes if m <= most_m)

@@ -19,15 +19,23 @@ from inductor_ext.kernels.scaled_mm import op as scaled_mm
 
 @dataclasses.dataclass(frozen=True)
 class OpTable:
-    """The table in ``folder``. ``default``: the configuration of what is not in it, ``exact`` that with exact accumulation."""
+    """The table in ``folder``. ``default``: the configuration of what is not in it, ``exact`` that with exact accumulation.
+
+    ``end``: what tells this op's rows in the table from those of a variant of it, which is an `OpTable` of its own.
+    """
 
     folder: Path
     default: str
     exact: str
+    end: str = ""
+
+    def kind(self, rowwise: bool, fast: bool) -> str:
+        """What the table calls such problems."""
+        return ", ".join(filter(None, (choice.kind(rowwise, fast), self.end)))
 
     def decide(self, target: str, m: int, n: int, k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
         """What was measured of one problem; None below the least M that was, and without a table."""
-        found, kind = choice.table(target, self.folder), choice.kind(rowwise, fast)
+        found, kind = choice.table(target, self.folder), self.kind(rowwise, fast)
         rows = found.rows(kind, n, k) if found is not None else []
         return found.choose(kind, m, n, k) if found is not None and rows and m >= rows[0].m else None
 
@@ -44,7 +52,9 @@ class OpTable:
         """M or, where it is symbolic, those in its range at which `decide` may change its mind."""
         if isinstance(m, int):
             return [m]
-        return choice.possible_sizes(target, n, k, rowwise, fast, *scaled_mm.bounds(m), self.folder)
+        found = choice.table(target, self.folder)
+        rows = found.rows(self.kind(rowwise, fast), n, k) if found is not None else []
+        return choice.sizes_of(rows, *scaled_mm.bounds(m))
 
     def name(self, a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor], fast: bool) -> str:
         """The configuration of a call."""
@@ -62,6 +72,6 @@ class OpTable:
         found = choice.table(target, self.folder)
         if found is None:
             return []
-        kinds = [choice.kind(rowwise, True) for rowwise in (True, False)]
+        kinds = [self.kind(rowwise, True) for rowwise in (True, False)]
         rows = [row for kind in kinds for n, k in shapes for row in found.rows(kind, n, k)]
         return list(dict.fromkeys(row.config.name for row in rows))

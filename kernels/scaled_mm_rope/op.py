@@ -11,26 +11,24 @@ position t % S of sequence t // S. N_i are multiples of 128, ``rotated`` is 1 or
 
 A head is a tile's row, so that it is normalised and rotated while it is still in registers: the launch that would read q and k
 again and write them elsewhere goes. Each step is rounded as the two operators round it; only the norm's sum is taken in another
-order. Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``). None is chosen by itself: `BY_ITSELF`.
+order. Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``). Which one, and where it is faster than two launches, says
+``table_<target>.json``, by ``benchmarks/kernels/scaled_mm_rope.py``: `table`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from inductor_ext.kernels.qk_norm_rope import op as qk_norm_rope
 from inductor_ext.kernels.rms_norm_quantize.op import CPP_NORMS
-from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import Config, parse
+from inductor_ext.kernels.scaled_mm.op_table import OpTable
 from inductor_ext.op import Kernel, Op
-
-#: Targets on which the rule takes the kernels by itself. They ran on sm_90a, where it is faster at 512 rows alone.
-BY_ITSELF: frozenset[str] = frozenset()
-MEASURED = "1.2 to 1.6 times the speed of two launches at 512 rows, 0.9 to 1.1 above, on an H200"
 
 #: Of a head, and so of a tile.
 HEAD_DIM = 128
@@ -38,8 +36,12 @@ OUT_DTYPE = torch.bfloat16
 MAX_PRODUCTS = scaled_mm.MAX_GROUP
 NORMS = qk_norm_rope.NORMS
 
-#: What a problem takes for which scaled_mm's table names another kernel, and the same with partial sums beside the sums.
+#: What a problem takes that the table does not know, and the same with partial sums beside the sums.
 DEFAULT, EXACT = "tile:128x128p", "tile:128x128c"
+
+#: What the table calls heads that are normalised too.
+NORMALISED = "normalised heads"
+_TABLES = {bool(end): OpTable(Path(__file__).parent, DEFAULT, EXACT, end) for end in ("", NORMALISED)}
 
 Tensors = Sequence[torch.Tensor]
 
@@ -135,20 +137,15 @@ def is_ours(config: Config) -> bool:
     return config.family == "tile" and config.n == HEAD_DIM and config.m <= 128
 
 
-def choose(target: str, m: int, ns: tuple[int, ...], k: int, rowwise: bool, fast: bool) -> str:
-    """The configuration for one problem on ``target``: scaled_mm's, where it is one of ours. "" where there is none."""
-    if target != "sm_90a":
-        return ""
-    found = scaled_mm.decide(target, m, ns, k, rowwise, fast)
-    if found is not None and is_ours(found.config) and found.config.supports(not fast) and (fast or not found.config.pingpong):
-        return found.config.name
-    return DEFAULT if fast else EXACT
+def table(norm: str) -> OpTable:
+    """What was measured, of heads with or without a norm. N is that of all products together."""
+    return _TABLES[bool(norm)]
 
 
-def _problem(a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors) -> tuple[str, tuple[int, ...], int, bool]:
+def _problem(a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors) -> tuple[str, int, int, bool]:
     """Target, output channels, K, and whether any scale is a vector."""
-    ns = tuple(each.shape[1] for each in b)
-    return scaled_mm.target_of(a.device), ns, b[0].shape[0], scaled_mm.is_rowwise((scale_a, *scale_b))
+    n = sum(each.shape[1] for each in b)
+    return scaled_mm.target_of(a.device), n, b[0].shape[0], scaled_mm.is_rowwise((scale_a, *scale_b))
 
 
 def key(
@@ -156,8 +153,8 @@ def key(
     rotated: int, eps: float, norm: str, out_dtype: torch.dtype, fast: bool, static_b: bool, config: str,
 ) -> Hashable:  # fmt: skip
     if not config:
-        target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
-        config = choose(target, a.shape[0], ns, k, rowwise, fast)
+        target, n, k, rowwise = _problem(a, b, scale_a, scale_b)
+        config = table(norm).choose(target, a.shape[0], n, k, rowwise, fast)
     return (config, a.dtype, b[0].dtype, out_dtype, fast, norm) if config else None
 
 
@@ -170,9 +167,9 @@ def keys(
     if config or isinstance(m, int):
         given = (a, b, scale_a, scale_b, q_weight, k_weight, cos, sin, rotated, eps, norm, out_dtype, fast, static_b, config)
         return [key(*given)]
-    target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
-    sizes = choice.possible_sizes(target, sum(ns), k, rowwise, fast, *scaled_mm.bounds(m))
-    names = dict.fromkeys(choose(target, size, ns, k, rowwise, fast) for size in sizes)
+    target, n, k, rowwise = _problem(a, b, scale_a, scale_b)
+    found, problem = table(norm), (n, k, rowwise, fast)
+    names = dict.fromkeys(found.choose(target, size, *problem) for size in found.sizes(target, m, *problem))
     return [(name, a.dtype, b[0].dtype, out_dtype, fast, norm) for name in names if name]
 
 

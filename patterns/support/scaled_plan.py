@@ -127,15 +127,16 @@ def _sizes(target: str, m: Any, ns: tuple[int, ...], k: int, rowwise: bool, fast
     return sorted(size for size in sizes if least <= size <= most)
 
 
-def measured(table: OpTable, target: str, found: Product, problem: tuple[int, int, bool, bool]) -> str | Failure:
-    """What an op's own table says of ``problem`` (N, K, row-wise, fast), where it is a gain for every M that there may be."""
-    each = [(m, table.decide(target, m, *problem)) for m in table.sizes(target, found.m, *problem)]
+def measured(table: OpTable, target: str, node: Node, rows: Any, problem: tuple[int, int, bool, bool]) -> str | Failure:
+    """What an op's own table says of ``problem`` (N, K, row-wise, fast), where it is a gain for every M that ``rows`` may be.
+    ``node`` is where a failure is."""
+    each = [(m, table.decide(target, m, *problem)) for m in table.sizes(target, rows, *problem)]
     unknown = next((m for m, known in each if known is None), None)
     if unknown is not None:
         wanted = "a measured number of rows, with fast accumulation, on a measured GPU"
-        return Failure(found.node, "not measured", wanted, f"{unknown} rows on {target}")
+        return Failure(node, "not measured", wanted, f"{unknown} rows on {target}")
     least = min((known for _, known in each if known is not None), key=lambda known: known.gain)
     if not least.use:
         wanted = f"{choice.MEASURED_GAIN} times the speed of two launches"
-        return Failure(found.node, "it would not be faster", wanted, least.why)
+        return Failure(node, "it would not be faster", wanted, least.why)
     return least.why

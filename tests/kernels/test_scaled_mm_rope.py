@@ -18,7 +18,7 @@ from inductor_ext import registry
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
-from inductor_ext.kernels.scaled_mm_rope.op import DEFAULT, EXACT, NORMS, OP, choose, is_ours
+from inductor_ext.kernels.scaled_mm_rope.op import DEFAULT, EXACT, NORMALISED, NORMS, OP, is_ours, table
 from tests.support import scaled_tables as tables
 from tests.support.equal import assert_same_bytes
 from tests.support.kernels import arch_or_skip, build
@@ -214,23 +214,26 @@ def test_a_symbolic_m() -> None:
     keys = OP.kernel.keys(*given.arguments())
     assert (DEFAULT, E4, E4, BF16, True, "cast mul") in keys and len(keys) == len(set(keys))
     for m in (1, 16, 65, 512, 7168, 16384):
-        assert (choose("sm_90a", m, (2048, 1024, 1024), 1024, True, True), E4, E4, BF16, True, "cast mul") in keys
+        assert (table("cast mul").choose("sm_90a", m, 4096, 1024, True, True), E4, E4, BF16, True, "cast mul") in keys
     assert not environment.guards
     assert OP.kernel.keys(*given.arguments(config=EXACT)) == [(EXACT, E4, E4, BF16, True, "cast mul")]
 
 
 def test_every_choice_is_a_kernel_of_whole_heads() -> None:
-    shapes, either = (((2048, 1024, 1024), 1024), ((4096, 1024, 1024), 4096)), (True, False)
-    for m, (ns, k), rowwise, fast in itertools.product((1, 64, 512, 7168, 16384), shapes, either, either):
-        config = parse(choose("sm_90a", m, ns, k, rowwise, fast))
+    shapes, either = ((4096, 1024), (6144, 4096)), (True, False)
+    for norm, m, (n, k), rowwise, fast in itertools.product(NORMS, (1, 64, 512, 7168, 16384), shapes, either, either):
+        config = parse(table(norm).choose("sm_90a", m, n, k, rowwise, fast))
         assert is_ours(config) and config.supports(not fast)
-    assert choose("sm_100a", 512, (2048, 1024, 1024), 1024, True, True) == ""
+    assert table("").choose("sm_100a", 512, 4096, 1024, True, True) == ""
 
 
-def test_the_tables_tile_is_taken_where_it_holds_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, taken in (("tile:64x128p", True), ("tile:128x128p@2x1", True), ("tile:128x160p", False), (tables.STREAM, False)):
-        tables.use(monkeypatch, {(512, 64): ((16384, name, 2.0, 4.0),), (256, 64): tables.FASTER, (128, 64): tables.FASTER})
-        assert choose("sm_90a", 512, (256, 128, 128), 64, True, True) == (name if taken else DEFAULT)
+def test_heads_with_and_without_a_norm_were_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = tuple(table(norm).kind(True, True) for norm in ("", "cast mul"))
+    assert kinds[1] == f"{kinds[0]}, {NORMALISED}"
+    for own, other, kind in (("", "cast mul", kinds[0]), ("cast mul", "", kinds[1])):
+        tables.use(monkeypatch, {(512, 64): ((16, "tile:64x128p", 2.0, 4.0),)}, kinds=(kind,))
+        assert table(own).choose("sm_90a", 512, 512, 64, True, True) == "tile:64x128p"
+        assert table(other).choose("sm_90a", 512, 512, 64, True, True) == DEFAULT
 
 
 def test_kernels_are_named_by_their_norm() -> None:

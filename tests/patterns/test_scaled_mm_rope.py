@@ -78,17 +78,30 @@ def test_one_launch_a_layer(kind: str, dynamic: bool) -> None:
 
 
 @MODELS
-def test_it_waits_to_be_asked(kind: str) -> None:
+def test_fewer_rows_than_were_measured(kind: str) -> None:
     torch._dynamo.reset()
     found = on_fake_cuda(kind, False, BEFORE)
     assert "scaled_mm_rope" not in found.counts() and found.counts()["qk_norm_rope"] == LAYERS
-    assert set(refusals(found, "scaled_mm_rope")) == {"it is seldom faster"}
+    assert set(refusals(found, "scaled_mm_rope")) == {"not measured"}
 
 
-def test_a_kernel_that_was_measured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(scaled_mm_rope, "BY_ITSELF", frozenset({"sm_90a"}))
-    assert on_fake_cuda("Qwen3", False, BEFORE).counts()["scaled_mm_rope"] == LAYERS
+def test_what_was_measured_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads with a norm for Qwen3, without for Llama, and with the tile that was the fastest."""
+    plain, normalised = (scaled_mm_rope.table(norm).kind(True, True) for norm in ("", "cast mul"))
+    shape = (HEADS + 2 * KV_HEADS) * D, HIDDEN
+    for kind, own, other in (("Qwen3", normalised, plain), ("Llama", plain, normalised)):
+        for us, reason in ((2.0, None), (3.99, "it would not be faster")):
+            tables.use(monkeypatch, {shape: ((64, "tile:64x128p", us, 4.0), (128, "tile:64x128p", us, 4.0))}, kinds=(own,))
+            torch._dynamo.reset()
+            found = on_fake_cuda(kind, False, BEFORE)
+            assert found.counts().get("scaled_mm_rope", 0) == (LAYERS if reason is None else 0)
+            assert set(refusals(found, "scaled_mm_rope")) == ({reason} if reason else set())
+            if reason is None:
+                (detail,) = {event.detail for event in found.rewrites if event.rule == "scaled_mm_rope"}
+                assert detail.endswith(": tile:64x128p")
+        tables.use(monkeypatch, {shape: ((64, "tile:64x128p", 2.0, 4.0),)}, kinds=(other,))
+        torch._dynamo.reset()
+        assert set(refusals(on_fake_cuda(kind, False, BEFORE), "scaled_mm_rope")) == {"not measured"}
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["tensorwise", "rowwise"])

@@ -33,9 +33,14 @@ def forget() -> None:
     op._decide_group.cache_clear()
 
 
-def use(monkeypatch: pytest.MonkeyPatch, shapes: dict[tuple[int, int], tuple[Row, ...]], target: str = "sm_90a") -> None:
+def use(
+    monkeypatch: pytest.MonkeyPatch,
+    shapes: dict[tuple[int, int], tuple[Row, ...]],
+    target: str = "sm_90a",
+    kinds: tuple[str, ...] = ALL_KINDS,
+) -> None:
     """Let these measurements be all there are, on ``target`` only."""
-    made = choice.Table(content(shapes))
+    made = choice.Table(content(shapes, kinds))
     monkeypatch.setattr(choice, "table", lambda arch, folder=None: made if arch == target else None)
     forget()
 
