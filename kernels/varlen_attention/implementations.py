@@ -181,9 +181,13 @@ def _window(left: int, right: int) -> tuple[bool, tuple[int, int]]:
     return causal and left < 0, (-1, -1) if causal and left < 0 else (left, right)
 
 
-def _copy(found: torch.Tensor, cu_seqlens: torch.Tensor | None, out: torch.Tensor) -> None:
-    """What a library has allocated, into ``out``; rows past the last sequence, which it never wrote, stay ``out``'s."""
-    if cu_seqlens is None:
+def _copy(found: torch.Tensor, cu_seqlens: torch.Tensor | None, padded: bool, out: torch.Tensor) -> None:
+    """What a library has allocated, into ``out``; rows past the last sequence, which it never wrote, stay ``out``'s.
+
+    Where the caller says that there are none, a plain copy: to tell those rows apart took 42 µs of [7168, 16, 128] bf16 on an
+    H200, three launches.
+    """
+    if cu_seqlens is None or not padded:
         out.copy_(found)
         return
     inside = torch.arange(out.shape[0], device=out.device) < cu_seqlens[-1]
@@ -194,7 +198,7 @@ def _load_flash_4(module: Any) -> Run:
     forward = importlib.import_module(f"{module.__name__}.interface")._flash_attn_fwd  # the public one takes no ``out``
 
     def run(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, out: Any
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, padded: bool, out: Any
     ) -> None:
         causal, window = _window(left, right)
         bounds = [None if bound < 0 else bound for bound in window]
@@ -213,7 +217,7 @@ def _load_flash(module: Any) -> Run:
     """flash-attn 2 and 3, which spell their public functions alike."""
 
     def run(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, out: Any
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, padded: bool, out: Any
     ) -> None:
         causal, window = _window(left, right)
         rest = {"softmax_scale": scale, "causal": causal, "window_size": window, "softcap": softcap}
@@ -223,7 +227,7 @@ def _load_flash(module: Any) -> Run:
             lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
             longest = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
             found = module.flash_attn_varlen_func(q, k, v, **lengths, **longest, **rest)
-        _copy(found[0] if isinstance(found, tuple) else found, cu_seqlens, out)
+        _copy(found[0] if isinstance(found, tuple) else found, cu_seqlens, padded, out)
 
     return run
 
@@ -232,7 +236,7 @@ def _load_torch(_: Any) -> Run:
     into = getattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace", None)  # from torch 2.13 on
 
     def run(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, out: Any
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, padded: bool, out: Any
     ) -> None:
         causal, window = _window(left, right)
         longest = max_seqlen if cu_seqlens is not None else q.shape[1]
@@ -241,7 +245,7 @@ def _load_torch(_: Any) -> Run:
         if into is not None:
             into(out, *args, scale=scale, **bounds)
         else:
-            _copy(torch.ops.aten._flash_attention_forward(*args, scale=scale, **bounds)[0], cu_seqlens, out)
+            _copy(torch.ops.aten._flash_attention_forward(*args, scale=scale, **bounds)[0], cu_seqlens, padded, out)
 
     return run
 

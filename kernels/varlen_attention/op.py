@@ -119,7 +119,7 @@ def library(
         out.zero_()
     if out.numel() == 0:
         return
-    rest = (q, k, v, cu_seqlens, max_seqlen, scale, left, right, softcap, out)
+    rest = (q, k, v, cu_seqlens, max_seqlen, scale, left, right, softcap, padded, out)
     key = (q.dtype, q.shape[-1], left, right, softcap > 0, cu_seqlens is None, implementation, q.device.index)
     if key in _running:
         _running[key][1](*rest)
@@ -130,7 +130,7 @@ def library(
         usable = wanted is not None and wanted.load is not None and not implementations.missing(wanted, problem)
         found = wanted if usable else implementations.choose(problem, only_runs=True)[0]
         if found is None or found.load is None:
-            out.copy_(reference(*rest[:-1], padded, ""))
+            out.copy_(reference(*rest[:-1], ""))
             return
         try:
             run = found.load(importlib.import_module(found.module) if found.module else torch)
