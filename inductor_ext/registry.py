@@ -71,6 +71,7 @@ PRESETS = {
         "rms_norm_quantize",
         "act_mul_quantize",
         "qk_norm_rope",
+        "scaled_mm_rope",
     ),
 }
 

@@ -22,11 +22,11 @@ def built(specs: Iterable[jit.JitSpec]) -> dict[jit.JitSpec, Any]:
 
 
 def show(rows: Sequence[dict[str, Any]], width: int, without: Collection[str] = ()) -> None:
-    """One line a row, one column a key but those of ``without``; None is empty."""
-    names = [name for name in rows[0] if name not in without]
+    """One line a row, one column a key but those of ``without``; None, and a key that a row lacks, is empty."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in without]
     table = Table(*names)
     for row in rows:
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
+        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
     Console(width=width).print(table)
 
 

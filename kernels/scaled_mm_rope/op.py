@@ -201,6 +201,12 @@ def examples(target: str) -> tuple[Hashable, ...]:
     return (*fast, (EXACT, e4, e4, bf16, False, "cast mul"))
 
 
+def qwen3(target: str) -> list[Hashable]:
+    """Every kernel that the q, k and v of Qwen3-0.6B may take, for any M."""
+    e4, norm = torch.float8_e4m3fn, "cast mul"
+    return [(name, e4, e4, OUT_DTYPE, True, norm) for name in table(norm).preset(target, ((4096, 1024),))]
+
+
 OP = Op(
     schema=(
         "scaled_mm_rope(Tensor a, Tensor[] b, Tensor scale_a, Tensor[] scale_b, Tensor? q_weight, Tensor? k_weight, "
@@ -218,5 +224,6 @@ OP = Op(
         min_capability=(9, 0),
         examples=examples,
         keys=keys,
+        presets={"qwen3": qwen3},
     ),
 )
