@@ -280,14 +280,16 @@ def by_reason(refusals: list[Refusal]) -> Counter[tuple[str, str]]:
     return Counter((each.rule, each.reason) for each in refusals)
 
 
-def row(name: str, side: dict[str, Any]) -> dict[str, Any]:
-    parts = {part: round(found["us"]) for part, found in side["parts"].items()}
-    return {
-        "side": name, "ms": f"{side['step_ms']:.3f}", f"{STOCK} / it": f"{side['speedup']:.2f}",
-        "compile, s": side["compile_s"],
-        **{part + ", µs": us for part, us in parts.items()},
-        "kernels": sum(each[1] for each in side["kernels"]) or None, "cosine": f"{side['cosine']:.5f}",
-    }  # fmt: skip
+def rows(sides: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line of the table a side; columns for the classes of kernels that any of them has."""
+    parts = [part for part in (*breakdown.CLASSES, breakdown.GAPS) if any(part in found["parts"] for found in sides.values())]
+    made = []
+    for name, found in sides.items():
+        us = {f"{part}, µs": round(found["parts"].get(part, {"us": 0})["us"]) for part in parts}
+        launches = {"kernels": sum(launches for _, launches, _ in found["kernels"])} if parts else {}
+        head = {"side": name, "ms": f"{found['step_ms']:.3f}", "stock / it": f"{found['speedup']:.2f}"}
+        made.append({**head, **us, **launches, "compile, s": found["compile_s"], "cosine": f"{found['cosine']:.5f}"})
+    return made
 
 
 def main(
@@ -317,7 +319,7 @@ def main(
         for title in ("rules", "refusals"):
             if found[title]:
                 print(f"{side}, {title}: " + ", ".join(f"{each} ×{count}" for each, count in found[title].items()))
-    show([row(side, found) for side, found in sides.items()], 140)
+    show(rows(sides), 140)
 
 
 if __name__ == "__main__":
