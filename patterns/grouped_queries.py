@@ -8,7 +8,8 @@ and V are n queries of it, and may see the same keys. Model libraries write K an
 rewrite they are read as they are, 1/n of the memory traffic of a step's largest part. PyTorch's operator stays the one it was.
 
 On an H200 a decoding step of 64 sequences of 2048 tokens (4 layers of Llama-3.1-8B's shape) takes 1.97 ms instead of 4.79
-(benchmarks/results/h200/llama_decode_64.json); on a GPU on which it was not measured (``MEASURED``) the rule waits for ``always``.
+(benchmarks/results/h200/llama_decode_64.json). On a GPU on which it was not measured (``MEASURED``) the rule waits for
+``always``.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
 def _half(operand: Node) -> _Half | Failure | None:
     """Of which product ``operand`` is all or some columns; None where it is of none."""
     path = []
-    node, low, high = operand, 0, None
+    node, low, high, whole = operand, 0, None, operand  # whole: what the columns are taken of
     while True:
         above = in_order(node)
         while node is not above:
@@ -126,13 +126,12 @@ def _half(operand: Node) -> _Half | Failure | None:
             return None
         low, high, *steps = inside
         path.extend(steps)
-        node = steps[-1].args[0]  # type: ignore[assignment]
+        node = whole = steps[-1].args[0]  # type: ignore[assignment]
     found = scaled_product.parse(node)
     if isinstance(found, Failure):
         return found
     high = found.n if high is None else high
-    width = value_of(path[-1] if path else node).shape[-1]
-    if not known_equal(value_of(operand).shape[-1], high - low) or not known_equal(width, found.n):
+    if not known_equal(value_of(operand).shape[-1], high - low) or not known_equal(value_of(whole).shape[-1], found.n):
         wanted = f"views that keep the columns, {found.n} of them"
         return Failure(operand, "not whole columns", wanted, f"a view as {list(value_of(operand).shape)}")
     return _Half(found, low, high, (node, *path))
@@ -276,6 +275,17 @@ def _halves(a: Any, w: Any, s: Any, t: Any) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def _packed_halves(a: Any, w: Any, s: Any, t: Any) -> torch.Tensor:
+    """Of packed tokens: no view stands between the product and its halves."""
+    gate, up = product(a, w, s, t).chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _packed_slices(a: Any, w: Any, s: Any, t: Any) -> torch.Tensor:
+    both = product(a, w, s, t)
+    return torch.nn.functional.silu(both[:, :48]) * both[:, 48:]
+
+
 def _always(name: str, fn: Any, inputs: Any = _operands, **options: Any) -> Example:
     return Example(name, fn, inputs, mode="always", **options)
 
@@ -292,6 +302,8 @@ MATCHES = (
     _always("through_views", _through_views),
     _always("bias", _with_bias, _with(2)),
     _always("halves_of_one_product", _halves, lambda d: rowwise(d, n=96)),
+    _always("packed_halves", _packed_halves, lambda d: rowwise(d, n=96)),
+    _always("packed_slices", _packed_slices, lambda d: rowwise(d, n=96)),
     _always("dynamic_shape", _any_rows, dynamic=True),
 )
 

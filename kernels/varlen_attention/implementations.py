@@ -198,8 +198,9 @@ def _load_flash_4(module: Any) -> Run:
     forward = importlib.import_module(f"{module.__name__}.interface")._flash_attn_fwd  # the public one takes no ``out``
 
     def run(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, padded: bool, out: Any
-    ) -> None:
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float,
+        padded: bool, out: Any,
+    ) -> None:  # fmt: skip
         causal, window = _window(left, right)
         bounds = [None if bound < 0 else bound for bound in window]
         packed = {} if cu_seqlens is None else {
@@ -217,8 +218,9 @@ def _load_flash(module: Any) -> Run:
     """flash-attn 2 and 3, which spell their public functions alike."""
 
     def run(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, padded: bool, out: Any
-    ) -> None:
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float,
+        padded: bool, out: Any,
+    ) -> None:  # fmt: skip
         causal, window = _window(left, right)
         rest = {"softmax_scale": scale, "causal": causal, "window_size": window, "softcap": softcap}
         if cu_seqlens is None:
@@ -236,8 +238,9 @@ def _load_torch(_: Any) -> Run:
     into = getattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace", None)  # from torch 2.13 on
 
     def run(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float, padded: bool, out: Any
-    ) -> None:
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float,
+        padded: bool, out: Any,
+    ) -> None:  # fmt: skip
         causal, window = _window(left, right)
         longest = max_seqlen if cu_seqlens is not None else q.shape[1]
         bounds = {} if window == (-1, -1) else {"window_size_left": window[0], "window_size_right": window[1]}
