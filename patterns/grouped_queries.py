@@ -7,9 +7,11 @@ q [B, H, 1, D] has one query a sequence, so that a head's number is all that tel
 and V are n queries of it, and may see the same keys. Model libraries write K and V of a cache out n times for them; with the
 rewrite they are read as they are, 1/n of the memory traffic of a step's largest part. PyTorch's operator stays the one it was.
 
-On an H200 a decoding step of 64 sequences of 2048 tokens (4 layers of Llama-3.1-8B's shape) takes 1.97 ms instead of 4.79
-(benchmarks/results/h200/llama_decode_64.json). On a GPU on which it was not measured (``MEASURED``) the rule waits for
-``always``.
+cuDNN has a kernel for one query of a head and another for several; where heads are few the first is the faster one. On an H200
+a decoding step of 64 sequences of 2048 tokens (4 layers of Llama-3.1-8B's shape) takes 1.97 ms instead of 4.79
+(benchmarks/results/h200/llama_decode_64.json): attention is 193 µs of a layer instead of 489, and K and V are not written out.
+Of one sequence attention is 43 µs instead of 10 (llama_decode_1_grouped.json). With fewer heads than `LEAST_HEADS`, and on a
+GPU on which it was not measured (``MEASURED``), the rule waits for ``always``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
 from inductor_ext.graph import aten, call, describe, erase_dead, known_equal, value_of
@@ -31,6 +34,9 @@ from inductor_ext.rule import Context, Example, Match, Refusal, Rule
 
 #: GPUs on which decoding steps were measured with it and without.
 MEASURED = frozenset({"sm_90a"})
+
+#: Of K and V, in all sequences together: what was measured faster. Between 8, which was slower, and these nothing was measured.
+LEAST_HEADS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return refused
     plan = _Plan(found, k, v)
     batch, shared, count, width = plan.shape
+    if q.device.type == "cuda" and not context.forced and not statically_known_true(batch * shared >= LEAST_HEADS):
+        wanted = f"{LEAST_HEADS} heads of K and V in all sequences, or rules={{\"{context.rule}\": \"always\"}}"
+        return context.refuse(node, "few heads are faster repeated", wanted=wanted, found=f"{batch} × {shared}")
     detail = f"{batch} × {count} queries of {shared} heads of {width}, {found.kernel}"
     return Match(node, (), detail, f"K and V are read once, not {count} times", plan)
 

@@ -5,8 +5,12 @@
 
 Stores that `downcast_fp8` takes, and the same of rows in the cache's own dtype; also along the third dimension of a cache
 [B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written as a tensor only where something else reads it. v
-comes along if it goes to the same rows and is in memory in the dtype that k has before its rotation. On a GPU on which it
-was not measured (``MEASURED``) the rule waits for ``always``: two launches do then what it does in one.
+comes along if it goes to the same rows and is in memory in the dtype that k has before its rotation.
+
+On an H200 one launch is faster than two, and than stock, for one token into FP8 caches (1.11 to 1.17 times two) and for 16
+and 7168 into caches of k's dtype (1.30, 1.03); not for 16 and 64 into FP8 caches (0.71 to 0.89), and at 7168 for one of two
+models (benchmarks/results/h200/qk_norm_rope_store.json). Elsewhere, and on a GPU on which it was not measured (``MEASURED``),
+the rule waits for ``always``: two launches do then what it does in one.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
 from inductor_ext.graph import (
@@ -153,12 +158,30 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if found is None:
         return None
     refused = has_run.refusal(node, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
+    refused = refused or _seldom_faster(found, context)
     if refused is not None:
         return refused
     stored = "K and V" if found.v else f"K alone ({found.why_not_v})"
     detail = f"{stored}: {found.k.program or 'copied'} → {found.k.dtype}{', k is read too' if found.keep_k else ''}"
     why = "forced" if context.forced else "k is stored while it is in registers"
     return Match(node, (Call(OP, found.fake_arguments()),), detail, why, found)
+
+
+#: Tokens from which storing rows as they are was faster in one launch.
+LEAST_COPIED = 16
+
+
+def _seldom_faster(found: _Plan, context: Context) -> Refusal | None:
+    """A refusal where one launch was not measured to be faster than two."""
+    sequences, positions, *_ = found.sizes()
+    tokens, copied = sequences * positions, not found.k.program
+    if context.forced or value_of(found.k.x).device.type != "cuda":
+        return None
+    if statically_known_true(tokens >= LEAST_COPIED) if copied else known_equal(tokens, 1):
+        return None
+    sizes = f"one token into an FP8 cache, {LEAST_COPIED} or more into one of k's dtype"
+    wanted = f'{sizes}, or rules={{"{context.rule}": "always"}}'
+    return context.refuse(found.node, "two launches measured faster", wanted=wanted, found=f"{tokens} into {found.k.dtype}")
 
 
 def _plan(node: Node, forced: bool) -> _Plan | Failure | None:

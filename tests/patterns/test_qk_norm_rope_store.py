@@ -13,7 +13,19 @@ import inductor_ext
 from inductor_ext import registry
 from inductor_ext.patterns import qk_norm_rope_store as rule
 from inductor_ext.patterns.downcast_fp8 import _quantise
-from inductor_ext.patterns.qk_norm_rope_store import HEADS, KV_HEADS, SLOTS, B, D, _flat, _fp8, _inputs, _rows, _turned
+from inductor_ext.patterns.qk_norm_rope_store import (
+    HEADS,
+    KV_HEADS,
+    SLOTS,
+    B,
+    D,
+    _flat,
+    _fp8,
+    _inputs,
+    _one_token,
+    _rows,
+    _turned,
+)
 from inductor_ext.rule import Example
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
@@ -79,12 +91,19 @@ def test_a_static_cache_is_stored_by_the_rotation(kind: str) -> None:
 
 def test_a_gpu_waits_until_it_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "MEASURED", frozenset({"sm_100a"}))
-    make = lambda: _inputs(4, 10, KV_HEADS, D)("cuda")  # noqa: E731
+    make = lambda: _one_token("cuda")  # noqa: E731
     found = explained(_fp8, make)
     assert found.counts() == {"qk_norm_rope": 1, "downcast_fp8": 1}
     assert refusals(found, "qk_norm_rope_store") == ["the rewrite has not been measured on this GPU yet"]
     monkeypatch.setattr(rule, "MEASURED", frozenset({"sm_90a"}))
-    assert explained(_fp8, make).counts() == {"qk_norm_rope": 1, "qk_norm_rope_store": 1}
+
+
+def test_sizes_that_measured_faster_in_two_launches() -> None:
+    some = lambda: _inputs(4, 10, KV_HEADS, D)("cuda")  # noqa: E731
+    found = explained(_fp8, some)
+    assert found.counts() == {"qk_norm_rope": 1, "downcast_fp8": 1}
+    assert refusals(found, "qk_norm_rope_store") == ["two launches measured faster"]
+    assert explained(_fp8, some, qk_norm_rope_store="always").counts() == {"qk_norm_rope": 1, "qk_norm_rope_store": 1}
 
 
 def test_switched_off_there_are_two_ops() -> None:
