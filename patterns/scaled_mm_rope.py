@@ -5,8 +5,8 @@
 
 What `scaled_mm_siblings` and `qk_norm_rope` have made becomes one call. Each element is rounded as those two round it. q and k
 are column slices afterwards, as v is already, which attention reads where they lie: of Qwen3-0.6B's 7168 tokens 88 MB of
-traffic a layer go, and a launch. On an H200 that is 1.2 to 1.6 times as fast at 512 rows, and 0.9 to 1.1 from 1024 on, where
-products do not hide the rotation (benchmarks/results/h200/scaled_mm_rope.json): only on request.
+traffic a layer go, and a launch. What was measured (``kernels/scaled_mm_rope/table_<target>.json``) decides: on an H200
+1.2 to 1.5 times as fast at 512 rows, and 0.97 to 1.12 above, where products need shared memory's bandwidth themselves.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 //                has about 30, so what neighbours share is fetched once.
 //
 // Not here: the tiles of a last round taken in halves, so that all CTAs have some, 448 tiles on 132 multiprocessors in 3.6 rounds
-// instead of 4. It took as long (0.98 to 1.00 of the speed at 7168 rows on an H200): CTAs that have none leave the others power.
+// instead of 4. It took as long (0.98 to 1.00 of the speed at 7168 rows on an H200): CTAs that have none may leave the others power.
 //
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
 // through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
