@@ -577,7 +577,7 @@ RULE = Rule(
         _match("late_tables", _late_tables, _operands),
     ),
     near_misses=(
-        _miss("not_asked_for", _llama, _operands, "it is seldom faster"),
+        _miss("not_asked_for", _llama, _operands, "not measured"),
         _miss("heads_of_64", _heads_of_64, _operands, "head dimension"),
         _miss("bias", _biased, _with_bias_of_q, "the products have a bias"),
         _miss("v_of_64", _v_of_64, _operands, "the products are not whole heads"),

@@ -18,7 +18,7 @@ FIRED = {"rms_norm_quantize": 2, "qk_norm_rope": 1, "act_mul_quantize": 1, "fp8_
 
 
 def test_the_sides_agree_and_the_rules_fire() -> None:
-    names = [packed_qwen3.STOCK, packed_qwen3.OURS, packed_qwen3.OURS_TORCH]
+    names = [packed_qwen3.STOCK, packed_qwen3.OURS]  # a third would compile the same model once more
     found = packed_qwen3.measure(named("tiny", LAYERS)[1], TEXTS, LENGTH, "cpu", names, rounds=1)
     assert list(found) == names
     stock, *ours = found.values()
