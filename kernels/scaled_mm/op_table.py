@@ -64,8 +64,12 @@ class OpTable:
     def names(self, a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor], fast: bool) -> list[str]:
         """Those of a call for every M in its range."""
         target, (k, n) = scaled_mm.target_of(a.device), b.shape
-        problem = n, k, scaled_mm.is_rowwise(scales), fast
-        return list(dict.fromkeys(self.choose(target, m, *problem) for m in self.sizes(target, a.shape[0], *problem)))
+        return self.choices(target, a.shape[0], n, k, scaled_mm.is_rowwise(scales), fast)
+
+    def choices(self, target: str, m: Any, n: int, k: int, rowwise: bool, fast: bool) -> list[str]:
+        """What `choose` may say for M, symbolic or not."""
+        sizes = self.sizes(target, m, n, k, rowwise, fast)
+        return list(dict.fromkeys(self.choose(target, size, n, k, rowwise, fast) for size in sizes))
 
     def preset(self, target: str, shapes: Iterable[tuple[int, int]]) -> list[str]:
         """Those that problems of these (N, K) may take with fast accumulation, for any M; none without a table."""

@@ -163,13 +163,8 @@ def keys(
     rotated: int, eps: float, norm: str, out_dtype: torch.dtype, fast: bool, static_b: bool, config: str,
 ) -> list[Hashable]:  # fmt: skip
     """Every key that some M in its range leads to."""
-    m = a.shape[0]
-    if config or isinstance(m, int):
-        given = (a, b, scale_a, scale_b, q_weight, k_weight, cos, sin, rotated, eps, norm, out_dtype, fast, static_b, config)
-        return [key(*given)]
     target, n, k, rowwise = _problem(a, b, scale_a, scale_b)
-    found, problem = table(norm), (n, k, rowwise, fast)
-    names = dict.fromkeys(found.choose(target, size, *problem) for size in found.sizes(target, m, *problem))
+    names = [config] if config else table(norm).choices(target, a.shape[0], n, k, rowwise, fast)
     return [(name, a.dtype, b[0].dtype, out_dtype, fast, norm) for name in names if name]
 
 

@@ -14,18 +14,12 @@ TensorView view(const Given& given) {
 }
 [[maybe_unused]] Optional<TensorView> maybe(const Given* given) { return given ? Optional<TensorView>(view(*given)) : std::nullopt; }
 
-// 0, or 1 with `error` filled.
+// As `caught`.
 template <typename F>
 int attempt(char* error, int length, F&& f) {
   spans.clear();
   launches = 0;
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
+  return caught(error, length, f);
 }
 
 }  // namespace

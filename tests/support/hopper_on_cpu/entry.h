@@ -18,18 +18,12 @@ TensorView view(const Given& given) {
 }
 Optional<TensorView> optional(const Given* given) { return given == nullptr ? Optional<TensorView>() : view(*given); }
 
-// 0, or 1 with `error` filled.
+// As `caught`.
 template <typename F>
 int attempt(int sms, unsigned seed, char* error, int length, F&& f) {
   multiprocessors = sms, hopper_on_cpu::seed = seed;
   hopper_on_cpu::spans.clear();
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& failure) {
-    std::strncpy(error, failure.what(), length - 1);
-    return 1;
-  }
+  return caught(error, length, f);
 }
 
 }  // namespace
