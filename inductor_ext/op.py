@@ -66,7 +66,8 @@ class Op:
     """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that only writes its arguments).
 
     ``autotune`` lets its kernels compete under Inductor's ``max_autotune``. An op that another library's kernels serve has a
-    ``library(*args, *outputs)`` in the place of a kernel; it is called on CUDA devices only.
+    ``library(*args, *outputs)``, called on CUDA devices only: in the place of a kernel, where the kernel's key is None, and where
+    the kernel cannot be had.
     ``reference_into(*args, *outputs)`` is the reference of an op that does not write all of its outputs.
     """
 
@@ -210,14 +211,14 @@ class Op:
         """What a call of ``key`` on ``device`` runs: the kernel or, after one warning, PyTorch's own operators."""
         wanted = device.type == "cuda" and self.kernel is not None and key is not None
         module = self._module(key, device) if wanted else None
-        if device.type == "cuda" and key is None and self.kernel is not None and self.kernel.stock is not None:
-            run: Callable[..., None] = self.kernel.stock
+        if module is not None and self.kernel is not None:
+            run: Callable[..., None] = self.kernel.bind(module, key)
+        elif device.type == "cuda" and key is None and self.kernel is not None and self.kernel.stock is not None:
+            run = self.kernel.stock
         elif device.type == "cuda" and self.library is not None:
             run = self.library
-        elif module is None or self.kernel is None:
-            run = self._run_reference_into
         else:
-            run = self.kernel.bind(module, key)
+            run = self._run_reference_into
         self._loaded[key, device.index] = run
         return run
 

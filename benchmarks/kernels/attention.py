@@ -25,7 +25,7 @@ from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
-SHAPES = ((56, 128), (14, 512), (7, 1024), (1, 7168), (1, 16))
+SHAPES = ((56, 128), (14, 512), (7, 1024), (1, 7168), (1, 16), (1, 128), (64, 16))
 SCALE = HEAD_DIM**-0.5
 aten = torch.ops.aten
 Call = Callable[[], Any]
@@ -101,7 +101,7 @@ def sides(batch: int, length: int) -> dict[tuple[str, str], Callable[[], tuple[C
             how = "packed" if packed else "batch"
             if not packed and each.name in ("cudnn", "torch"):
                 found[each.name, "batch"] = as_aten(batch, length, each.name == "cudnn")
-            elif each.load is not None:
+            else:
                 found[each.name, how] = by_op(batch, length, each.name, packed)
                 if packed:
                     found[each.name, "padded"] = by_op(batch, length, each.name, packed, True)

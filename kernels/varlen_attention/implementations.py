@@ -2,10 +2,11 @@
 
     found, why = choose(Problem(dtype, head_dim, …))    found.name: "flash_attn_4", "cudnn", …; why: what faster ones lack
 
-flash-attn 4 (``flash_attn.cute``), flash-attn 3 (``flash_attn_interface``), cuDNN through torch, flash-attn 2 (``flash_attn``)
-and torch's own flash attention. ``benchmarks/kernels/attention.py`` measures all that are installed. Only flash-attn 4, and
-torch from 2.13 on, write into a buffer they are given; the result of the others is copied. cuDNN is no function here: a rule
-emits PyTorch's own operator for it, which Inductor calls without a copy.
+flash-attn 4 (``flash_attn.cute``), flash-attn 3 (``flash_attn_interface``), this package's own kernel for compute capability 9.0,
+cuDNN through torch, flash-attn 2 (``flash_attn``) and torch's own flash attention. ``benchmarks/kernels/attention.py`` measures all
+that are installed. Only flash-attn 4, torch from 2.13 on, and the own kernel write into a buffer they are given; the result of the
+others is copied. Two are no functions here: cuDNN, for which a rule emits PyTorch's own operator, which Inductor calls without a
+copy, and the own kernel, which the op runs itself (``op.py``).
 
 Nothing is imported before a call on a GPU asks for it. A library that cannot be imported, or fails at its first call, costs
 one warning, and the next one is taken.
@@ -19,7 +20,7 @@ import importlib
 import importlib.metadata
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +43,7 @@ class Problem:
     packed: bool
     capability: tuple[int, int]
     length: int = 0
+    scale: float = 1.0
 
     @property
     def windowed(self) -> bool:
@@ -50,8 +52,8 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One library. ``module`` is what has to be importable ("" for torch); ``load(module)`` gives its `Run`, None for one that
-    only a rule can call; ``lacks(problem)`` says what it cannot do, "" if it can."""
+    """One library. ``module`` is what has to be importable ("" for torch); ``load(module)`` gives its `Run`, None for one that is
+    not ``called`` as a library; ``lacks(problem)`` says what it cannot do, "" if it can."""
 
     name: str
     title: str
@@ -59,17 +61,22 @@ class Implementation:
     distribution: str
     load: Callable[[Any], Run] | None
     lacks: Callable[[Problem], str]
+    called: Literal["as a library", "by a rule", "as a kernel"] = "as a library"
 
 
-def choose(problem: Problem, *, known: tuple[str, ...] = (), only_runs: bool = False) -> tuple[Implementation | None, str]:
+def choose(
+    problem: Problem,
+    *,
+    known: tuple[str, ...] = (),
+    called: tuple[str, ...] = ("as a library", "by a rule", "as a kernel"),
+) -> tuple[Implementation | None, str]:
     """The first implementation that is there and can do it, and what those before it lack.
 
-    ``known``: names of what the graph calls already, so need not be looked for. ``only_runs`` leaves out what only a rule can
-    call.
+    ``known``: names of what the graph calls already, so need not be looked for. ``called``: the ways in which it may be.
     """
     reasons: list[str] = []
     for each in sorted(IMPLEMENTATIONS, key=lambda each: not _is_short_for(each, problem)):
-        if only_runs and each.load is None:
+        if each.called not in called:
             continue
         lacks = missing(each, problem, known)
         if not lacks:
@@ -164,6 +171,18 @@ def _lacks(
 
 def _lacks_cudnn(problem: Problem) -> str:
     return _lacks(problem, (9, 0), 8, most=128, packed=False, window=False, softcap=False)
+
+
+#: What the own kernel (``hopper.cuh``) is compiled for.
+HOPPER_HEADS = (64, 128)
+
+
+def _lacks_hopper(problem: Problem) -> str:
+    if problem.capability[0] == 9 and problem.head_dim not in HOPPER_HEADS:
+        return f"no heads of {problem.head_dim}"
+    if not problem.scale > 0:
+        return f"no scale of {problem.scale}"
+    return _lacks(problem, (9, 0), 64, softcap=False, before=(9, 1))
 
 
 def _lacks_flash_4(problem: Problem) -> str:
@@ -263,7 +282,8 @@ IMPLEMENTATIONS = (
         _load_flash,
         lambda problem: _lacks(problem, (9, 0), 8, before=(10, 0)),
     ),
-    Implementation("cudnn", "cuDNN", "", "", None, _lacks_cudnn),
+    Implementation("hopper", "this package's kernel", "", "", None, _lacks_hopper, "as a kernel"),
+    Implementation("cudnn", "cuDNN", "", "", None, _lacks_cudnn, "by a rule"),
     Implementation(
         "flash_attn_2", "flash-attn 2", "flash_attn", "flash-attn", _load_flash, lambda problem: _lacks(problem, (8, 0), 8)
     ),

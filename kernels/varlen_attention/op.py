@@ -14,19 +14,25 @@ causal. Every query sees at least itself. ``softcap`` c > 0 puts ``c · tanh(sco
 bf16 or fp16 on a GPU, strides free but for the last, head_dim as the library allows. out has q's shape, contiguous, in a buffer
 that Inductor plans. ``implementation`` names the library ("" for the first that can, `implementations.py`). Without a library,
 and on a CPU, plain PyTorch: exact masks, fp32 scores and sums. D of v that is not D of q (MLA) is refused.
+
+On compute capability 9.0 there is a kernel besides, "hopper" (``hopper.cuh``), for D of 64 and 128 without softcap: weights are
+rounded to the dtype before they are multiplied with the values, as flash-attn does it, sums are fp32. Of the padding it zeroes the
+rows behind the last sequence alone, and what other sequences hold does not reach a sequence's output, NaN included.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from inductor_ext.kernels import steps
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.implementations import Problem
-from inductor_ext.op import Op
+from inductor_ext.op import Kernel, Op
 
 
 def fake(
@@ -124,11 +130,11 @@ def library(
     if key in _running:
         _running[key][1](*rest)
         return
-    problem = problem_of(q, left, right, softcap, cu_seqlens is not None)
+    problem = problem_of(q, left, right, softcap, cu_seqlens is not None, scale=scale)
     while True:
         wanted = implementations.named(implementation)
         usable = wanted is not None and wanted.load is not None and not implementations.missing(wanted, problem)
-        found = wanted if usable else implementations.choose(problem, only_runs=True)[0]
+        found = wanted if usable else implementations.choose(problem, called=("as a library",))[0]
         if found is None or found.load is None:
             out.copy_(reference(*rest[:-1], ""))
             return
@@ -144,11 +150,69 @@ def library(
         return
 
 
-def problem_of(q: torch.Tensor, left: int, right: int, softcap: float, packed: bool, length: Any = 0) -> Problem:
+def problem_of(
+    q: torch.Tensor, left: int, right: int, softcap: float, packed: bool, length: Any = 0, scale: float = 1.0
+) -> Problem:
     """``length``: tokens of a sequence; a symbolic one counts as not known."""
     capability = torch.cuda.get_device_capability(q.device)
     known = length if isinstance(length, int) else 0
-    return Problem(q.dtype, int(q.shape[-1]), left, right, softcap > 0, packed, capability, known)
+    return Problem(q.dtype, int(q.shape[-1]), left, right, softcap > 0, packed, capability, known, scale)
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+_chosen: dict[Any, Any] = {}  # what decides about a key → the key
+
+
+def key(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, scale: float,
+    left: int, right: int, softcap: float, padded: bool, implementation: str,
+) -> Any:  # fmt: skip
+    """(dtype, D) where the own kernel is what such a call takes, or None."""
+    packed = cu_seqlens is not None
+    length = 0 if packed or not isinstance(q.shape[1], int) else q.shape[1]
+    decides = q.dtype, q.shape[-1], length, scale > 0, left, right, softcap > 0, packed, implementation, q.device
+    if decides in _chosen:
+        return _chosen[decides]
+    found = None
+    if implementation in ("", "hopper") and q.device.type == "cuda" and isinstance(q.shape[-1], int):
+        problem = problem_of(q, left, right, softcap, packed, length, scale)
+        wanted = implementations.named("hopper")
+        if implementation:
+            usable = wanted is not None and not implementations.missing(wanted, problem)
+        else:
+            usable = implementations.choose(problem, called=("as a library", "as a kernel"))[0] is wanted
+        found = (q.dtype, q.shape[-1]) if usable else None
+    if q.device.type == "cuda" and torch.cuda.is_initialized():  # not for fake tensors of a GPU that is not there
+        _chosen[decides] = found
+    return found
+
+
+def exports(key: Any) -> tuple[tuple[str, str], ...]:
+    dtype, width = key
+    return (("run", f"inductor_ext::VarlenAttention<{steps.CPP_TYPES[dtype]}, {width}>::run"),)
+
+
+def bind(module: Any, key: Any) -> Callable[..., None]:
+    run = module.run
+
+    def call(
+        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float,
+        padded: bool, implementation: str, out: Any,
+    ) -> None:  # fmt: skip
+        if not run(q, k, v, cu_seqlens, scale, left, right, padded, out):  # strides or addresses of no whole 16 bytes
+            library(q, k, v, cu_seqlens, max_seqlen, scale, left, right, softcap, padded, implementation, out)
+
+    return call
+
+
+def examples(target: str) -> tuple[Any, ...]:
+    """bf16 heads of both widths, on the one architecture that the kernel is for."""
+    return tuple((torch.bfloat16, width) for width in implementations.HOPPER_HEADS) if target == "sm_90a" else ()
+
+
+def qwen3(target: str) -> tuple[Any, ...]:
+    return ((torch.bfloat16, 128),) if target == "sm_90a" else ()
 
 
 OP = Op(
@@ -159,5 +223,14 @@ OP = Op(
     doc="attention without a cache over batches or packed sequences: causal, full or a window, GQA, softcap",
     fake=fake,
     reference=reference,
+    kernel=Kernel(
+        source="varlen_attention/hopper.cuh",
+        key=key,
+        exports=exports,
+        bind=bind,
+        min_capability=(9, 0),
+        examples=examples,
+        presets={"qwen3": qwen3},
+    ),
     library=library,
 )

@@ -113,7 +113,7 @@ def _choose(plan: Plan, context: Context) -> tuple[Any, str] | Refusal:
     q = value_of(plan.found.q)
     if q.device.type == "cpu":
         return None, ""
-    problem = problem_of(q, plan.left, plan.right, 0.0, False, q.shape[2])
+    problem = problem_of(q, plan.left, plan.right, 0.0, False, q.shape[2], float(plan.found.scale))
     chosen, why = implementations.choose(problem, known=(plan.found.kernel,))
     if chosen is None:
         wanted = "a library that can do it: flash-attn 4, 3 or 2, cuDNN or torch's flash attention"

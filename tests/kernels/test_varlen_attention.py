@@ -150,8 +150,10 @@ ALL = [each.name for each in implementations.IMPLEMENTATIONS]
     ("changes", "able"),
     [
         ({}, ALL),
-        ({"packed": True}, ["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch"]),
-        ({"left": 31}, ["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch"]),
+        ({"packed": True}, ["flash_attn_4", "flash_attn_3", "hopper", "flash_attn_2", "torch"]),
+        ({"left": 31}, ["flash_attn_4", "flash_attn_3", "hopper", "flash_attn_2", "torch"]),
+        ({"scale": -0.1}, ["flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch"]),
+        ({"head_dim": 96}, ["flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch"]),
         ({"softcap": True}, ["flash_attn_4", "flash_attn_3", "flash_attn_2"]),
         ({"head_dim": 256}, ["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch"]),
         ({"head_dim": 320}, []),
@@ -304,7 +306,14 @@ def test_an_extension_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, c
 
 def runnable(packed: bool, **changes: Any) -> list[str]:
     wanted = problem(packed=packed, capability=torch.cuda.get_device_capability(), **changes)
-    return [each.name for each in implementations.IMPLEMENTATIONS if each.load and not implementations.missing(each, wanted)]
+    ours = [each for each in implementations.IMPLEMENTATIONS if each.called != "by a rule"]
+    return [each.name for each in ours if not implementations.missing(each, wanted)]
+
+
+def ran(name: str) -> bool:
+    if name == "hopper":
+        return any(key is not None for key, _ in OP._loaded)
+    return name in {running for running, _ in varlen._running.values()}
 
 
 def close(found: torch.Tensor, q: Any, k: Any, v: Any, *rest: Any) -> None:
@@ -329,7 +338,7 @@ def test_every_library_on_batches(case: dict[str, Any], bounds: tuple[int, int])
         for name in runnable(False, head_dim=case["width"], left=bounds[0], right=bounds[1], dtype=dtype):
             found = call(q, k, v, left=bounds[0], right=bounds[1], implementation=name)
             close(found, q, k, v, None, 0, case["width"] ** -0.5, *bounds, 0.0, True)
-            assert name in {running for running, _ in varlen._running.values()}, f"{name} did not run"
+            assert ran(name), f"{name} did not run"
 
 
 @gpu
@@ -346,6 +355,72 @@ def test_every_library_on_packed_sequences(case: dict[str, Any], bounds: tuple[i
         found = call(q, k, v, ends, 256, left=bounds[0], right=bounds[1], implementation=name)
         close(found, q, k, v, ends, 256, case["width"] ** -0.5, *bounds, 0.0, True)
         assert torch.equal(found[sum(lengths) :], torch.zeros_like(found[sum(lengths) :]))
+
+
+def hopper_gpu(test: Any) -> Any:
+    found = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return pytest.mark.gpu(pytest.mark.skipif(not found, reason="needs a GPU of compute capability 9.0")(test))
+
+
+@hopper_gpu
+@pytest.mark.parametrize("bounds", [(-1, 0), (-1, -1), (100, 0), (64, 200)], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+def test_sequences_of_all_sizes(width: int, bounds: tuple[int, int]) -> None:
+    """Each against itself alone, too: what lies beside a sequence in its tiles does not matter."""
+    lengths = [1, 0, 63, 64, 65, 127, 128, 129, 0, 255, 257, 700, 5, 1025, *range(1, 60)]
+    q, k, v = operands(sum(lengths) + 77, heads=6, kv_heads=2, width=width, dtype=BF16, device="cuda")
+    ends = ends_of(*lengths, device="cuda")
+    rest = (-1 if bounds[0] < 0 else bounds[0], bounds[1])
+    for each in (q, k, v):
+        each[sum(lengths) :] = float("nan")
+    found = call(q, k, v, ends, max(lengths), *rest, implementation="hopper")
+    close(found, q, k, v, ends, 0, width**-0.5, *rest, 0.0, True)
+    assert torch.equal(found[sum(lengths) :], torch.zeros_like(found[sum(lengths) :]))
+    for at in (5, 9, 11):
+        rows = slice(int(ends[at]), int(ends[at + 1]))
+        alone = call(*(x[None, rows] for x in (q, k, v)), left=rest[0], right=rest[1], implementation="hopper")
+        assert torch.equal(alone[0], found[rows])
+
+
+@hopper_gpu
+def test_a_sequence_of_nans_stays_alone() -> None:
+    lengths = (200, 33, 190)
+    q, k, v = operands(sum(lengths), width=128, dtype=BF16, device="cuda")
+    wanted = call(q, k, v, ends_of(*lengths, device="cuda"), 200, implementation="hopper")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for each in (q, k, v):
+            each[200:233] = value
+        found = call(q, k, v, ends_of(*lengths, device="cuda"), 200, implementation="hopper")
+        assert torch.equal(found[:200], wanted[:200]) and torch.equal(found[233:], wanted[233:])
+        assert found[200:233].isnan().all()
+
+
+@hopper_gpu
+def test_extreme_scores() -> None:
+    q, k, v = operands(1, 300, width=128, dtype=BF16, device="cuda")
+    for factor in (0.0, 1e-30, 300.0):
+        close(call(q * factor, k, v, implementation="hopper"), q * factor, k, v, None, 0, 128**-0.5, -1, 0, 0.0, True)
+    with_one = k.clone()
+    with_one[:, 170] = float("nan")
+    found = call(q, with_one, v, implementation="hopper")
+    assert found[:, :170].isfinite().all() and found[:, 170:].isnan().all()
+
+
+@hopper_gpu
+def test_what_the_copy_engine_cannot_read_goes_to_a_library() -> None:
+    wide = torch.randn(1, 64, 4 * 128 + 4, device="cuda").bfloat16()
+    q = wide[..., 4:].view(1, 64, 4, 128)  # begins 8 bytes after a multiple of 16, as all of its rows
+    close(call(q, q, q, implementation="hopper"), q, q, q, None, 0, 128**-0.5, -1, 0, 0.0, True)
+
+
+@hopper_gpu
+@pytest.mark.parametrize("sizes", [(0, 5), (3, 0)])
+def test_nothing_to_attend_to(sizes: tuple[int, int]) -> None:
+    q, k, v = operands(*sizes, width=128, dtype=BF16, device="cuda")
+    assert call(q, k, v, implementation="hopper").shape == q.shape
+    rows = operands(7, width=128, dtype=BF16, device="cuda")
+    none = torch.zeros(1, dtype=torch.int32, device="cuda")
+    assert torch.equal(call(*rows, none, 0, implementation="hopper"), torch.zeros_like(rows[0]))
 
 
 @gpu

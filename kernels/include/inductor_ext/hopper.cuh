@@ -110,6 +110,11 @@ __device__ __forceinline__ void load_tile_to(uint16_t ctas, const void* map, uin
   cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, full, ctas, kEvictNormal, shared, k, row, which);
 }
 
+// … or of four.
+__device__ __forceinline__ void load_tile(const void* map, uint64_t* full, void* shared, int x, int y, int z, int w) {
+  cute::SM90_TMA_LOAD_4D::copy(map, full, kEvictNormal, shared, x, y, z, w);
+}
+
 // A store into the shared memory of another CTA of the cluster.
 __device__ __forceinline__ uint32_t address_in(uint32_t cta, const void* shared) {
   uint32_t remote;
@@ -125,6 +130,15 @@ __device__ __forceinline__ void copy_to(uint32_t cta, void* to, const void* from
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address_in(cta, to)),
                "r"(cute::cast_smem_ptr_to_uint(from)), "r"(bytes), "r"(address_in(cta, barrier))
                : "memory");
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------------------
+
+// 2^x within 2^-22 of it (PTX's bound); what would be subnormal is zero.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 // ---- dtypes -----------------------------------------------------------------------------------------------------------------

@@ -101,12 +101,14 @@ struct Meeting {  // of some threads: how many came, how many are wanted, and ho
 };
 inline float of_e4m3(uint8_t byte);
 struct Step {  // a wgmma, of one thread
-  const uint32_t* a[4];  // bf16, from registers; or null, and FP8 from `a_shared`
+  const uint32_t* a[4];  // 16-bit elements from registers; or null, and A is `a_shared`
   uint64_t b;
   std::vector<float*> d;
   std::vector<uint8_t> operands;  // both, as they were when it was issued
   uint64_t a_shared;
   bool adds;
+  bool words, across;  // elements are 16 bits, not 8; B's rows in shared memory are K, not N
+  float (*of_element)(uint32_t);  // of 16 bits
   float (*of_a)(uint8_t) = of_e4m3;
   float (*of_b)(uint8_t) = of_e4m3;
 };
@@ -384,6 +386,30 @@ inline std::array<uint8_t, 32> row_of(uint64_t descriptor, int row) {
   return found;
 }
 
+inline float of_half(uint32_t bits) {
+  const uint16_t half = static_cast<uint16_t>(bits);
+  _Float16 value;
+  std::memcpy(&value, &half, 2);
+  return static_cast<float>(value);
+}
+template <typename T>
+float of_word(uint32_t bits) { return std::is_same_v<T, __half> ? of_half(bits) : of_bf16(bits); }
+
+// Row `n` of B, 32 bytes of K, where B's rows in shared memory are K: 64 columns of 16 bits in each, those after them a leading offset
+// further, and 8 rows of K a stride offset from the next 8.
+inline std::array<uint8_t, 32> row_across(uint64_t descriptor, int n) {
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4, stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
+  if (descriptor >> 62 != 1) fail("a descriptor without 128-byte swizzle");
+  std::array<uint8_t, 32> found;
+  for (int k = 0; k < 16; ++k) {
+    const uint32_t at = start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2;
+    std::memcpy(&found[2 * k], inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4)), 2);
+  }
+  return found;
+}
+inline std::array<uint8_t, 32> row_of_b(const Step& step, int n) { return step.across ? row_across(step.b, n) : row_of(step.b, n); }
+
 // A of this thread's registers and, by the first of the warpgroup, what is in shared memory: what a wgmma reads must not change from
 // its issue to its end.
 inline std::vector<uint8_t> operands_of(const Step& step, bool first) {
@@ -392,37 +418,42 @@ inline std::vector<uint8_t> operands_of(const Step& step, bool first) {
   for (const uint32_t* word : step.a) {
     for (int i = 0; word != nullptr && i < 4; ++i) found.push_back(*word >> 8 * i & 0xff);
   }
-  for (int n = 0; first && n < static_cast<int>(step.d.size()) * 2; ++n) add(row_of(step.b, n));
+  for (int n = 0; first && n < static_cast<int>(step.d.size()) * 2; ++n) add(row_of_b(step, n));
   for (int m = 0; first && step.a[0] == nullptr && m < 64; ++m) add(row_of(step.a_shared, m));
   return found;
 }
 
 // The oldest group of a warpgroup: D[64, N] (+)= A[64, K] · B[N, K]ᵀ for each of its steps, as PTX lays A and D out. K is 32 bytes:
-// 16 bf16 with A in registers, or 32 FP8.
+// 16 elements of 16 bits, with A in registers or in shared memory, or 32 of FP8.
 inline void run_group(unsigned first) {
   const size_t steps = cta->issued[first].front().size();
   for (size_t s = 0; s < steps; ++s) {
     const Step& any = cta->issued[first].front()[s];
     const int columns = static_cast<int>(any.d.size()) * 2;
-    const bool fp8 = any.a[0] == nullptr;
-    const int length = fp8 ? 32 : 16;
+    const bool in_registers = any.a[0] != nullptr;
+    const int length = any.words ? 16 : 32;
+    auto element = [&](const std::array<uint8_t, 32>& bytes, int k, float (*of_byte)(uint8_t)) {
+      return any.words ? any.of_element(bytes[2 * k] | bytes[2 * k + 1] << 8) : of_byte(bytes[k]);
+    };
     std::vector<float> b(columns * 32);
     for (int n = 0; n < columns; ++n) {
-      const auto bytes = row_of(any.b, n);
-      for (int k = 0; k < length; ++k) b[n * 32 + k] = fp8 ? any.of_b(bytes[k]) : of_bf16(bytes[2 * k] | bytes[2 * k + 1] << 8);
+      const auto bytes = row_of_b(any, n);
+      for (int k = 0; k < length; ++k) b[n * 32 + k] = element(bytes, k, any.of_b);
     }
     float a[64][32];
-    for (int m = 0; fp8 && m < 64; ++m) {
+    for (int m = 0; !in_registers && m < 64; ++m) {
       const auto bytes = row_of(any.a_shared, m);
-      for (int k = 0; k < 32; ++k) a[m][k] = any.of_a(bytes[k]);
+      for (int k = 0; k < length; ++k) a[m][k] = element(bytes, k, any.of_a);
     }
     for (unsigned t = 0; t < 128; ++t) {
       const Step& step = cta->issued[first + t].front().at(s);
       const bool alike = step.b == any.b && step.d.size() == any.d.size() && step.a_shared == any.a_shared && step.adds == any.adds;
       if (!alike) fail("threads of a warpgroup that issue different wgmmas");
       if (step.operands != operands_of(step, t == 0)) fail("an operand of a wgmma that changed while it ran");
-      for (int r = 0; !fp8 && r < 4; ++r) {
-        for (int e = 0; e < 2; ++e) a[t / 32 * 16 + t % 32 / 4 + r % 2 * 8][t % 4 * 2 + r / 2 * 8 + e] = of_bf16(*step.a[r] >> 16 * e & 0xffff);
+      for (int r = 0; in_registers && r < 4; ++r) {
+        for (int e = 0; e < 2; ++e) {
+          a[t / 32 * 16 + t % 32 / 4 + r % 2 * 8][t % 4 * 2 + r / 2 * 8 + e] = any.of_element(*step.a[r] >> 16 * e & 0xffff);
+        }
       }
     }
     for (unsigned t = 0; t < 128; ++t) {
@@ -514,6 +545,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 }
 template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) { return hopper_on_cpu::exchange(value)[threadIdx.x % 32 ^ mask]; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 template <typename T> T __ldg(const T* p) {
   hopper_on_cpu::check_access(p, sizeof(T), sizeof(T));
   return *p;

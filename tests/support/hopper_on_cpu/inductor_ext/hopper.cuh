@@ -105,25 +105,28 @@ struct SM90_U16x4_STSM_T {
 };
 
 namespace SM90::GMMA {
+inline void issue(hopper_on_cpu::Step step) {
+  step.operands = hopper_on_cpu::operands_of(step, threadIdx.x % 128 == 0);
+  hopper_on_cpu::cta->issued[threadIdx.x].back().push_back(std::move(step));
+}
 enum class ScaleOut { Zero, One };
+enum class Major { K, MN };
+// 16-bit operands, A from registers or from shared memory; `across`: B's rows are K.
+template <typename T, bool across>
 struct Fma {
   template <typename... D>
   static void fma(const uint32_t& a0, const uint32_t& a1, const uint32_t& a2, const uint32_t& a3, uint64_t b, D&&... d_and_scale) {
-    record({{&a0, &a1, &a2, &a3}, b, {}, {}, 0, true}, d_and_scale...);
+    record({{&a0, &a1, &a2, &a3}, b, {}, {}, 0, true, true, across, hopper_on_cpu::of_word<T>}, d_and_scale...);
   }
-  template <size_t N>
-  static void of_shared(uint64_t a, uint64_t b, float (&d)[N], bool adds = false, float (*of_a)(uint8_t) = hopper_on_cpu::of_e4m3,
-                        float (*of_b)(uint8_t) = hopper_on_cpu::of_e4m3) {
-    hopper_on_cpu::Step step{{}, b, {}, {}, a, adds, of_a, of_b};
-    for (float& each : d) step.d.push_back(&each);
-    record(std::move(step), ScaleOut::One);
+  template <typename... D>
+  static void fma(uint64_t a, uint64_t b, D&&... d_and_scale) {
+    record({{}, b, {}, {}, a, true, true, across, hopper_on_cpu::of_word<T>}, d_and_scale...);
   }
 
  private:
   static void record(hopper_on_cpu::Step step, const ScaleOut& scale) {
-    if (scale != ScaleOut::One) hopper_on_cpu::fail("wgmma: only adding");
-    step.operands = hopper_on_cpu::operands_of(step, threadIdx.x % 128 == 0);
-    hopper_on_cpu::cta->issued[threadIdx.x].back().push_back(std::move(step));
+    step.adds = scale == ScaleOut::One;
+    issue(std::move(step));
   }
   template <typename... D>
   static void record(hopper_on_cpu::Step step, float& d, D&... more) {
@@ -131,8 +134,19 @@ struct Fma {
     record(std::move(step), more...);
   }
 };
+struct FmaOfBytes {
+  template <size_t N>
+  static void of_shared(uint64_t a, uint64_t b, float (&d)[N], bool adds = false, float (*of_a)(uint8_t) = hopper_on_cpu::of_e4m3,
+                        float (*of_b)(uint8_t) = hopper_on_cpu::of_e4m3) {
+    hopper_on_cpu::Step step{{}, b, {}, {}, a, adds, false, false, nullptr, of_a, of_b};
+    for (float& each : d) step.d.push_back(&each);
+    issue(std::move(step));
+  }
+};
+template <typename A, typename B, typename C, typename TileShape, Major OfA = Major::K, Major OfB = Major::K>
+Fma<B, OfB == Major::MN> rs_op_selector() { return {}; }
 template <typename A, typename B, typename C, typename TileShape>
-Fma rs_op_selector() { return {}; }
+Fma<B, false> ss_op_selector() { return {}; }
 }  // namespace SM90::GMMA
 }  // namespace cute
 
@@ -155,10 +169,10 @@ struct Wgmma {
   static void stage(const void* x, const void* y, float (&d)[N / 2], bool first) {
     for (int k = 0; k < kBlockK / kMmaK; ++k) {
       const uint64_t step = k * (kMmaK >> 4);
-      cute::SM90::GMMA::Fma::of_shared(operand(x) + step, operand(y) + step, d, !first || k > 0, value_of<A>, value_of<B>);
+      cute::SM90::GMMA::FmaOfBytes::of_shared(operand(x) + step, operand(y) + step, d, !first || k > 0, value_of<A>, value_of<B>);
     }
   }
-  static void step(uint64_t a, uint64_t b, float (&d)[N / 2]) { cute::SM90::GMMA::Fma::of_shared(a, b, d); }
+  static void step(uint64_t a, uint64_t b, float (&d)[N / 2]) { cute::SM90::GMMA::FmaOfBytes::of_shared(a, b, d); }
 
  private:
   template <typename T>
@@ -209,6 +223,13 @@ inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int k
 inline void load_tile_to(uint16_t ctas, const CUtensorMap* map, uint64_t* barrier, void* to, int k, int row, int which) {
   map->load_to(ctas, {k, row, which}, barrier, static_cast<uint8_t*>(to));
 }
+
+inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int x, int y, int z, int w) {
+  map->load({x, y, z, w}, barrier, static_cast<uint8_t*>(to));
+}
+
+template <typename T> struct CutlassType { using type = T; };
+inline float exp2_approximate(float x) { return std::exp2(x); }
 
 inline uint32_t bits_of(float v) {
   uint32_t bits;
