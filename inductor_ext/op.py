@@ -66,8 +66,7 @@ class Op:
     """One operator. ``fake(*args)`` returns new, empty outputs (None for an op that only writes its arguments).
 
     ``autotune`` lets its kernels compete under Inductor's ``max_autotune``. An op that another library's kernels serve has a
-    ``library(*args, *outputs)``, called on CUDA devices only: in the place of a kernel, where the kernel's key is None, and where
-    the kernel cannot be had.
+    ``library(*args, *outputs)``, called on CUDA devices only: where there is no kernel, its key is None, or it cannot be had.
     ``reference_into(*args, *outputs)`` is the reference of an op that does not write all of its outputs.
     """
 

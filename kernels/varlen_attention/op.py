@@ -8,16 +8,16 @@ causal. Every query sees at least itself. ``softcap`` c > 0 puts ``c · tanh(sco
 * q [B, S, H, D], k and v [B, S, Hkv, D]: B sequences of S; ``cu_seqlens`` None.
 * q [T, H, D], k and v [T, Hkv, D]: sequences packed one after another, ``cu_seqlens`` int32 [N + 1] their ends, from 0 on;
   ``max_seqlen`` at least the longest. Rows past ``cu_seqlens[-1]``, the padding of a CUDA graph, are zero if ``padded``;
-  otherwise the caller says that there are none. ``padded`` costs a memset of the output. Those rows of k and v have to be
-  finite: tiles of the last sequence reach into them, and 0 · NaN is NaN in some libraries.
+  otherwise the caller says that there are none. ``padded`` costs libraries a memset of the output. Those rows of k and v have
+  to be finite for them: tiles of the last sequence reach into them, and 0 · NaN is NaN in some.
 
 bf16 or fp16 on a GPU, strides free but for the last, head_dim as the library allows. out has q's shape, contiguous, in a buffer
 that Inductor plans. ``implementation`` names the library ("" for the first that can, `implementations.py`). Without a library,
 and on a CPU, plain PyTorch: exact masks, fp32 scores and sums. D of v that is not D of q (MLA) is refused.
 
-On compute capability 9.0 there is a kernel besides, "hopper" (``hopper.cuh``), for D of 64 and 128 without softcap: weights are
-rounded to the dtype before they are multiplied with the values, as flash-attn does it, sums are fp32. Of the padding it zeroes the
-rows behind the last sequence alone, and what other sequences hold does not reach a sequence's output, NaN included.
+On compute capability 9.0 there is a kernel, "hopper" (``hopper.cuh``), for D of 64 and 128 without softcap: weights are rounded
+to the dtype before they are multiplied with the values, as flash-attn does it, and sums are fp32. It zeroes the rows of the
+padding alone, and what other sequences or the padding hold, NaN included, does not reach a sequence's output.
 """
 
 from __future__ import annotations
@@ -200,8 +200,12 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
         q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float,
         padded: bool, implementation: str, out: Any,
     ) -> None:  # fmt: skip
-        if not run(q, k, v, cu_seqlens, scale, left, right, padded, out):  # strides or addresses of no whole 16 bytes
-            library(q, k, v, cu_seqlens, max_seqlen, scale, left, right, softcap, padded, implementation, out)
+        if run(q, k, v, cu_seqlens, scale, left, right, padded, out):
+            return
+        # Strides or addresses that are no multiples of 16 bytes: the copy engine does not read them, and flash-attn 2 ends the
+        # process's CUDA context over them.
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        run(q, k, v, cu_seqlens, scale, left, right, padded, out)
 
     return call
 

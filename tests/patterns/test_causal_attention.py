@@ -154,21 +154,21 @@ CAUSAL, WINDOW = banded(lambda i, j: j <= i), banded(lambda i, j: (j <= i) & (j 
 
 
 def test_the_fastest_library_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ["flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch"]
+    order = ["hopper", "flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch"]
     for at, name in enumerate(order):
         installed(monkeypatch, *order[at:])
         found = explained(CAUSAL, *QKV)
         title = implementations.named("cudnn" if name in ("flash_attn_2", "torch") else name).title  # type: ignore[union-attr]
         assert detail(found).startswith(f"causal, 4/4 heads of 64, {title}"), "the graph calls cuDNN: it is there"
-        assert ("flash-attn 4: not installed" in detail(found)) == (at > 0)
+        assert ("flash-attn 4: not installed" in detail(found)) == (at > 1)
 
 
 def test_the_report_says_why_a_faster_library_was_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "torch")
     found = explained(WINDOW, *QKV)
     assert detail(found) == (
-        "keys from -7 to +0, 4/4 heads of 64, torch's flash attention (flash-attn 4: not installed; flash-attn 3: not "
-        "installed; cuDNN: no window; flash-attn 2: not installed)"
+        "keys from -7 to +0, 4/4 heads of 64, torch's flash attention (this package's kernel: not installed; flash-attn 4: not "
+        "installed; flash-attn 3: not installed; cuDNN: no window; flash-attn 2: not installed)"
     )
 
 
@@ -266,8 +266,13 @@ def explained_qwen3(attention: str, dynamic: bool | None, length: int = 48, **op
         return inductor_ext.explain(lambda x: model(input_ids=x).last_hidden_state, ids, dynamic=dynamic)
 
 
+@pytest.mark.parametrize("library", ["this package's kernel", "cuDNN"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_both_layers_of_a_qwen3(sent_to_cudnn: str, dynamic: bool) -> None:
+def test_both_layers_of_a_qwen3(
+    monkeypatch: pytest.MonkeyPatch, sent_to_cudnn: str, dynamic: bool, library: str
+) -> None:
+    if library == "cuDNN":
+        installed(monkeypatch, "cudnn")
     found = explained_qwen3(sent_to_cudnn, dynamic)
     assert found.counts()["causal_attention"] == 2
     (graph,) = found.graphs
@@ -275,10 +280,14 @@ def test_both_layers_of_a_qwen3(sent_to_cudnn: str, dynamic: bool) -> None:
     for line in graph.after.splitlines():
         assert "aten.where" not in line and "cumsum" not in line, line
         assert "# bool" not in line or "[3, 1" not in line, line
-    calls = [line for line in graph.after.splitlines() if "_scaled_dot_product" in line and "getitem" not in line]
-    assert len(calls) == 2 and all(", None, False, 0.0, True)" in call or "0.0, True, scale=" in call for call in calls)
+    if library == "cuDNN":
+        calls = [line for line in graph.after.splitlines() if "_scaled_dot_product" in line and "getitem" not in line]
+        assert len(calls) == 2 and all(", None, False, 0.0, True)" in call or "0.0, True, scale=" in call for call in calls)
+    else:
+        calls = [line for line in graph.after.splitlines() if "inductor_ext.varlen_attention" in line]
+        assert len(calls) == 2 and all(", None, 0, 0.125, -1, 0, 0.0, False, 'hopper')" in call for call in calls)
     events = [event for event in found.rewrites if event.rule == "causal_attention"]
-    assert all(event.detail.startswith("causal, 4/2 heads of 64, cuDNN") for event in events)
+    assert all(event.detail.startswith(f"causal, 4/2 heads of 64, {library}") for event in events)
     assert [event.module for event in events] == ["layers.0.self_attn", "layers.1.self_attn"]
 
 

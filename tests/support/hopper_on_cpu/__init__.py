@@ -1,5 +1,5 @@
-"""Kernels for compute capability 9.0 on the CPU, their own source compiled by g++ (``hopper_on_cpu.h``): mxfp8_grouped_mm's and
-those of scaled_mm's tile family."""
+"""Kernels for compute capability 9.0 on the CPU, their own source compiled by g++ (``hopper_on_cpu.h``): mxfp8_grouped_mm's,
+those of scaled_mm's tile family, and varlen_attention's."""
 
 from __future__ import annotations
 
@@ -65,14 +65,7 @@ class TileKernel:
     order in which things happen."""
 
     def __init__(self, cpp: str, folder: Path, kernels: Path = KERNELS) -> None:
-        # Headers include those beside them: stand-ins take the place of some, and all lie together.
-        together = folder / "include" / "inductor_ext"
-        together.mkdir(parents=True)
-        real, instead = kernels / "include" / "inductor_ext", HERE / "inductor_ext"
-        for name in {each.name for place in (real, instead) for each in place.iterdir()}:
-            (together / name).symlink_to((instead if (instead / name).exists() else real) / name)
-        options = [f"-I{together.parent}", f"-I{HERE}", f"-I{kernels}", "-fno-strict-aliasing", f"-DTILE={cpp}"]
-        self.library = _compiled("scaled_mm_tile", folder, options)
+        self.library = _compiled("scaled_mm_tile", folder, [*_with_stand_ins(folder, kernels), f"-DTILE={cpp}"])
 
     def run(
         self,
@@ -139,6 +132,33 @@ class TileKernel:
         error = ctypes.create_string_buffer(500)
         if getattr(self.library, entry)(*arguments, static_b, sms, seed, error, 500):
             raise RuntimeError(error.value.decode())
+
+
+class AttentionKernel:
+    """varlen_attention's, for one dtype (its C++ name) and head size. A call raises RuntimeError as `TileKernel`'s."""
+
+    def __init__(self, dtype: str, width: int, folder: Path) -> None:
+        options = [*_with_stand_ins(folder, KERNELS), f"-DATTENTION={dtype},{width}"]
+        self.library = _compiled("varlen_attention", folder, options)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor | None, scale: float, left: int, right: int,
+        padded: bool, out: torch.Tensor, *, sms: int = 2, seed: int = 7,
+    ) -> None:  # fmt: skip
+        error = ctypes.create_string_buffer(500)
+        numbers = ctypes.c_double(scale), ctypes.c_int64(left), ctypes.c_int64(right), padded
+        if self.library.run(*map(_given, (q, k, v, ends)), *numbers, _given(out), sms, seed, error, 500):
+            raise RuntimeError(error.value.decode())
+
+
+def _with_stand_ins(folder: Path, kernels: Path) -> list[str]:
+    """Options: headers include those beside them, so stand-ins take the place of some, and all lie together."""
+    together = folder / "include" / "inductor_ext"
+    together.mkdir(parents=True)
+    real, instead = kernels / "include" / "inductor_ext", HERE / "inductor_ext"
+    for name in {each.name for place in (real, instead) for each in place.iterdir()}:
+        (together / name).symlink_to((instead if (instead / name).exists() else real) / name)
+    return [f"-I{together.parent}", f"-I{HERE}", f"-I{kernels}", "-fno-strict-aliasing"]
 
 
 def _given(tensor: torch.Tensor | None) -> Any:
