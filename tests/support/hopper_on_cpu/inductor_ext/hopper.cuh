@@ -210,6 +210,20 @@ inline void load_tile_to(uint16_t ctas, const CUtensorMap* map, uint64_t* barrie
   map->load_to(ctas, {k, row, which}, barrier, static_cast<uint8_t*>(to));
 }
 
+template <int N>
+void send_to(uint32_t cta, void* to, const uint32_t (&words)[N], uint64_t* barrier) {
+  if (hopper_on_cpu::in_shared(to) % sizeof(words) != 0) hopper_on_cpu::fail("a store to another CTA that is misaligned");
+  std::array<uint32_t, N> sent;
+  std::copy(words, words + N, sent.begin());
+  hopper_on_cpu::later_in(hopper_on_cpu::cta_of(cta), [=] {
+    std::memcpy(to, sent.data(), sizeof(sent));
+    auto& told = hopper_on_cpu::barrier_at(barrier);
+    told.bytes -= sizeof(sent);
+    told.settle();
+  });
+}
+inline void wait_for_cluster(uint64_t* barrier, uint32_t phase) { FullBarrier::wait(barrier, phase); }
+
 inline uint32_t bits_of(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
