@@ -50,6 +50,7 @@ RULE_MODULES = (
     "scaled_mm_add",
     "scaled_mm",
     "rms_norm_quantize",
+    "scaled_mm_add_norm",
     "act_mul_quantize",
     "qk_norm_rope",
     "scaled_mm_rope",
