@@ -600,16 +600,17 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");
     });
-    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n, clusters = std::min<int64_t>(wanted, sm_count(device) / ctas);
+    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n;
+    const int64_t clusters = std::min<int64_t>(wanted, std::max(1, sm_count(device) / ctas));
     Launch launch(static_cast<unsigned>(clusters * ctas), kTileThreads);
-    launch.stream(env_stream(device)).shared_memory(Shared::kBytes).programmatic();
+    launch.stream(env_stream(device)).shared_memory(Shared::kBytes);
     if (ctas > 1) launch.cluster(ctas);
-    if (ctas > 2) {  // pairs fit everywhere; larger ones only where a group of multiprocessors has room, 16 to 18 on an H200
+    if (ctas > 2) {  // pairs fit everywhere; a GPC may have multiprocessors left that are too few, and a cluster that waits would end last
       static OfDevice resident[kMaxCluster + 1];
       const int64_t room = resident[ctas].get(device, [&] { return launch.resident_clusters(kernel); });
       launch.grid(static_cast<unsigned>(std::min(clusters, room) * ctas));
     }
-    launch.run(kernel, p, end);
+    launch.programmatic().run(kernel, p, end);
   }
 };
 
