@@ -83,7 +83,7 @@ def check(case: Case, config: str) -> None:
     case.apart(config.partition("@")[0])
     total, quantised, scale = case.total.clone(), case.quantised.clone(), case.scale.clone()
     for each in (case.total, case.quantised, case.scale):
-        each.fill_(float("nan"))
+        each.view(torch.uint8).fill_(0xFF)  # NaN in each of their dtypes
     case.together(config)
     what = f"{config} at {case.problem.label}"
     if not torch.equal(case.total, total):

@@ -496,7 +496,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         });
         continue;
       }
-      if constexpr (Add) FullBarrier::wait(residual_full + consumer, residual_phase);
+      const uint32_t phase = residual_phase;
+      if constexpr (Add) {
+        FullBarrier::wait(residual_full + consumer, phase);
+        residual_phase ^= 1;
+      }
       HeadRow<Out> rows[kBlocks][2];  // where they are needed once more
       bool has_bias = product.bias != nullptr;
       if constexpr (End::kGates) has_bias |= tile.product[1].bias != nullptr;
@@ -545,7 +549,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
           if (leader) cute::tma_store_wait<0>();  // the copy engine has read the sum: FP8 goes where it was
           meet();
         };
-        norm_and_quantise<End, Out>(rows, head_weight, end, {row0, p.products.m, rank, ctas, residual_phase}, exchange(0), exchange(1), free_place,
+        norm_and_quantise<End, Out>(rows, head_weight, end, {row0, p.products.m, rank, ctas, phase}, exchange(0), exchange(1), free_place,
                                     [&](int b, int row, int column) { return in_chunk<kHead>(own_staging + b * Shared::kChunk, row, column); });
         cute::tma_store_fence();
         meet();
@@ -557,7 +561,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
           cute::tma_store_arrive();
         }
       }
-      residual_phase ^= 1;
     }
     if (leader) cute::tma_store_wait<0>();
   }
