@@ -4,9 +4,9 @@
 // and the maximum of what the norm makes of it. For each of them every CTA sends its own part of every row to every CTA, itself
 // included, whose barrier counts the bytes. All of them add those parts up in one order, so that they go on with the same bits.
 //
-// Slots are there once, not twice. Who has every part of one exchange knows that each CTA is done with the one before it: a quad
-// sends of an exchange after it has read its slots of the other one, and no CTA is a whole round ahead. So a part cannot come to
-// a slot that is still read, nor its bytes to a round of the barrier that is not over.
+// Slots need no second copy. The two exchanges alternate, and a quad sends its part of one after it has read its slots of the other:
+// who has every part of one knows that all CTAs have read the other, and that its round of every barrier is over. What it sends
+// next of that other one can neither overwrite a part that someone still reads nor count towards an earlier round.
 #pragma once
 
 #include "inductor_ext/fp8.cuh"
@@ -16,14 +16,14 @@
 
 namespace inductor_ext {
 
-constexpr int kRowCtas = 8;             // of a cluster, at most: more is not portable
+constexpr int kMaxCluster = 8;          // CTAs: more is not portable
 constexpr int kQuads = kWarpgroup / 4;  // of a consumer, each with 2 rows a block of 64
 
 // One exchange of one consumer, of Blocks · 64 rows.
 template <int Blocks>
 struct RowExchange {
   static constexpr int kWords = 2 * Blocks;  // of a quad
-  static constexpr int kBytes = kRowCtas * kQuads * kWords * 4;
+  static constexpr int kBytes = kMaxCluster * kQuads * kWords * 4;
 
   uint32_t* slots;    // [CTA][quad][word]
   uint64_t* barrier;  // for one arrival
@@ -34,7 +34,7 @@ struct RowExchange {
   // A word of each row; all four lanes of a quad have them, and send them to a quarter of the CTAs each.
   __device__ __forceinline__ void send(const uint32_t (&words)[kWords], int rank, int ctas) const {
 #pragma unroll
-    for (int i = 0; i < kRowCtas / 4; ++i) {
+    for (int i = 0; i < kMaxCluster / 4; ++i) {
       const int cta = threadIdx.x % 4 + 4 * i;
       if (cta < ctas) send_to(cta, at(rank), words, barrier);
     }
@@ -44,9 +44,9 @@ struct RowExchange {
   template <typename F>
   __device__ __forceinline__ void receive(int ctas, uint32_t phase, F&& merge) const {
     wait_for_cluster(barrier, phase);
-    uint32_t words[kRowCtas][kWords];
+    uint32_t words[kMaxCluster][kWords];
 #pragma unroll
-    for (int cta = 0; cta < kRowCtas; ++cta) {
+    for (int cta = 0; cta < kMaxCluster; ++cta) {
       if (cta >= ctas) continue;
       if constexpr (kWords == 4) {
         const uint4 found = *reinterpret_cast<const uint4*>(at(cta));
@@ -57,13 +57,16 @@ struct RowExchange {
       }
     }
 #pragma unroll
-    for (int cta = 0; cta < kRowCtas; ++cta) {
+    for (int cta = 0; cta < kMaxCluster; ++cta) {
       if (cta < ctas) merge(words[cta]);
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t* at(int cta) const { return slots + (cta * kQuads + static_cast<int>(threadIdx.x) % kWarpgroup / 4) * kWords; }
+  __device__ __forceinline__ uint32_t* at(int cta) const {
+    const int quad = static_cast<int>(threadIdx.x) % kWarpgroup / 4;
+    return slots + (cta * kQuads + quad) * kWords;
+  }
 };
 
 // This CTA's columns of each of a thread's rows: Σ x², as the bits of an fp32 number, in every lane of the quad.
@@ -138,7 +141,8 @@ __device__ __forceinline__ void norm_and_quantise(HeadRow<Out> (&rows)[Blocks][2
                                                   const RowExchange<Blocks>& sums, const RowExchange<Blocks>& maximums, Free&& free_place,
                                                   Place&& place) {
   constexpr int kRows = 2 * Blocks;  // of a thread
-  if (threadIdx.x % kWarpgroup == 0) sums.expect(at.ctas), maximums.expect(at.ctas);
+  const int thread = threadIdx.x % kWarpgroup;
+  if (thread == 0) sums.expect(at.ctas), maximums.expect(at.ctas);
   uint32_t own[kRows];
   float sum[kRows] = {};
   sums_of_squares<Out>(rows, own);
@@ -160,10 +164,9 @@ __device__ __forceinline__ void norm_and_quantise(HeadRow<Out> (&rows)[Blocks][2
   });
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int in_block = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + r % 2 * 8;
-    const int row = at.first + r / 2 * 64 + in_block;
+    const int in_block = thread / 32 * 16 + thread % 32 / 4 + r % 2 * 8, row = at.first + r / 2 * 64 + in_block;
     const float scale = scale_of_row<End>(most[r], p.consts);
-    if (at.rank == 0 && threadIdx.x % 4 == 0 && row < at.count) {
+    if (at.rank == 0 && thread % 4 == 0 && row < at.count) {
       static_cast<typename End::ScaleT*>(p.row_scale)[row] = narrow<typename End::ScaleT>(scale);
     }
     quantise_row<End, Out>(rows[r / 2][r % 2], scale, p.consts, [&](int column, uint16_t bytes) {

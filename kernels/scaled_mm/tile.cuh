@@ -29,7 +29,6 @@ namespace inductor_ext {
 
 constexpr int kTileThreads = 3 * kWarpgroup;
 constexpr int kTileMaxStages = 12;
-constexpr int kMaxCluster = 8;  // CTAs
 
 template <typename Out, int M, int N, bool Pingpong, typename End>
 struct TileShared {
