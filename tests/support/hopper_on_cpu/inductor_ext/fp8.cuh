@@ -1,0 +1,1 @@
+../../cuda_on_cpu/inductor_ext/fp8.cuh
