@@ -1,15 +1,17 @@
-"""Causal attention without a cache by every library that is installed, against PyTorch's as Hugging Face models call it.
+"""Attention without a cache by every library that is installed, against PyTorch's as Hugging Face models call it.
 
     python -m benchmarks.kernels.attention --out benchmarks/results/h200/attention.json
 
-``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already, and K and V repeated for GQA in
-the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with ``cu_seqlens``, ``padded`` with
-the memset of the output besides. All are CUDA-graph replays over enough buffers to find L2 cold, timed in turn, three rounds.
-``distance`` is ‖a - b‖ / ‖b‖ to the fp32 reference; ``TFLOP/s`` counts half of the square.
+``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already (none where attention is full),
+and K and V repeated for GQA in the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with
+``cu_seqlens``, ``padded`` with zeros for the rows behind them besides. All are CUDA-graph replays over enough buffers to find L2
+cold, timed in turn, three rounds. ``distance`` is ‖a - b‖ / ‖b‖ to the fp32 reference; ``TFLOP/s`` counts half of the square
+where attention is causal.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,112 +26,146 @@ from inductor_ext import registry
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
 
-HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
-SHAPES = ((56, 128), (14, 512), (7, 1024), (1, 7168), (1, 16), (1, 128), (64, 16))
-SCALE = HEAD_DIM**-0.5
 aten = torch.ops.aten
 Call = Callable[[], Any]
 
 
-def tensors(batch: int, length: int) -> tuple[torch.Tensor, ...]:
-    """q, k, v [B, S, H, D], as projections leave them."""
-    shapes = [(batch, length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    return tuple(torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """``batch`` sequences of ``length`` tokens. Heads are Qwen3-0.6B's if nothing else is said."""
+
+    batch: int
+    length: int
+    heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 128
+    causal: bool = True
+
+    @property
+    def right(self) -> int:
+        return 0 if self.causal else -1
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v [B, S, H, D], as projections leave them."""
+        shapes = [(self.batch, self.length, heads, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        return tuple(torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"
+        return f"{self.batch} × {self.length}, {heads}, {'causal' if self.causal else 'full'}"
 
 
-def stock(batch: int, length: int) -> Callable[[], tuple[Call, Any]]:
+SHAPES = (
+    Shape(56, 128), Shape(14, 512), Shape(7, 1024), Shape(1, 7168), Shape(1, 16), Shape(1, 128), Shape(64, 16),
+    Shape(14, 512, causal=False), Shape(14, 512, heads=32), Shape(14, 512, heads=16, kv_heads=16),
+    Shape(14, 512, heads=32, head_dim=64), Shape(1, 16, heads=32, head_dim=64), Shape(1, 7168, heads=32, head_dim=64),
+    Shape(14, 512, heads=12, kv_heads=12, head_dim=64, causal=False),
+)  # fmt: skip
+
+
+def stock(shape: Shape) -> Callable[[], tuple[Call, Any]]:
+    batch, length = shape.batch, shape.length
     allowed = torch.ones(length, length, device="cuda", dtype=torch.bool).tril()
     mask = torch.where(allowed, 0.0, -65536.0).bfloat16().expand(batch, 1, length, length).contiguous()
+    repeats = shape.heads // shape.kv_heads
 
     def make() -> tuple[Call, Any]:
-        q, k, v = qkv = tensors(batch, length)
+        q, k, v = qkv = shape.tensors()
 
         def call() -> torch.Tensor:
-            keys, values = (
-                x.transpose(1, 2)[:, :, None].expand(-1, -1, HEADS // KV_HEADS, -1, -1).reshape(batch, HEADS, length, HEAD_DIM)
-                for x in (k, v)
-            )
+            keys, values = (x.transpose(1, 2) for x in (k, v))
+            if repeats > 1:
+                keys, values = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (keys, values))
+            given = mask if shape.causal else None
             sdpa = torch.nn.functional.scaled_dot_product_attention
-            return sdpa(q.transpose(1, 2), keys, values, attn_mask=mask, scale=SCALE).transpose(1, 2)
+            return sdpa(q.transpose(1, 2), keys, values, attn_mask=given, scale=shape.scale).transpose(1, 2)
 
         return call, qkv
 
     return make
 
 
-def as_aten(batch: int, length: int, cudnn: bool) -> Callable[[], tuple[Call, Any]]:
+def as_aten(shape: Shape, cudnn: bool) -> Callable[[], tuple[Call, Any]]:
     """PyTorch's operators as the rule emits them: no mask, K and V as they are."""
 
     def make() -> tuple[Call, Any]:
-        qkv = tensors(batch, length)
+        qkv = shape.tensors()
         q, k, v = (x.transpose(1, 2) for x in qkv)
+        rest = 0.0, shape.causal
         if cudnn:
-            run = lambda: aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, True, scale=SCALE)  # noqa: E731
+            run = lambda: aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, *rest, scale=shape.scale)  # noqa: E731
         else:
-            run = lambda: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=SCALE)  # noqa: E731
+            run = lambda: aten._scaled_dot_product_flash_attention(q, k, v, *rest, scale=shape.scale)  # noqa: E731
         return lambda: run()[0].transpose(1, 2), qkv
 
     return make
 
 
-def by_op(batch: int, length: int, name: str, packed: bool, padded: bool = False) -> Callable[[], tuple[Call, Any]]:
+def by_op(shape: Shape, name: str, packed: bool, padded: bool = False) -> Callable[[], tuple[Call, Any]]:
+    batch, length = shape.batch, shape.length
     ends = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * length if packed else None
 
     def make() -> tuple[Call, Any]:
-        qkv = tensors(batch, length)
+        qkv = shape.tensors()
         q, k, v = (x.flatten(0, 1) if packed else x for x in qkv)
         out = torch.empty_like(q)
-        args = (q, k, v, ends, length if packed else 0, SCALE, -1, 0, 0.0, padded, name)
+        args = (q, k, v, ends, length if packed else 0, shape.scale, -1, shape.right, 0.0, padded, name)
 
         def call() -> torch.Tensor:
             OP._call(*args, out=out)
-            return out.view(batch, length, HEADS, HEAD_DIM)
+            return out.view(qkv[0].shape)
 
         return call, qkv
 
     return make
 
 
-def sides(batch: int, length: int) -> dict[tuple[str, str], Callable[[], tuple[Call, Any]]]:
+def sides(shape: Shape) -> dict[tuple[str, str], Callable[[], tuple[Call, Any]]]:
     """(library, how) → what makes a call over buffers of its own, for everything that is there."""
-    found: dict[tuple[str, str], Any] = {("stock", "batch"): stock(batch, length)}
+    found: dict[tuple[str, str], Any] = {("stock", "batch"): stock(shape)}
     for each in implementations.IMPLEMENTATIONS:
         for packed in (False, True):
-            problem = problem_of(torch.empty(1, HEAD_DIM, device="cuda", dtype=torch.bfloat16), -1, 0, 0.0, packed)
+            row = torch.empty(1, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+            problem = problem_of(row, -1, shape.right, 0.0, packed)
             if implementations.missing(each, problem):
                 continue
             how = "packed" if packed else "batch"
             if not packed and each.name in ("cudnn", "torch"):
-                found[each.name, "batch"] = as_aten(batch, length, each.name == "cudnn")
+                found[each.name, "batch"] = as_aten(shape, each.name == "cudnn")
             else:
-                found[each.name, how] = by_op(batch, length, each.name, packed)
+                found[each.name, how] = by_op(shape, each.name, packed)
                 if packed:
-                    found[each.name, "padded"] = by_op(batch, length, each.name, packed, True)
+                    found[each.name, "padded"] = by_op(shape, each.name, packed, True)
     return found
 
 
-def distance(call: Call, qkv: tuple[torch.Tensor, ...]) -> float:
-    wanted = OP.reference(*(x.float() for x in qkv), None, 0, SCALE, -1, 0, 0.0, False, "")
+def distance(call: Call, qkv: tuple[torch.Tensor, ...], shape: Shape) -> float:
+    wanted = OP.reference(*(x.float() for x in qkv), None, 0, shape.scale, -1, shape.right, 0.0, False, "")
     return float((call().float() - wanted).norm() / wanted.norm())
 
 
-def measure(batch: int, length: int) -> list[dict[str, Any]]:
-    moved = 2 * batch * length * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)
+def measure(shape: Shape) -> list[dict[str, Any]]:
+    moved = 2 * shape.batch * shape.length * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     count = timing.sets_for(moved, 8)
     calls: dict[Any, list[Call]] = {}
     apart: dict[Any, float] = {}
-    for side, make in sides(batch, length).items():
+    for side, make in sides(shape).items():
         made = [make() for _ in range(count)]
         calls[side] = [call for call, _ in made]
-        apart[side] = distance(*made[0])
+        apart[side] = distance(*made[0], shape)
     times = timing.in_turn(calls, replays=7)
-    operations = 4 * batch * HEADS * HEAD_DIM * length * (length + 1) / 2
+    pairs = shape.length * (shape.length + 1) / 2 if shape.causal else shape.length**2
+    operations = 4 * shape.batch * shape.heads * shape.head_dim * pairs
     rows = []
     for side, found in times.items():
         us = statistics.median(found)
         rows.append(
             {
-                "sequences": f"{batch} × {length}",
+                "sequences": str(shape),
                 "library": side[0],
                 "how": side[1],
                 "us": round(us, 2),
@@ -143,7 +179,7 @@ def measure(batch: int, length: int) -> list[dict[str, Any]]:
 
 def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("attention.json")) -> None:
     registry.ops()
-    rows = [row for shape in SHAPES for row in measure(*shape)]
+    rows = [row for shape in SHAPES for row in measure(shape)]
     timing.write_json(out, {"libraries": implementations.versions(), "rows": rows})
     show(rows, 120)
 
