@@ -4,8 +4,8 @@
 
 ``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already (none where attention is full),
 and K and V repeated for GQA in the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with
-``cu_seqlens``, ``padded`` with zeros for the rows behind them besides. All are CUDA-graph replays over enough buffers to find L2
-cold, timed in turn, three rounds. ``distance`` is ‖a - b‖ / ‖b‖ to the fp32 reference; ``TFLOP/s`` counts half of the square
+``cu_seqlens``, ``padded`` with zeros for the rows behind them besides. All are CUDA-graph replays over enough buffers to find
+L2 cold, timed in turn, three rounds. ``distance`` is ‖a - b‖ / ‖b‖ to the fp32 reference; ``TFLOP/s`` counts half of the square
 where attention is causal.
 """
 
