@@ -1,5 +1,4 @@
-"""What the benchmarks of scaled_mm_add, scaled_mm_add_norm, scaled_mm_act_mul and scaled_mm_rope share: one launch against
-several, and an op's table."""
+"""What scaled_mm_add.py, scaled_mm_act_mul.py and scaled_mm_rope.py share: one launch against several, and an op's table."""
 
 from __future__ import annotations
 

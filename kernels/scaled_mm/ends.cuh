@@ -3,8 +3,6 @@
 //   Store            scales, bias, rounding
 //   AddResidual      … and adds a residual [M, N]
 //   Gate<Act>        … of gate's and up's channels, half a tile each, rounded: act(gate) * up, which is all that is stored
-//   AddNorm<Norm, …> … and adds a residual; then RMSNorm of whole rows and their FP8, each with a scale, besides the sum: what
-//                    rms_norm_quantize does. The CTAs of a cluster have a row's columns, kHead each (norm_rows.cuh).
 //   NormRope<Norm>   … and, to the heads of the first products (q and k): RMSNorm of each, if Norm is one, and rotate-half RoPE.
 //                    A head is the N = 128 columns of a tile, so that a tile has all that its rows' means need.
 #pragma once
@@ -14,8 +12,6 @@
 #include "inductor_ext/activation.cuh"
 #include "inductor_ext/norm.cuh"
 #include "inductor_ext/rope.cuh"
-#include "inductor_ext/steps.cuh"
-#include "inductor_ext/tensor_map.cuh"
 #include "inductor_ext/vec.cuh"
 
 namespace inductor_ext {
@@ -23,32 +19,12 @@ namespace inductor_ext {
 struct NoParams {};
 
 struct Store {
-  static constexpr bool kAdds = false, kGates = false, kRotates = false, kNorms = false, kQuantises = false;
+  static constexpr bool kAdds = false, kGates = false, kRotates = false, kNorms = false;
   using Params = NoParams;
 };
 struct AddResidual {
-  static constexpr bool kAdds = true, kGates = false, kRotates = false, kNorms = false, kQuantises = false;
+  static constexpr bool kAdds = true, kGates = false, kRotates = false, kNorms = false;
   using Params = NoParams;
-};
-
-// What follows the residual, of rows of ctas · kHead columns.
-struct AddNormParams {
-  CUtensorMap quantised;  // [M, N] of FP8
-  const void* weight;     // [N], of the output's dtype
-  void* row_scale;        // [M]
-  float eps, per_column;  // 1 / N
-  Consts consts;          // of both programs
-};
-// Types from Fp8_ on are those of quantize_row.cuh.
-template <typename NormOfRows, typename Fp8_, bool Saturated, typename ScaleT_, typename ScaleProgram_, typename Program>
-struct AddNorm {
-  static constexpr bool kAdds = true, kGates = false, kRotates = false, kNorms = true, kQuantises = true, kSaturated = Saturated;
-  using Norm = NormOfRows;
-  using Fp8 = Fp8_;
-  using ScaleT = ScaleT_;
-  using ScaleProgram = ScaleProgram_;
-  using Chain = ToFp8<Program>;
-  using Params = AddNormParams;
 };
 
 // A tile of N columns has N / 2 of gate and N / 2 of up, so that a thread has both of a pair. To the copy engine they are one
@@ -59,7 +35,7 @@ struct GateParams {
 };
 template <typename Activation>
 struct Gate {
-  static constexpr bool kAdds = false, kGates = true, kRotates = false, kNorms = false, kQuantises = false;
+  static constexpr bool kAdds = false, kGates = true, kRotates = false, kNorms = false;
   using Act = Activation;
   using Params = GateParams;
 };
@@ -77,7 +53,7 @@ struct RopeParams {
 
 template <typename NormOfHeads>
 struct NormRope {
-  static constexpr bool kAdds = false, kGates = false, kRotates = true, kNorms = NormOfHeads::kNorm, kQuantises = false;
+  static constexpr bool kAdds = false, kGates = false, kRotates = true, kNorms = NormOfHeads::kNorm;
   using Norm = NormOfHeads;
   using Params = RopeParams;
 };
@@ -89,19 +65,12 @@ constexpr int kHead = 128;  // columns
 template <typename Out>
 using HeadRow = Raw<Out, kHead / 4>;
 
-// A norm's weights of a thread's columns, out of shared memory.
-template <typename Out>
-__device__ __forceinline__ HeadRow<Out> head_weight_of(const Out* weight) {
-  HeadRow<Out> of;
-#pragma unroll
-  for (int j = 0; j < kHead / 8; ++j) of.words[j] = *reinterpret_cast<const uint32_t*>(weight + 8 * j + 2 * (threadIdx.x % 4));
-  return of;
-}
-
 // Both rows of a thread's, normalised in place. `weight`: all of the head's, in shared memory.
 template <typename Norm, typename Out>
 __device__ __forceinline__ void norm_heads(HeadRow<Out> (&rows)[2], const Out* weight, float eps) {
-  const HeadRow<Out> of = head_weight_of(weight);
+  HeadRow<Out> of;
+#pragma unroll
+  for (int j = 0; j < kHead / 8; ++j) of.words[j] = *reinterpret_cast<const uint32_t*>(weight + 8 * j + 2 * (threadIdx.x % 4));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float v[kHead / 4], sums[2] = {};  // two chains of additions

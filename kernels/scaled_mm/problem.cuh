@@ -176,41 +176,6 @@ struct ScaledMmEntries {
     start(products, device, static_b, first, second);
   }
 
-  // total = the product, rounded, + residual [M, N]; quantised = FP8 of norm(total, weight), by a scale a row: a cluster's CTAs along
-  // N, `second` of them, have a tile of kHead columns each and no more. c0 … c7: the constants of both programs.
-  static void run_add_norm(TensorView a, TensorView b, TensorView scale_a, TensorView scale_b, Optional<TensorView> bias,
-                           TensorView residual, TensorView weight, double eps, TensorView total, TensorView quantised, TensorView scale,
-                           double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7, bool static_b,
-                           int64_t first, int64_t second) {
-    using End = typename Family::End;
-    static_assert(End::kQuantises);
-    Device device;
-    const Boxes boxes = Family::boxes(first, second);
-    Products products = begin_products<Out>(a, total, device);
-    int column = 0;
-    add_product<EA, EB, Out>(products, boxes, device, &column, a, b, scale_a, scale_b, bias, total, residual);
-    check_columns(total, column);
-    if (first != 1 || column != second * kHead) {
-      TVM_FFI_THROW(ValueError) << "cluster: wanted 1 x " << column / kHead << ", a tile of " << kHead << " columns each, found " << first
-                                << " x " << second << " for " << column << " columns";
-    }
-    Symbol n("N");
-    TensorMatcher({n}).dtype<Out>().contiguous().device(device).verify(weight, "weight");
-    TensorMatcher({products.m, n}).dtype<typename End::Fp8>().contiguous().device(device).verify(quantised, "quantised");
-    TensorMatcher({products.m, 1}).dtype<typename End::ScaleT>().contiguous().device(device).verify(scale, "scale");
-    if (n.value() != column) TVM_FFI_THROW(ValueError) << "weight: wanted " << column << " elements, found shape " << shape_of(weight);
-    if (products.m == 0) return;
-    check_pitch(quantised, "quantised", column);
-
-    AddNormParams p{};
-    const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    p.weight = data(weight), p.row_scale = data(scale), p.consts = Consts::of(constants);
-    p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(column);
-    encode(&p.quantised, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data(quantised), products.m, column, column, boxes.out_rows, kHead);
-    DeviceGuard guard(device.id());
-    Family::launch(products, device.id(), static_b, static_cast<int>(first), static_cast<int>(second), p);
-  }
-
   // out = act(gate's product) * up's, both [M, N], each step rounded.
   static void run_act_mul(TensorView a, TensorView gate, TensorView up, TensorView scale_a, TensorView scale_gate, TensorView scale_up,
                           Optional<TensorView> bias_gate, Optional<TensorView> bias_up, TensorView out, bool static_b, int64_t first,

@@ -11,18 +11,15 @@
 // instead of 4. It took as long (0.98 to 1.00 of the speed at 7168 rows on an H200): CTAs that have none may leave the others power.
 //
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
-// through: the whole tile's, which takes the place of a stage. With a norm after it (`AddNorm`) the sum stays in registers too, a
-// cluster has whole rows, and what its CTAs tell each other of them takes the place of another stage. Heads (`NormRope`) are
-// normalised in registers and rotated in that shared memory, where a thread finds the columns of both halves that it needs side by
-// side. Several products are one list of tiles, but gate and up (`Gate`), of which a tile has both. The output goes through shared
-// memory and the copy engine, which clips it at M and N.
+// through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
+// shared memory, where a thread finds the columns of both halves that it needs side by side. Several products are one list of
+// tiles, but gate and up (`Gate`), of which a tile has both. The output goes through shared memory and the copy engine, which clips it at M and N.
 #pragma once
 
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
 #include "inductor_ext/hopper.cuh"
 #include "scaled_mm/ends.cuh"
-#include "scaled_mm/norm_rows.cuh"
 #include "scaled_mm/problem.cuh"
 
 namespace inductor_ext {
@@ -43,9 +40,8 @@ struct TileShared {
   static constexpr int kChunk = 64 * kBox;  // what is staged at a time: 64 rows of one box
   static constexpr int kVector = (End::kNorms ? 3 : 2) * N;  // scales and bias of a tile's channels, and a norm's weight
   static constexpr int kVectors = 2 * (kVector * 4);         // each consumer's own
-  static constexpr int kExchange = End::kQuantises ? RowExchange<kBlocks>::kBytes : 0;  // of which each consumer has two
-  static constexpr int kBarriers = (2 * kTileMaxStages + (End::kAdds ? 2 : 0) + (End::kQuantises ? 4 : 0)) * 8;
-  static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + 4 * kExchange + kVectors + kBarriers; }
+  static constexpr int kBarriers = (2 * kTileMaxStages + (End::kAdds ? 2 : 0)) * 8;
+  static constexpr int fixed(int chunks) { return 2 * chunks * kChunk + kVectors + kBarriers; }
   static constexpr int fit(int chunks) { return (kSharedLimit - fixed(chunks)) / kStage; }
   // Of each consumer: a second one when it costs no stage.
   static constexpr int kChunks = kWhole ? kWidth / kBox * kBlocks : fit(2) == fit(1) ? 2 : 1;
@@ -112,11 +108,10 @@ __device__ __forceinline__ float2 scaled_pair(const float* sums, float row_scale
 }
 
 // One box of a consumer's sums, 64 rows from column `First` of the tile on, scaled, into a chunk. Rows are those of `Wgmma`. With
-// `Add` the chunk holds the residual: what a warp has read there it replaces. keep(j, i, word): two columns of the output from 8 * j
-// on, of row i; of 16-bit outputs.
-template <bool HasBias, bool Add, typename Out, int N, int Box, int First, typename Keep>
+// `Add` the chunk holds the residual: what a warp has read there it replaces.
+template <bool HasBias, bool Add, typename Out, int N, int Box, int First>
 __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N / 2], const float (&row_scale)[2],
-                                             const ChannelScales<Out, Box>& channel_scale, const float* channel_bias, Keep&& keep) {
+                                             const ChannelScales<Out, Box>& channel_scale, const float* channel_bias) {
   constexpr int kColumns = Box / static_cast<int>(sizeof(Out));
   const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
   auto at = [&](int row, int byte) { return in_chunk<Box>(chunk, row, byte); };
@@ -140,8 +135,6 @@ __device__ __forceinline__ void stage_output(uint8_t* chunk, const float (&d)[N 
         cute::SM75_U32x4_LDSM_N::copy(place, residual.words[0], residual.words[1], residual.words[2], residual.words[3]);
         value.add(residual);
       }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) keep(First / 8 + j + n / 2, n % 2, value.words[n]);
       cute::SM90_U32x4_STSM_N::copy(value.words[0], value.words[1], value.words[2], value.words[3], place);
     }
   } else {
@@ -234,12 +227,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   constexpr int kStages = Shared::kStages, kBlocks = Shared::kBlocks;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* staging = shared + kStages * Shared::kStage;
-  uint8_t* exchanges = staging + 2 * Shared::kChunks * Shared::kChunk;
-  float* vectors = reinterpret_cast<float*>(exchanges + 4 * Shared::kExchange);
+  float* vectors = reinterpret_cast<float*>(staging + 2 * Shared::kChunks * Shared::kChunk);
   uint64_t* full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(vectors) + Shared::kVectors);
   uint64_t* empty = full + kTileMaxStages;
   uint64_t* residual_full = empty + kTileMaxStages;  // one of each consumer
-  uint64_t* exchanged = residual_full + 2;           // two of each
 
   const int ctas = p.cluster_m * p.cluster_n, rank = blockIdx.x % ctas;
   const int rank_m = rank % p.cluster_m, rank_n = rank / p.cluster_m;
@@ -257,7 +248,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     const int readers = (Pingpong ? 4 : 8) * (p.cluster_m + p.cluster_n - 1);
     for (int s = 0; s < kStages; ++s) FullBarrier::init(full + s, 1), EmptyBarrier::init(empty + s, readers);
     if (Add) FullBarrier::init(residual_full, 1), FullBarrier::init(residual_full + 1, 1);
-    for (int i = 0; End::kQuantises && i < 4; ++i) FullBarrier::init(exchanged + i, 1);
     cutlass::arch::fence_barrier_init();
   }
   if (ctas > 1) {
@@ -335,10 +325,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     float* channel_scale = vectors + consumer * Shared::kVector;
     float* channel_bias = channel_scale + N;
     Out* head_weight = reinterpret_cast<Out*>(channel_bias + N);  // of a norm only
-    auto exchange = [&](int which) -> RowExchange<kBlocks> {
-      const int at = 2 * consumer + which;
-      return {reinterpret_cast<uint32_t*>(exchanges + at * Shared::kExchange), exchanged + at};
-    };
     int staged = 0;  // chunks so far
     uint32_t residual_phase = 0;
     auto meet = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, consumer); };
@@ -378,9 +364,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       float scale[kBlocks][2], channel[2] = {};
       Out weight{};
       float added[2] = {-0.f, -0.f};  // where there is no bias: what changes no number
-      if constexpr (End::kQuantises) {
-        weight = static_cast<const Out*>(end.weight)[tile.channel + threadIdx.x % kWarpgroup];
-      } else if constexpr (End::kNorms) {
+      if constexpr (End::kNorms) {
         if (rotates) weight = static_cast<const Out*>(end.weight[tile.product - p.products.of])[threadIdx.x % kWarpgroup];
       }
 #pragma unroll
@@ -403,9 +387,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         }
       }
 
-      // ptxas takes sums that nothing sets for live since the last tile: with rows in registers too, 1 012 bytes were spilled.
       float d[kBlocks][N / 2];
-      if constexpr (Exact || End::kQuantises) {
+      if constexpr (Exact) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -495,12 +478,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         });
         continue;
       }
-      const uint32_t phase = residual_phase;
       if constexpr (Add) {
-        FullBarrier::wait(residual_full + consumer, phase);
+        FullBarrier::wait(residual_full + consumer, residual_phase);
         residual_phase ^= 1;
       }
-      HeadRow<Out> rows[kBlocks][2];  // where they are needed once more
       bool has_bias = product.bias != nullptr;
       if constexpr (End::kGates) has_bias |= tile.product[1].bias != nullptr;
       unrolled<Shared::kWidth / Shared::kBox>([&](auto box) {
@@ -525,15 +506,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
             } else {
               end.gate_second ? stage(no, yes) : stage(no, no);
             }
+          } else if (has_bias) {
+            stage_output<true, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales[0], channel_bias);
           } else {
-            auto keep = [&](int j, int i, uint32_t word) {
-              if constexpr (End::kQuantises) rows[b][i].words[j] = word;
-            };
-            if (has_bias) {
-              stage_output<true, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales[0], channel_bias, keep);
-            } else {
-              stage_output<false, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales[0], channel_bias, keep);
-            }
+            stage_output<false, Add, Out, N, Shared::kBox, kFirst>(chunk, d[b], scale[b], scales[0], channel_bias);
           }
           cute::tma_store_fence();
           meet();
@@ -543,23 +519,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
           }
         });
       });
-      if constexpr (End::kQuantises) {
-        auto free_place = [&] {
-          if (leader) cute::tma_store_wait<0>();  // the copy engine has read the sum: FP8 goes where it was
-          meet();
-        };
-        norm_and_quantise<End, Out>(rows, head_weight, end, {row0, p.products.m, rank, ctas, phase}, exchange(0), exchange(1), free_place,
-                                    [&](int b, int row, int column) { return in_chunk<kHead>(own_staging + b * Shared::kChunk, row, column); });
-        cute::tma_store_fence();
-        meet();
-        if (leader) {
-#pragma unroll
-          for (int b = 0; b < kBlocks; ++b) {
-            cute::SM90_TMA_STORE_2D::copy(&end.quantised, own_staging + b * Shared::kChunk, tile.channel, row0 + b * 64);
-          }
-          cute::tma_store_arrive();
-        }
-      }
     }
     if (leader) cute::tma_store_wait<0>();
   }
@@ -576,13 +535,13 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
   static constexpr bool kStores = !End::kAdds && !End::kGates && !End::kRotates;
   using Shared = TileShared<Out, M, N, Pingpong, End>;
   static_assert(Shared::kRows % 64 == 0 && Shared::kColumns % 16 == 0 && N <= 256);
-  static_assert(!(End::kRotates || End::kQuantises) || (N == kHead && sizeof(Out) == 2), "a thread has a head's columns, in two bytes each");
+  static_assert(!End::kRotates || (N == kHead && sizeof(Out) == 2), "a head is a tile's columns, in two bytes each");
 
   static Boxes boxes(int64_t cluster_m, int64_t cluster_n) {
-    const bool shared = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= kMaxCluster && (!End::kGates || cluster_m <= 2);
+    const bool shared = cluster_m >= 1 && cluster_n >= 1 && cluster_m * cluster_n <= 8 && (!End::kGates || cluster_m <= 2);
     const bool fits = shared && N % (8 * cluster_m) == 0 && M % (8 * cluster_n) == 0;
     if (!fits) {
-      TVM_FFI_THROW(ValueError) << "cluster: wanted at most " << kMaxCluster << " CTAs that divide the tile " << M << " x " << N << " in groups of 8 rows, found "
+      TVM_FFI_THROW(ValueError) << "cluster: wanted at most 8 CTAs that divide the tile " << M << " x " << N << " in groups of 8 rows, found "
                                 << cluster_m << " x " << cluster_n;
     }
     const int b_rows = End::kGates ? Shared::kColumns : static_cast<int>(N / cluster_m);
@@ -602,17 +561,11 @@ struct ScaledMmTile : ScaledMmEntries<ScaledMmTile<EA, EB, Out, M, N, Pingpong, 
     allowed.run(device, [&] {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes), "cudaFuncSetAttribute");
     });
-    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n;
-    const int64_t clusters = std::min<int64_t>(wanted, std::max(1, sm_count(device) / ctas));
-    Launch launch(static_cast<unsigned>(clusters * ctas), kTileThreads);
-    launch.stream(env_stream(device)).shared_memory(Shared::kBytes);
+    const int64_t wanted = static_cast<int64_t>(p.tiles_m) * p.tiles_n * ctas, room = sm_count(device) / ctas * ctas;
+    Launch launch(static_cast<unsigned>(std::min(wanted, room)), kTileThreads);
+    launch.stream(env_stream(device)).shared_memory(Shared::kBytes).programmatic();
     if (ctas > 1) launch.cluster(ctas);
-    if (ctas > 2) {  // pairs fit everywhere; a GPC may have multiprocessors left that are too few, and a cluster that waits would end last
-      static OfDevice resident[kMaxCluster + 1];
-      const int64_t room = resident[ctas].get(device, [&] { return launch.resident_clusters(kernel); });
-      launch.grid(static_cast<unsigned>(std::min(clusters, room) * ctas));
-    }
-    launch.programmatic().run(kernel, p, end);
+    launch.run(kernel, p, end);
   }
 };
 

@@ -19,9 +19,9 @@ def _examples(arch: str) -> list[jit.JitSpec]:
     return [spec for op in registry.ops() for spec in op.examples(arch)]
 
 
-#: The tile family, which adds residuals, normalises, gates and rotates heads, is Hopper's; on another GPU the rules refuse and
-#: the ops run PyTorch's operators.
-HOPPER_ONLY = {"scaled_mm_act_mul", "scaled_mm_add", "scaled_mm_add_norm", "scaled_mm_rope"}
+#: The tile family, which adds residuals, gates and rotates heads, is Hopper's; on another GPU the rules refuse and the ops run
+#: PyTorch's operators.
+HOPPER_ONLY = {"scaled_mm_act_mul", "scaled_mm_add", "scaled_mm_rope"}
 
 #: Ops that say something in a graph and are computed, where nothing replaces them, by another op and PyTorch.
 COMPOSED = {"mxfp8_round"}

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from inductor_ext.kernels.qk_norm_rope import op as qk_norm_rope
-from inductor_ext.kernels.rms_norm_quantize import op as rms_norm_quantize
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
@@ -52,9 +51,7 @@ class Built:
         self.kernels: dict[str, TileKernel] = {}
 
     def __call__(self, op: Any, *key: Any) -> TileKernel:
-        return self.of(op.exports(key)[0][1].rpartition("::")[0].replace("::Silu>", "::PlusAbs>"))
-
-    def of(self, cpp: str) -> TileKernel:
+        cpp = op.exports(key)[0][1].rpartition("::")[0].replace("::Silu>", "::PlusAbs>")
         if cpp not in self.kernels:
             folder = self.folder / str(len(self.kernels))
             folder.mkdir()
@@ -198,99 +195,6 @@ def test_a_residual_is_added_to_the_rounded_product(built: Built, name: str) -> 
         assert_same_bytes(found, product + residual)
 
 
-# ---- a residual, and the norm of whole rows --------------------------------------------------------------------------
-
-SCALE, PROGRAM = "f32 div:448.0", "f32 div:scale max:-448.0 min:448.0"
-
-
-def add_norm(config: str, norm: str = "cast mul", fast: bool = True) -> str:
-    """The class, with programs that the machine here has."""
-    types = rms_norm_quantize.CPP_NORMS[norm], "ByFirst", "ByScale"
-    norm_type, scale, program = (f"inductor_ext::{each}" for each in types)
-    end = f"inductor_ext::AddNorm<{norm_type}, __nv_fp8_e4m3, true, float, {scale}, {program}>"
-    return parse(config).cpp(E4, E4, BF16, not fast, end=end)
-
-
-def check_normed(
-    built: Built, config: str, m: int, ctas: int, k: int = 272, *, norm: str = "cast mul", fast: bool = True,
-    bias: bool = False, a: torch.Tensor | None = None, kernel: TileKernel | None = None, **options: int,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The sum by the bytes, FP8 and its scales as rms_norm_quantize has them of it but for the mean, summed in another order:
-    by that a scale may differ in its last place, one of bf16, and a value by one step."""
-    kernel, adding = kernel or built.of(add_norm(config, norm, fast)), built(scaled_mm_add, config, E4, E4, BF16, fast)
-    torch.manual_seed(m + ctas)
-    n = 128 * ctas
-    given = problem(m, n, k, E4, BF16, True, bias)
-    if a is not None:
-        given[0] = within(a.shape, a)
-    residual, weight = within((m, n), (torch.randn(m, n) * 100).to(BF16)), within((n,), torch.randn(n).to(BF16))
-    quantised, scale = torch.full((m + 2, n), torch.nan).to(E4), torch.full((m + 2, 1), torch.nan)
-    outputs = quantised[1:-1], scale[1:-1]
-    call = functools.partial(kernel.run_add_norm, *given, residual, weight, 1e-6, ctas=ctas, **options)
-    total = into(m, n, BF16, lambda out: call(out, *outputs))
-    assert_same_bytes(total, into(m, n, BF16, functools.partial(adding.run, *given, residual=residual, sms=1)))
-    for each in (quantised, scale):
-        assert each[:1].isnan().all() and each[-1:].isnan().all(), "written outside of the rows"
-    wanted, wanted_scale, _ = rms_norm_quantize.reference(total, None, weight, 1e-6, norm, "row", SCALE, PROGRAM, E4, [])
-    torch.testing.assert_close(outputs[1], wanted_scale, rtol=2**-7, atol=0, equal_nan=True)
-    assert_one_step(outputs[0], wanted)
-    return total, *outputs
-
-
-def assert_one_step(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Of FP8; all but few are the same."""
-    assert torch.equal(found.isnan(), wanted.isnan())
-    a, b = (each.view(torch.uint8)[~wanted.isnan()].short() for each in (found, wanted))
-    steps = (torch.where(a < 128, a, 128 - a) - torch.where(b < 128, b, 128 - b)).abs()
-    assert not (steps > 1).any() and (steps != 0).sum() <= steps.numel() // 50
-
-
-@pytest.mark.parametrize("ctas", [2, 4, 8])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_rows_of_a_cluster_are_normalised(built: Built, ctas: int, seed: int) -> None:
-    """One cluster has all tiles, the last of them not full: slots and barriers are used again, in several orders."""
-    check_normed(built, "tile:128x128p", 5 * 128 - 59, ctas, 16 * seed, sms=ctas, seed=seed, bias=seed == 2)
-
-
-@pytest.mark.parametrize(
-    ("config", "fast", "norm"),
-    [
-        ("tile:128x128p", True, "mul cast"),
-        ("tile:64x128p", True, "cast mul"),
-        ("tile:64x128p", False, "mul+1 cast"),
-        ("tile:128x128c", False, "cast mul"),
-    ],
-)
-def test_every_tile_and_norm_of_whole_rows(built: Built, config: str, fast: bool, norm: str) -> None:
-    for m, k, clusters in ((1, 16, 1), (77, 400, 1), (4 * 128 + 13, 272, 2)):
-        check_normed(built, config, m, 2, k, norm=norm, fast=fast, sms=2 * clusters, bias=k == 400, static_b=m == 1)
-
-
-def test_rows_that_are_zero_or_not_finite(built: Built) -> None:
-    """By their products, which are NaN in some rows: those become NaN and no others."""
-    a = torch.randn(200, 144).to(E4)
-    a[3], a[150] = torch.nan, 0
-    a[151, 7] = torch.nan
-    _, quantised, scale = check_normed(built, "tile:128x128p", 200, 4, 144, a=a, sms=4)
-    bad = torch.zeros(200, dtype=torch.bool)
-    bad[[3, 151]] = True
-    assert torch.equal(scale.isnan()[:, 0], bad) and torch.equal(quantised.isnan().all(1), bad)
-
-
-def test_no_rows_to_normalise(built: Built) -> None:
-    check_normed(built, "tile:128x128p", 0, 2)
-
-
-def test_clusters_that_have_no_whole_rows(built: Built) -> None:
-    kernel = built.of(add_norm("tile:128x128p"))
-    for ctas, n in ((2, 384), (4, 256)):
-        rows, weight = torch.zeros(8, n, dtype=BF16), torch.zeros(n, dtype=BF16)
-        given = problem(8, n, 16, E4, BF16, True, False)
-        call = functools.partial(kernel.run_add_norm, *given, rows, weight, 1e-6, rows.clone(), rows.to(E4), torch.zeros(8, 1))
-        with pytest.raises(RuntimeError, match=f"cluster: wanted 1 x {n // 128}, .* found 1 x {ctas} for {n} columns"):
-            call(ctas=ctas)
-
-
 # ---- gate and up -----------------------------------------------------------------------------------------------------
 
 
@@ -385,18 +289,6 @@ def check_heads(
             torch.testing.assert_close(part, whole, rtol=2**-6, atol=2**-5)
 
 
-def spoilt(cpp: str, folder: Path, name: str, without: str, instead: str) -> TileKernel:
-    """The same source with one thing wrong in it."""
-    kernels = folder / "kernels"
-    shutil.copytree(KERNELS / "include", kernels / "include")
-    shutil.copytree(KERNELS / "scaled_mm", kernels / "scaled_mm")
-    source = kernels / name
-    text = source.read_text()
-    assert without in text, f"{name} has no {without} to leave out: name here what took its place"
-    source.write_text(text.replace(without, instead))
-    return TileKernel(cpp, folder, kernels)
-
-
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
@@ -413,27 +305,15 @@ def spoilt(cpp: str, folder: Path, name: str, without: str, instead: str) -> Til
     ids=["staging used again too soon", "no fence", "stage released too soon", "no first turn", "stage filled too soon"],
 )
 def test_what_is_wrong_is_seen(tmp_path: Path, without: str, instead: str, seen: str) -> None:
+    """The same source with one thing wrong in it."""
+    kernels = tmp_path / "kernels"
+    shutil.copytree(KERNELS / "include", kernels / "include")
+    shutil.copytree(KERNELS / "scaled_mm", kernels / "scaled_mm")
     config = parse("tile:128x128p")
-    kernel = spoilt(config.cpp(E4, E4, BF16, False), tmp_path, config.source, without, instead)
+    source = kernels / config.source
+    text = source.read_text()
+    assert without in text, f"{config.source} has no {without} to leave out: name here what took its place"
+    source.write_text(text.replace(without, instead))
+    kernel = TileKernel(config.cpp(E4, E4, BF16, False), tmp_path, kernels)
     with pytest.raises(RuntimeError, match=seen):
         check((kernel, config.m, config.n, E4, BF16), 2 * config.m, 2 * config.n, 20 * 128, sms=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "without", "instead", "seen"),
-    [
-        ("tile", "exchanges + at * Shared::kExchange", "exchanges + consumer * Shared::kExchange", "not close"),
-        ("tile", "if (leader) cute::tma_store_wait<0>();  // the copy", "  // the copy", "changed while the copy engine read"),
-        ("norm_rows", "wait_for_cluster(barrier, phase);", "", "more arrive than it was made for"),
-        ("norm_rows", "if (cta < ctas) send_to(", "if (cta < ctas && cta != rank) send_to(", "every thread waits for another"),
-        ("norm_rows", "at.ctas), maximums.expect(at.ctas)", "at.ctas), maximums.expect(at.ctas - 1)", "not close"),
-    ],
-    ids=["one slot for both", "FP8 over the sum", "no wait", "nothing from itself", "too few bytes"],
-)
-def test_what_is_wrong_in_an_exchange_is_seen(
-    built: Built, tmp_path: Path, source: str, without: str, instead: str, seen: str
-) -> None:
-    kernel = spoilt(add_norm("tile:128x128p"), tmp_path, f"scaled_mm/{source}.cuh", without, instead)
-    with pytest.raises((RuntimeError, AssertionError), match=seen):
-        check_normed(built, "tile:128x128p", 6 * 128, 4, 128, sms=4, kernel=kernel)

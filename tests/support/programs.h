@@ -13,20 +13,6 @@ struct PlusAbs {
   }
 };
 
-// v / c0, of a scale.
-struct ByFirst {
-  static constexpr bool kRow = false;
-  struct Prepared {
-    float divisor;
-  };
-  template <typename Env>
-  static Prepared prepare(const Env& env) { return {env.consts.value[0]}; }
-  template <int N>
-  static void apply(const Prepared& p, float (&v)[N]) {
-    for (float& each : v) each /= p.divisor;
-  }
-};
-
 // x.float() / scale within ±448, as torchao has it.
 struct ByScale {
   static constexpr bool kRow = false;

@@ -132,36 +132,6 @@ __device__ __forceinline__ void copy_to(uint32_t cta, void* to, const void* from
                : "memory");
 }
 
-// Two or four words into the shared memory of CTA `cta`, at the place that `to` has here, counted at that CTA's barrier.
-template <int N>
-__device__ __forceinline__ void send_to(uint32_t cta, void* to, const uint32_t (&words)[N], uint64_t* barrier) {
-  static_assert(N == 2 || N == 4, "what one store takes");
-  if constexpr (N == 2) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address_in(cta, to)),
-                 "r"(words[0]), "r"(words[1]), "r"(address_in(cta, barrier))
-                 : "memory");
-  } else {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address_in(cta, to)),
-                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(address_in(cta, barrier))
-                 : "memory");
-  }
-}
-// As a barrier's `wait`, for what threads of other CTAs have stored: theirs is the cluster's scope, where a wait's is the CTA's.
-__device__ __forceinline__ void wait_for_cluster(uint64_t* barrier, uint32_t phase) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}"
-        : "=r"(done)
-        : "r"(cute::cast_smem_ptr_to_uint(barrier)), "r"(phase)
-        : "memory");
-  } while (done == 0);
-}
-
 // ---- arithmetic -------------------------------------------------------------------------------------------------------------
 
 // 2^x within 2^-22 of it (PTX's bound); what would be subnormal is zero.

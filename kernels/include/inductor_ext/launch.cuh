@@ -45,6 +45,17 @@ class DeviceGuard {
 
 inline cudaStream_t env_stream(int device) { return static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device)); }
 
+inline int sm_count(int device) {
+  constexpr int kCached = 64;
+  static std::atomic<int> counts[kCached];
+  int count = device < kCached ? counts[device].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    if (device < kCached) counts[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
 // Runs something once for each device, such as setting an attribute of a kernel. Twice, if two threads come first together.
 class OncePerDevice {
  public:
@@ -59,33 +70,6 @@ class OncePerDevice {
   static constexpr int kDevices = 64;
   std::atomic<bool> done_[kDevices] = {};
 };
-
-// A number of each device, asked for once: twice, if two threads come first together. It is not 0.
-class OfDevice {
- public:
-  template <typename F>
-  int get(int device, F&& ask) {
-    int value = device < kDevices ? values_[device].load(std::memory_order_relaxed) : 0;
-    if (value == 0) {
-      value = ask();
-      if (device < kDevices) values_[device].store(value, std::memory_order_relaxed);
-    }
-    return value;
-  }
-
- private:
-  static constexpr int kDevices = 64;
-  std::atomic<int> values_[kDevices] = {};
-};
-
-inline int sm_count(int device) {
-  static OfDevice counts;
-  return counts.get(device, [device] {
-    int count = 0;
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    return count;
-  });
-}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -104,10 +88,6 @@ class Launch {
     config_.gridDim = grid;
     config_.blockDim = block;
     config_.attrs = attributes_;
-  }
-  Launch& grid(dim3 grid) {
-    config_.gridDim = grid;
-    return *this;
   }
   Launch& stream(cudaStream_t stream) {
     config_.stream = stream;
@@ -129,13 +109,6 @@ class Launch {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = x, attribute.val.clusterDim.y = y, attribute.val.clusterDim.z = z;
     return *this;
-  }
-  // How many clusters the device has room for at once; 1 if it has for none, which the launch says in CUDA's words.
-  template <typename... Params>
-  int resident_clusters(void (*kernel)(Params...)) const {
-    int clusters = 0;
-    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config_), "cudaOccupancyMaxActiveClusters");
-    return clusters > 0 ? clusters : 1;
   }
   // All blocks are resident at once, or nothing is launched: a grid of them may wait for each other.
   Launch& cooperative() {

@@ -110,28 +110,6 @@ class TileKernel:
         pairs = [_list(b), _given(scale_a), _list(scale_b), _list(bias)]
         self._call("run_act_mul", _given(a), *pairs, *cluster, _given(out), **options)
 
-    def run_add_norm(
-        self,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale_a: torch.Tensor,
-        scale_b: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        total: torch.Tensor,
-        quantised: torch.Tensor,
-        scale: torch.Tensor,
-        *,
-        ctas: int,
-        **options: int,
-    ) -> None:
-        """In clusters of so many CTAs. The programs are those of torchao, in fp32."""
-        product = map(_given, (a, b, scale_a, scale_b, bias, residual, weight))
-        outputs = map(_given, (total, quantised.view(torch.uint8), scale))
-        self._call("run_add_norm", *product, ctypes.c_double(eps), *outputs, ctas, **options)
-
     def run_rope(
         self,
         a: torch.Tensor,

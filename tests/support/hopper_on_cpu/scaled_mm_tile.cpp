@@ -16,9 +16,7 @@ template <typename Tile>
 void run_one(const Given* a, const Given* b, const Given* scale_a, const Given* scale_b, const Given* bias, const Given* residual,
              const Given* out, bool static_b) {
   const TensorView a_view = view(*a), b_view = view(*b), scales[2] = {view(*scale_a), view(*scale_b)}, out_view = view(*out);
-  if constexpr (Tile::End::kQuantises) {
-    hopper_on_cpu::fail("a class that quantises");
-  } else if constexpr (Tile::End::kAdds) {
+  if constexpr (Tile::End::kAdds) {
     Tile::run_add(a_view, b_view, scales[0], scales[1], optional(bias), view(*residual), out_view, static_b, 1, 1);
   } else if constexpr (Tile::kStores) {
     Tile::run(a_view, b_view, scales[0], scales[1], optional(bias), out_view, static_b, 1, 1);
@@ -62,17 +60,6 @@ void run_heads(const Given* a, const Given* const* b, int count, const Given* sc
   }
 }
 
-template <typename Tile>
-void run_normed(const Given* a, const Given* b, const Given* scale_a, const Given* scale_b, const Given* bias, const Given* residual,
-                const Given* weight, double eps, const Given* total, const Given* quantised, const Given* scale, bool static_b, int ctas) {
-  if constexpr (Tile::End::kQuantises) {
-    Tile::run_add_norm(view(*a), view(*b), view(*scale_a), view(*scale_b), optional(bias), view(*residual), view(*weight), eps, view(*total),
-                       view(*quantised), view(*scale), 448, 0, 0, 0, 0, 0, 0, 0, static_b, 1, ctas);
-  } else {
-    hopper_on_cpu::fail("a class that does not quantise");
-  }
-}
-
 }  // namespace
 
 extern "C" int run(const Given* a, const Given* b, const Given* scale_a, const Given* scale_b, const Given* bias, const Given* residual,
@@ -90,14 +77,6 @@ extern "C" int run_act_mul(const Given* a, const Given* const* b, const Given* s
                            const Given* const* bias, int cluster_m, int cluster_n, const Given* out, bool static_b, int sms,
                            unsigned seed, char* error, int length) {
   return attempt(sms, seed, error, length, [&] { run_gated<TILE>(a, b, scale_a, scale_b, bias, out, static_b, cluster_m, cluster_n); });
-}
-
-extern "C" int run_add_norm(const Given* a, const Given* b, const Given* scale_a, const Given* scale_b, const Given* bias,
-                            const Given* residual, const Given* weight, double eps, const Given* total, const Given* quantised,
-                            const Given* scale, int ctas, bool static_b, int sms, unsigned seed, char* error, int length) {
-  return attempt(sms, seed, error, length, [&] {
-    run_normed<TILE>(a, b, scale_a, scale_b, bias, residual, weight, eps, total, quantised, scale, static_b, ctas);
-  });
 }
 
 extern "C" int run_rope(const Given* a, const Given* const* b, int count, const Given* scale_a, const Given* const* scale_b,

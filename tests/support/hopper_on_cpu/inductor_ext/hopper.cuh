@@ -231,20 +231,6 @@ inline void load_tile(const CUtensorMap* map, uint64_t* barrier, void* to, int x
 template <typename T> struct CutlassType { using type = T; };
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
-template <int N>
-void send_to(uint32_t cta, void* to, const uint32_t (&words)[N], uint64_t* barrier) {
-  if (hopper_on_cpu::in_shared(to) % sizeof(words) != 0) hopper_on_cpu::fail("a store to another CTA that is misaligned");
-  std::array<uint32_t, N> sent;
-  std::copy(words, words + N, sent.begin());
-  hopper_on_cpu::later_in(hopper_on_cpu::cta_of(cta), [=] {
-    std::memcpy(to, sent.data(), sizeof(sent));
-    auto& told = hopper_on_cpu::barrier_at(barrier);
-    told.bytes -= sizeof(sent);
-    told.settle();
-  });
-}
-inline void wait_for_cluster(uint64_t* barrier, uint32_t phase) { FullBarrier::wait(barrier, phase); }
-
 inline uint32_t bits_of(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);

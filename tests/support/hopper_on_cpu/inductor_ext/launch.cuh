@@ -16,21 +16,13 @@ struct OncePerDevice {
   template <typename F> void run(int, F&& f) { f(); }
 };
 inline void* env_stream(int) { return nullptr; }
-struct OfDevice {
-  template <typename F> int get(int, F&& ask) { return ask(); }
-};
 inline int multiprocessors = 2;
 inline int sm_count(int) { return multiprocessors; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Launch {
-  Launch(unsigned grid, unsigned block) : blocks(grid), block(block) {}
+  Launch(unsigned grid, unsigned block) : grid(grid), block(block) {}
   Launch& stream(void*) { return *this; }
-  Launch& grid(unsigned count) {
-    blocks = count;
-    return *this;
-  }
-  template <typename Kernel> int resident_clusters(Kernel*) const { return std::max(1, multiprocessors / static_cast<int>(ctas)); }
   Launch& programmatic() { return *this; }
   Launch& cluster(unsigned count) {
     ctas = count;
@@ -41,8 +33,8 @@ struct Launch {
     return *this;
   }
   template <typename... Params, typename... Args>
-  void run(void (*kernel)(Params...), Args&&... args) { hopper_on_cpu::run_grid(blocks, ctas, block, kernel, std::forward<Args>(args)...); }
-  unsigned blocks, block, ctas = 1;
+  void run(void (*kernel)(Params...), Args&&... args) { hopper_on_cpu::run_grid(grid, ctas, block, kernel, std::forward<Args>(args)...); }
+  unsigned grid, block, ctas = 1;
 };
 
 inline void wait_for_previous_kernel() {}

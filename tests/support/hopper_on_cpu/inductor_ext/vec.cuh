@@ -7,12 +7,6 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
-inline uint32_t __float_as_uint(float v) { return inductor_ext::bits_of(v); }
-inline float __uint_as_float(uint32_t bits) {
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
 
 namespace inductor_ext {
 
@@ -49,18 +43,6 @@ struct Raw {
   void set(int i, float v) {
     const T value = narrow<T>(v);
     std::memcpy(reinterpret_cast<uint8_t*>(words) + i * sizeof(T), &value, sizeof(T));
-  }
-};
-
-template <int N>
-struct Bytes {
-  union {
-    uint32_t words[N / 4];
-    uint8_t bytes[N];
-  };
-  void store(void* p) const {
-    hopper_on_cpu::check_access(p, N, N);
-    std::memcpy(p, bytes, N);
   }
 };
 

@@ -1,1 +1,0 @@
-../../cuda_on_cpu/inductor_ext/fp8.cuh
