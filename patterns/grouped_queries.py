@@ -36,7 +36,7 @@ from inductor_ext.rule import Context, Example, Match, Refusal, Rule
 MEASURED = frozenset({"sm_90a"})
 
 #: Of K and V, in all sequences together: what was measured faster. Between 8, which was slower, and these nothing was measured.
-LEAST_HEADS = 512
+LEAST_HEADS = 128
 
 
 @dataclasses.dataclass(frozen=True)

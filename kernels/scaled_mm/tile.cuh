@@ -9,6 +9,8 @@
 //
 // Not here: the tiles of a last round taken in halves, so that all CTAs have some, 448 tiles on 132 multiprocessors in 3.6 rounds
 // instead of 4. It took as long (0.98 to 1.00 of the speed at 7168 rows on an H200): CTAs that have none may leave the others power.
+// Nor RMSNorm and FP8 of the sum with a residual, in clusters of 8 CTAs that hold whole rows of 1024: 0.67 to 0.95 of the speed of two
+// launches at 512 to 16 384 rows. Fewer such clusters are resident than 132 multiprocessors have room for, and each tile waits twice.
 //
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
 // through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that

@@ -75,7 +75,7 @@ def choose(
     ``known``: names of what the graph calls already, so need not be looked for. ``called``: the ways in which it may be.
     """
     reasons: list[str] = []
-    for each in sorted(IMPLEMENTATIONS, key=lambda each: not (each.name == "hopper" or _is_short_for(each, problem))):
+    for each in sorted(IMPLEMENTATIONS, key=lambda each: not _leads(each, problem)):
         if each.called not in called:
             continue
         lacks = missing(each, problem, known)
@@ -86,11 +86,14 @@ def choose(
 
 
 #: Up to here cuDNN is ahead of flash-attn 4 on batches. On an H200, causal, 16 and 8 heads of 128, 7168 tokens in all: 29 and
-#: 52 µs in sequences of 128, 48 and 60 of 512, 75 and 81 of 1024, 427 and 349 in one. The own kernel takes 27, 42, 62 and 336.
+#: 52 µs in sequences of 128, 48 and 60 of 512, 75 and 81 of 1024, 427 and 349 in one. The own kernel takes 27, 42, 65 and 375.
 CUDNN_LENGTH = 2048
 
 
-def _is_short_for(each: Implementation, problem: Problem) -> bool:
+def _leads(each: Implementation, problem: Problem) -> bool:
+    if each.name == "hopper":  # 39 µs where cuDNN takes 37: 14 full sequences of 512, 12 heads of 64
+        full = problem.left < 0 and problem.right < 0
+        return not (full and problem.head_dim == 64 and not problem.packed)
     return each.name == "cudnn" and 0 < problem.length <= CUDNN_LENGTH
 
 

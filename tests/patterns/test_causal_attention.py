@@ -285,7 +285,7 @@ def test_both_layers_of_a_qwen3(
         assert len(calls) == 2 and all(", None, False, 0.0, True)" in call or "0.0, True, scale=" in call for call in calls)
     else:
         calls = [line for line in graph.after.splitlines() if "inductor_ext.varlen_attention" in line]
-        assert len(calls) == 2 and all(", None, 0, 0.125, -1, 0, 0.0, False, 'hopper')" in call for call in calls)
+        assert len(calls) == 2 and all(", None, 0, 0.125, -1, 0, 0.0, False, hopper)" in call for call in calls)
     events = [event for event in found.rewrites if event.rule == "causal_attention"]
     assert all(event.detail.startswith(f"causal, 4/2 heads of 64, {library}") for event in events)
     assert [event.module for event in events] == ["layers.0.self_attn", "layers.1.self_attn"]
