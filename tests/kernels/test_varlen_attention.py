@@ -176,7 +176,8 @@ def test_what_each_library_can_do(changes: dict[str, Any], able: list[str]) -> N
         ({"head_dim": 96, "length": 512, "packed": True}, "flash_attn_4"),
         ({"head_dim": 96, "length": 512, "left": 31}, "flash_attn_4"),
         ({"head_dim": 64, "length": 512}, "hopper"), ({"head_dim": 64, "length": 512, "right": -1}, "cudnn"),
-        ({"head_dim": 64, "right": -1, "packed": True}, "hopper"), ({"capability": (10, 0)}, "flash_attn_4"), ({"capability": (10, 0), "length": 512}, "cudnn"),
+        ({"head_dim": 64, "right": -1, "packed": True}, "hopper"),
+        ({"capability": (10, 0)}, "flash_attn_4"), ({"capability": (10, 0), "length": 512}, "cudnn"),
     ],
 )  # fmt: skip
 def test_the_own_kernel_is_first_and_cudnn_for_short_sequences(changes: dict[str, Any], first: str) -> None:
