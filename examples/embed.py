@@ -127,6 +127,8 @@ class Embedder:
         self.budget = budget
         self.model: Callable[..., Any] = model
         if backend != "eager":
+            # dynamic=True makes inputs of Python floats too, and a norm's eps is one: what it is fused with has to know it.
+            torch._dynamo.config.specialize_float = True
             self.model = torch.compile(model, backend=backend, dynamic=True)
 
     @torch.no_grad()

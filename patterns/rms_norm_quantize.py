@@ -107,9 +107,9 @@ def _mxfp8(y: torch.Tensor, rounding: str = "rceil", swizzled: bool = False) -> 
     return torch.ops.inductor_ext.mxfp8_quantize(y, None, rounding, swizzled)
 
 
-def _llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _llama(x: torch.Tensor, weight: torch.Tensor, eps: Any = 1e-5) -> torch.Tensor:
     h = x.float()
-    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _gemma(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -218,6 +218,12 @@ RULE = Rule(
             lambda x, w: (lambda y: (*_mxfp8(y), y * 3))(_llama(x, w).view(-1, 64)),
             _inputs,
             reason="what is quantised has a second user",
+        ),
+        Example(
+            "eps_is_an_input",
+            lambda x, w, eps: _quantise(_llama(x, w, eps)),
+            lambda device: (*_inputs(device), torch.tensor(1e-6, device=device)),
+            reason="eps is not a constant of the graph",
         ),
         Example(
             "swizzled",

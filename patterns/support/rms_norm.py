@@ -19,6 +19,9 @@ from inductor_ext.graph import CONVERT, aten, constant_of, describe, is_call, sa
 from inductor_ext.kernels import steps
 from inductor_ext.patterns.support.fp8_chain import Failure
 
+#: What to do about an eps that is an input.
+EPS = "a number: mark_dynamic on the inputs in place of dynamic=True, or torch._dynamo.config.specialize_float = True"
+
 _FLOATS = tuple(steps.TOKEN_OF_DTYPE)
 
 
@@ -55,8 +58,8 @@ def trace(y: Node) -> RmsNorm | Failure | None:
         return None
     weight, normalised, norm, inner = found
     core = _core(normalised)
-    if core is None:
-        return None
+    if core is None or isinstance(core, Failure):
+        return core
     h, eps, nodes = core
     inner = [*inner, normalised, *nodes]
     total = h
@@ -117,21 +120,27 @@ def _is_product(node: Any) -> bool:
     return is_call(node, aten.mul.Tensor) and value_of(node).dtype is torch.float32
 
 
-def _core(normalised: Node) -> tuple[Node, float, list[Node]] | None:
-    """``h``, eps and the nodes of ``h * rsqrt(mean(h²) + eps)`` but the first."""
+def _core(normalised: Node) -> tuple[Node, float, list[Node]] | Failure | None:
+    """``h``, eps and the nodes of ``h * rsqrt(mean(h²) + eps)`` but the first; a Failure where eps is no constant.
+
+    ``torch.compile(dynamic=True)`` makes inputs of a graph of the Python floats in it, a norm's eps among them.
+    """
     for h, factor in (normalised.args[:2], normalised.args[1::-1]):
         if not is_call(factor, aten.rsqrt.default) or not is_call(factor.args[0], aten.add.Tensor, aten.add.Scalar):
             continue
         shifted = factor.args[0]
         mean, eps = shifted.args[:2]
-        number = constant_of(eps)
-        if number is None or not is_call(mean, aten.mean.dim) or not _over_columns(mean):
+        if not is_call(mean, aten.mean.dim) or not _over_columns(mean):
             continue
         square = mean.args[0]
-        if (is_call(square, aten.pow.Tensor_Scalar) and square.args[0] is h and square.args[1] == 2) or (
+        if not (is_call(square, aten.pow.Tensor_Scalar) and square.args[0] is h and square.args[1] == 2) and not (
             is_call(square, aten.mul.Tensor) and square.args[0] is h and square.args[1] is h
         ):
-            return h, number, [factor, shifted, mean, square]
+            continue
+        number = constant_of(eps)
+        if number is None:
+            return Failure(shifted, "eps is not a constant of the graph", EPS, describe(eps))
+        return h, number, [factor, shifted, mean, square]
     return None
 
 
