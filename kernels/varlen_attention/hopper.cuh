@@ -1,5 +1,5 @@
-// varlen_attention for compute capability 9.0: the algorithm of FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), on batches and
-// on packed sequences, for heads of 64 and 128.
+// varlen_attention for compute capability 9.0: the algorithm of FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608) but for the
+// order of its softmax, on batches and on packed sequences, for heads of 64 and 128.
 //
 // A persistent, warp-specialised kernel. One warp lists the tiles (`hopper_tiles.cuh`) and brings queries, keys and values through
 // the copy engine; two warpgroups have 64 queries each of a tile. A block's scores are asked for together with the sum of values of
@@ -121,8 +121,8 @@ __device__ __forceinline__ void fence_registers(Weights& p) {
 // The same in all lanes, as the compiler then knows: branches that depend on it may have wgmmas in them.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ AttentionTile uniform(const AttentionTile& tile) {
-  return {uniform(tile.rows),        uniform(tile.head),       uniform(tile.first), uniform(tile.length), uniform(tile.first_block),
-          uniform(tile.last_block), uniform(tile.batch), uniform(tile.token),  uniform(tile.out)};
+  return {uniform(tile.rows), uniform(tile.head), uniform(tile.first), uniform(tile.length), uniform(tile.first_block),
+          uniform(tile.last_block), uniform(tile.batch), uniform(tile.token), uniform(tile.out)};
 }
 
 // ---- a warpgroup of consumers -------------------------------------------------------------------------------------------------
