@@ -33,7 +33,7 @@ def describe(op: Op) -> dict[str, Any]:
         "doc": op.doc,
         "schema": op.schema,
         "mutates": op.mutates,
-        "kernel": ", ".join(sources) or ("other libraries'" if op.library else None),
+        "kernel": ", ".join([*sources, *(["other libraries'"] if op.library else [])]) or None,
         "min_capability": "{}.{}".format(*kernel.min_capability) if kernel else None,
         "prebuilt_examples": {arch: len(specs) for arch, specs in examples.items()},
     }
