@@ -1,6 +1,7 @@
 """Attention without a cache by every library that is installed, against PyTorch's as Hugging Face models call it.
 
     python -m benchmarks.kernels.attention --out benchmarks/results/h200/attention.json
+    compute-sanitizer --tool racecheck python -m benchmarks.kernels.attention --sanitize      (or memcheck, synccheck)
 
 ``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already (none where attention is full),
 and K and V repeated for GQA in the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with
@@ -12,6 +13,7 @@ where attention is causal.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -177,8 +179,32 @@ def measure(shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("attention.json")) -> None:
+def sanitize() -> None:
+    """A call of each road through the kernel for compute capability 9.0, compared with the reference."""
+    for width, heads, kv_heads, lengths, left, right in (
+        (128, 2, 1, (5, 130, 0, 300, 64), -1, 0),  # tiles of one head
+        (128, 32, 16, (5, 64, 1, 33, 7), -1, 0),  # of two
+        (64, 3, 3, (65, 257), 40, 10),
+        (128, 1, 1, (650, 3), -1, -1),  # more blocks than stages
+    ):
+        total, scale = sum(lengths), width**-0.5
+        q, k, v = (torch.randn(total + 9, each, width, device="cuda").bfloat16() for each in (heads, kv_heads, kv_heads))
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda", dtype=torch.int32)
+        out = torch.full_like(q, torch.nan)
+        OP._call(q, k, v, ends, max(lengths), scale, left, right, 0.0, True, "hopper", out=out)
+        wanted = OP.reference(q.float(), k.float(), v.float(), ends, 0, scale, left, right, 0.0, True, "")
+        apart = float((out.float() - wanted).norm() / wanted.norm())
+        print(f"{heads}/{kv_heads} heads of {width}, sequences of {lengths}: {apart:.1e} from the reference")
+        assert apart < 5e-3
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("attention.json"),
+    check: Annotated[bool, typer.Option("--sanitize", help="Few calls, for compute-sanitizer; nothing is timed.")] = False,
+) -> None:
     registry.ops()
+    if check:
+        return sanitize()
     rows = [row for shape in SHAPES for row in measure(shape)]
     timing.write_json(out, {"libraries": implementations.versions(), "rows": rows})
     show(rows, 120)
