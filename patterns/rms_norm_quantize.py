@@ -107,7 +107,12 @@ def _mxfp8(y: torch.Tensor, rounding: str = "rceil", swizzled: bool = False) -> 
     return torch.ops.inductor_ext.mxfp8_quantize(y, None, rounding, swizzled)
 
 
-def _llama(x: torch.Tensor, weight: torch.Tensor, eps: Any = 1e-5) -> torch.Tensor:
+def _llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def _given_eps(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     h = x.float()
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -221,7 +226,7 @@ RULE = Rule(
         ),
         Example(
             "eps_is_an_input",
-            lambda x, w, eps: _quantise(_llama(x, w, eps)),
+            lambda x, w, eps: _quantise(_given_eps(x, w, eps)),
             lambda device: (*_inputs(device), torch.tensor(1e-6, device=device)),
             reason="eps is not a constant of the graph",
         ),
