@@ -23,15 +23,6 @@ struct GroupedWgmma {
   }
 };
 
-template <int N, int M>
-__device__ __forceinline__ void fence_registers(uint32_t (&a)[N][M]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-#pragma unroll
-    for (int j = 0; j < M; ++j) cute::warpgroup_fence_operand(a[i][j]);
-  }
-}
-
 // One tile's sums over all of K, in the first Columns / 2 of each block of d.
 template <typename Shape, int N, int Columns>
 __device__ __forceinline__ void multiply_bf16(float (&d)[Shape::kBlocks][N / 2], const GroupedRing& ring, Slot& slot,

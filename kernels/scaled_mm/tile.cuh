@@ -10,7 +10,7 @@
 // Not here: the tiles of a last round taken in halves, so that all CTAs have some, 448 tiles on 132 multiprocessors in 3.6 rounds
 // instead of 4. It took as long (0.98 to 1.00 of the speed at 7168 rows on an H200): CTAs that have none may leave the others power.
 // Nor RMSNorm and FP8 of the sum with a residual, in clusters of 8 CTAs that hold whole rows of 1024: 0.67 to 0.95 of the speed of two
-// launches at 512 to 16 384 rows. Fewer such clusters are resident than 132 multiprocessors have room for, and each tile waits twice.
+// launches at 512 to 16 384 rows (benchmarks/results/h200/scaled_mm_add_norm.json, by commit 0262a6b). Fewer such clusters are resident than 132 multiprocessors have room for, and each tile waits twice.
 //
 // A residual [M, N] to add comes through the copy engine while its tile is multiplied, into the shared memory that the output leaves
 // through: the whole tile's, which takes the place of a stage. Heads (`NormRope`) are normalised in registers and rotated in that
@@ -19,6 +19,7 @@
 #pragma once
 
 #include "inductor_ext/launch.cuh"
+#include "inductor_ext/swizzle.cuh"
 #include "inductor_ext/tensor.h"
 #include "inductor_ext/hopper.cuh"
 #include "scaled_mm/ends.cuh"
@@ -92,12 +93,6 @@ struct ChannelScales {
     for (int j = 0; j < kGroups; ++j) of[j] = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (threadIdx.x % 4));
   }
 };
-
-// Byte `byte` of row `row` of a chunk, swizzled as the copy engine reads it.
-template <int Box>
-__device__ __forceinline__ uint8_t* in_chunk(uint8_t* chunk, int row, int byte) {
-  return chunk + ((row * Box + byte) ^ (((row * Box) >> 7 & (Box / 16 - 1)) << 4));
-}
 
 // Two neighbouring sums of a row, scaled. `bias`: of their two channels.
 template <bool HasBias>

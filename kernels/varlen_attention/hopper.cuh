@@ -18,6 +18,7 @@
 #include <cmath>
 
 #include "inductor_ext/launch.cuh"
+#include "inductor_ext/swizzle.cuh"
 #include "inductor_ext/tensor.h"
 #include "varlen_attention/hopper_mma.cuh"
 #include "varlen_attention/hopper_tiles.cuh"
@@ -107,14 +108,6 @@ __device__ __forceinline__ void round_weights(Weights& p, const float (&s)[kAtte
   for (int step = Keys / 16; step < kAttentionSteps; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) p[step][i] = 0;
-  }
-}
-
-__device__ __forceinline__ void fence_registers(Weights& p) {
-#pragma unroll
-  for (int i = 0; i < kAttentionSteps; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) cute::warpgroup_fence_operand(p[i][j]);
   }
 }
 
@@ -287,7 +280,7 @@ class AttentionConsumer {
   __device__ __forceinline__ void store(const AttentionTile& tile, uint8_t* staging, const float (&share)[2]) const {
     Elem* tag = nullptr;
     auto place = [&](int row, int piece) {  // 16 bytes, swizzled
-      return staging + piece / 8 * kAttentionBox + (row * 128 + ((piece % 8 ^ row % 8) * 16));
+      return in_chunk<128>(staging + piece / 8 * kAttentionBox, row, piece % 8 * 16);
     };
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {

@@ -14,10 +14,9 @@ constexpr int kAttentionKeys = 128;                       // of a block
 constexpr int kAttentionBox = kAttentionKeys * 128;       // bytes: 64 elements of each of 128 rows
 constexpr int kAttentionSteps = kAttentionKeys / 16;      // wgmmas that a block's values take
 
-// Rows of shared memory as B's K: 8 rows are 1 024 bytes, the next 64 columns are in the next box.
+// Rows of shared memory as B's K: `operand`, but that the next 64 columns are in the next box. Its leading offset is 1, and unused.
 __device__ __forceinline__ uint64_t operand_across(const void* shared) {
-  const uint64_t address = (cute::cast_smem_ptr_to_uint(shared) & 0x3FFFF) >> 4;
-  return address | (uint64_t{kAttentionBox >> 4} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+  return operand(shared) + (uint64_t{(kAttentionBox >> 4) - 1} << 16);
 }
 
 // S[64, Keys] = Q[64, D] · K[Keys, D]ᵀ, in the first Keys / 2 of `s`, laid out as in `Wgmma`.

@@ -175,14 +175,13 @@ def key(
     if decides in _chosen:
         return _chosen[decides]
     found = None
-    if implementation in ("", "hopper") and q.device.type == "cuda" and isinstance(q.shape[-1], int):
+    if q.device.type == "cuda" and isinstance(q.shape[-1], int):
         problem = problem_of(q, left, right, softcap, packed, length, scale)
-        wanted = implementations.named("hopper")
-        if implementation:
-            usable = wanted is not None and not implementations.missing(wanted, problem)
-        else:
-            usable = implementations.choose(problem, called=("as a library", "as a kernel"))[0] is wanted
-        found = (q.dtype, q.shape[-1]) if usable else None
+        wanted = implementations.named(implementation)
+        if wanted is None:
+            wanted = implementations.choose(problem, called=("as a library", "as a kernel"))[0]
+        if wanted is not None and wanted.called == "as a kernel" and not implementations.missing(wanted, problem):
+            found = q.dtype, q.shape[-1]
     if q.device.type == "cuda" and torch.cuda.is_initialized():  # not for fake tensors of a GPU that is not there
         _chosen[decides] = found
     return found

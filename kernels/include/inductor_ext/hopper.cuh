@@ -74,6 +74,14 @@ __device__ __forceinline__ void fence_registers(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(d[i]);
 }
+template <int N, int M>
+__device__ __forceinline__ void fence_registers(uint32_t (&a)[N][M]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int j = 0; j < M; ++j) cute::warpgroup_fence_operand(a[i][j]);
+  }
+}
 
 // ---- the ring of stages -----------------------------------------------------------------------------------------------------
 

@@ -359,20 +359,24 @@ inline float of_bf16(uint32_t bits) {
   return value;
 }
 
+// With 128-byte swizzle.
+inline const uint8_t* swizzled(uint32_t at) { return inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4)); }
+
 // Byte `byte` of row `row` of a K-major operand with 128-byte swizzle: the exchange goes by the address.
 inline const uint8_t* operand_byte(uint64_t descriptor, int row, int byte) {
   if (descriptor >> 62 != 1) fail("a descriptor without 128-byte swizzle");
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4, group = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
   const uint32_t at = start + row / 8 * group + row % 8 * 128 + byte;
-  return inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4));
+  return swizzled(at);
 }
 
-inline float of_e5m2(uint8_t byte) {
-  _Float16 value;  // of which it is the upper half
-  const uint16_t bits = static_cast<uint16_t>(byte << 8);
-  std::memcpy(&value, &bits, 2);
+inline float of_half(uint32_t bits) {
+  const uint16_t half = static_cast<uint16_t>(bits);
+  _Float16 value;
+  std::memcpy(&value, &half, 2);
   return static_cast<float>(value);
 }
+inline float of_e5m2(uint8_t byte) { return of_half(byte << 8); }  // the upper half of one
 inline float of_e4m3(uint8_t byte) {
   const int code = byte & 0x7f;
   const float size = code == 0x7f ? std::nanf("") : code < 8 ? code * 0x1p-9f : std::ldexp(1.f + code % 8 / 8.f, code / 8 - 7);
@@ -386,12 +390,6 @@ inline std::array<uint8_t, 32> row_of(uint64_t descriptor, int row) {
   return found;
 }
 
-inline float of_half(uint32_t bits) {
-  const uint16_t half = static_cast<uint16_t>(bits);
-  _Float16 value;
-  std::memcpy(&value, &half, 2);
-  return static_cast<float>(value);
-}
 template <typename T>
 float of_word(uint32_t bits) { return std::is_same_v<T, __half> ? of_half(bits) : of_bf16(bits); }
 
@@ -404,7 +402,7 @@ inline std::array<uint8_t, 32> row_across(uint64_t descriptor, int n) {
   std::array<uint8_t, 32> found;
   for (int k = 0; k < 16; ++k) {
     const uint32_t at = start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2;
-    std::memcpy(&found[2 * k], inductor_ext::shared + (at ^ ((at >> 7 & 7) << 4)), 2);
+    std::memcpy(&found[2 * k], swizzled(at), 2);
   }
   return found;
 }

@@ -163,6 +163,8 @@ inline uint64_t operand(const void* p) {
 }
 template <int N>
 void fence_registers(float (&)[N]) {}
+template <int N, int M>
+void fence_registers(uint32_t (&)[N][M]) {}
 
 template <typename A, typename B, int N>
 struct Wgmma {
@@ -250,11 +252,7 @@ uint32_t pack(Out* tag, float low, float high) { return rounded(tag, low) | roun
 
 inline float widen(float v) { return v; }
 inline float widen(__nv_bfloat16 v) { return hopper_on_cpu::of_bf16(v.bits); }
-inline float widen(__half v) {
-  _Float16 half;
-  std::memcpy(&half, &v, 2);
-  return static_cast<float>(half);
-}
+inline float widen(__half v) { return hopper_on_cpu::of_half(v.bits); }
 template <typename Out>
 Out narrow(float v) {
   if constexpr (sizeof(Out) == 4) {
