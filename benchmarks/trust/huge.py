@@ -167,7 +167,7 @@ def _qk_norm_rope_store(device: str) -> Args:
     caches = [torch.full((1, SLOTS, 8, 128), FRESH, dtype=U8, device=device).view(E4) for _ in range(2)]
     return (
         k, q, v, None, None, cos, sin, *caches, scale, scale, _locs(device, tokens), 1e-6, "", BF16, STATIC, STATIC, E4,
-        True, 1, 0, False,
+        True, 1, 0, False, False,
     )  # fmt: skip
 
 

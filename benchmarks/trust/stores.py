@@ -63,7 +63,7 @@ def _downcast_fp8() -> Iterator[Call]:
 
 
 def _store_options(mult: int = 1, offset: int = 0, wrap: bool = False) -> Args:
-    return mult, offset, wrap
+    return mult, offset, wrap, False
 
 
 def _qk_norm_rope() -> Iterator[Call]:
