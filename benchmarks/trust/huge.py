@@ -157,7 +157,7 @@ def _cache_check(caches: Sequence[Any], values: Sequence[Any], scale: Any, loc: 
 
 def _downcast_fp8_check(args: Args, outs: Sequence[torch.Tensor]) -> Found:
     k, v, k_cache, v_cache, scale, _, loc = args[:7]
-    yield from _cache_check((k_cache, v_cache), (k, v), scale, loc, args[-1])
+    yield from _cache_check((k_cache, v_cache), (k, v), scale, loc, args[-2])
 
 
 def _qk_norm_rope_store(device: str) -> Args:
