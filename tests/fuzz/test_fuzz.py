@@ -1,0 +1,31 @@
+"""Five hundred programs of a fixed seed, by family, and every program that once failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.campaign import Campaign
+from tests.fuzz.capture import prepared
+from tests.fuzz.check import check
+from tests.fuzz.families import FAMILIES
+from tests.fuzz.program import load
+
+GRAPHS = 500
+CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.py"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs_are_what_they_were(family: str) -> None:
+    result = Campaign(seed=0).run(GRAPHS // len(FAMILIES), [family])
+    assert result.graphs > sum(result.discarded.values())
+    assert not result.found, "\n\n".join(found.program.source(str(found.fault)) for found in result.found.values())
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in CORPUS])
+def test_program_that_once_failed(path: Path) -> None:
+    with prepared():
+        outcome = check(load(path))
+    assert not outcome.discarded
+    assert not outcome.faults, "; ".join(map(str, outcome.faults))
