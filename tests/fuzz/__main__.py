@@ -30,13 +30,14 @@ def main(
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda: kernels are built in one batch first.")] = "cpu",
     max_kernels: Annotated[int, typer.Option(help="cuda: programs that need more kernels than these are left out.")] = 150,
+    jobs: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Where the result goes as JSON.")] = None,
     minimise: Annotated[bool, typer.Option(help="Make programs that fail smaller.")] = True,
 ) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor_ext-fuzz-"))
     if files:
         raise typer.Exit(_replay(files, device))
-    raise typer.Exit(_draw(graphs, seed, family, sample, device, max_kernels, out, minimise))
+    raise typer.Exit(_draw(graphs, seed, family, sample, device, max_kernels, jobs, out, minimise))
 
 
 def _replay(files: list[Path], device: str) -> int:
@@ -55,30 +56,32 @@ def _replay(files: list[Path], device: str) -> int:
 
 
 def _draw(
-    graphs: int, seed: int, family: Any, sample: int, device: str, max_kernels: int, out: Path | None, minimise: bool
+    graphs: int, seed: int, family: Any, sample: int, device: str, max_kernels: int, jobs: int, out: Path | None, minimise: bool
 ) -> int:
     import rich
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from inductor_ext import registry
-    from tests.fuzz.campaign import Campaign
+    from tests.fuzz import workers
     from tests.fuzz.families import FAMILIES
 
     unknown = [name for name in family or () if name not in FAMILIES]
     if unknown:
-        raise typer.BadParameter(f"no family is called {unknown[0]!r}; families are {', '.join(FAMILIES)}")
-    campaign = Campaign(seed, sample, device, minimise=minimise)
+        raise typer.BadParameter(f"family: wanted one of {', '.join(FAMILIES)}, found {unknown[0]!r}")
+    options: dict[str, Any] = {"seed": seed, "sample": sample, "device": device, "minimise": minimise}
+    families = tuple(family or FAMILIES)
     if device != "cpu":
-        _prepare_device(campaign, graphs, family, max_kernels)
+        from tests.fuzz.gpu import kernels_of
+
+        options["kernels"] = kernels_of(options, graphs, families, max_kernels)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=rich.console.Console(stderr=True)) as progress:
         task = progress.add_task("fuzz", total=graphs)
 
-        def tell(name: str, _program: Any, _outcome: Any) -> None:
-            progress.update(task, advance=1, description=f"{name:24} {len(campaign.result.found)} kinds of faults")
+        def tell(name: str, count: int, so_far: Any) -> None:
+            progress.update(task, advance=count, description=f"{name:24} {len(so_far.found)} kinds of faults")
 
-        campaign.on_program = tell
-        result = campaign.run(graphs, family or tuple(FAMILIES))
+        result = workers.run(options, graphs, families, jobs, tell)
     data = {"seed": seed, "device": device, **result.to_dict()}
     if out:
         out.write_text(json.dumps(data, indent=1) + "\n")
@@ -86,15 +89,8 @@ def _draw(
     return int(bool(result.found))
 
 
-def _prepare_device(campaign: Any, graphs: int, family: Any, max_kernels: int) -> None:
-    from tests.fuzz.gpu import build_kernels
-
-    build_kernels(campaign, graphs, family, max_kernels)
-
-
 def _print(data: dict[str, Any], rules: list[str]) -> None:
     import rich
-    from rich.syntax import Syntax
     from rich.table import Table
 
     console = rich.console.Console()
@@ -111,7 +107,8 @@ def _print(data: dict[str, Any], rules: list[str]) -> None:
         console.print(
             f"\n[bold red]{fault['rule']}: {fault['kind']}[/] {fault['times']} times, first with {where}", highlight=False
         )
-        console.print(Syntax(fault["program"], "python", background_color="default"))
+        console.print(f"through all of Inductor: {fault['through all of Inductor'] or 'not tried'}", highlight=False)
+        print(fault["program"])
 
 
 if __name__ == "__main__":

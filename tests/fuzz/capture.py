@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,14 +75,19 @@ def prepared() -> Iterator[None]:
     """Around any number of captures: a rule's exception is raised, and nothing is logged a graph."""
     registry.ops(), registry.rules(), registry.define_lowerings()
     torch_compat.trace_scaled_mm_v2()
-    raising, passes.RAISE = passes.RAISE, True
-    level = logging.getLogger("torch").level
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("torch", "inductor_ext")]
+    raising, levels = passes.RAISE, [logger.level for logger in loggers]
     try:
-        yield
+        passes.RAISE = True
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         passes.RAISE = raising
-        logging.getLogger("torch").setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def capture(program: Loaded, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], list[Captured]]:
@@ -99,8 +105,7 @@ def capture(program: Loaded, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any
         graph = Captured([*versions, Version(FINAL, gm)], reports[-1])
         found.append(graph)
 
-        def run(*given: Any) -> Any:
-            given = given[0] if len(given) == 1 and isinstance(given[0], list) else given  # boxed
+        def run(given: list[Any]) -> Any:
             if len(graph.versions) > 2:
                 graph.runs.append([_run(version.graph, cloned(list(given))) for version in graph.versions[:-1]])
             result, last = _run_last(graph.versions[-1].graph, given)
@@ -108,7 +113,7 @@ def capture(program: Loaded, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any
                 graph.runs[-1].append(last)
             return result
 
-        run._boxed_call = False  # type: ignore[attr-defined]
+        run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
     chosen = settings.current(rules=dict(program.rules), build="defer", **dict(program.options))

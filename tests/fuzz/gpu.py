@@ -15,26 +15,24 @@ import typer
 from inductor_ext import jit, settings
 from tests.fuzz.campaign import Campaign
 from tests.fuzz.check import Outcome, specs_of
-from tests.fuzz.families import FAMILIES
 from tests.fuzz.program import Program
 
 
-def build_kernels(campaign: Campaign, graphs: int, families: Sequence[str] | None, most: int) -> None:
-    """Collect what the programs of ``campaign`` would call, build up to ``most`` of it, and let only those programs run."""
+def kernels_of(options: dict[str, Any], graphs: int, families: Sequence[str], most: int) -> frozenset[jit.JitSpec]:
+    """Collect what the programs of a campaign would call, build up to ``most`` of it, and say what there is."""
     if not torch.cuda.is_available():
-        raise typer.BadParameter("device: wanted a CUDA GPU, found none; on a CPU the references run, with --device cpu")
-    wanted: dict[Any, None] = {}
+        raise typer.BadParameter("device: wanted a CUDA GPU, found none; with --device cpu the references run")
+    wanted: dict[jit.JitSpec, None] = {}
 
-    def collect(_family: str, program: Program, outcome: Outcome) -> None:
+    def collect(_family: str, _program: Program, outcome: Outcome) -> None:
         specs = specs_of(outcome)
         if len(wanted.keys() | set(specs)) <= most:
             wanted.update(dict.fromkeys(specs))
 
-    dry = Campaign(campaign.seed, device=campaign.device, minimise=False, on_program=collect, dry=True)
-    dry.run(graphs, tuple(families or FAMILIES))
+    Campaign(**{**options, "minimise": False}, dry=True, on_program=collect).run(graphs, families)
     built = jit.prepare(list(wanted), settings.current())
-    failed = [(spec, module) for spec, module in built.items() if isinstance(module, Exception)]
-    for spec, error in failed:
+    failed = {spec: module for spec, module in built.items() if isinstance(module, Exception)}
+    for spec, error in failed.items():
         typer.echo(f"{spec.describe()}: {error}", err=True)
-    campaign.kernels = frozenset(spec for spec in wanted if not isinstance(built[spec], Exception))
-    typer.echo(f"{len(campaign.kernels)} kernels built, {len(failed)} failed", err=True)
+    typer.echo(f"{len(wanted) - len(failed)} kernels, {len(failed)} failed", err=True)
+    return frozenset(wanted.keys() - failed.keys())

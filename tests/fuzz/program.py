@@ -20,7 +20,7 @@ from tests.fuzz import values
 NAME = re.compile(r"(?<![\w.\"'])[a-z_][a-z_0-9]*(?![\w(=\"'])(?!\s*=[^=])")
 
 #: What a file may leave out.
-_DEFAULTS = {"RULES": {}, "OPTIONS": {}, "DYNAMIC": False, "BACKWARD": False}
+_DEFAULTS = {"RULES": {}, "OPTIONS": {}, "DYNAMIC": False, "BACKWARD": False, "XFAIL": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Program:
         body = [*self.lines, f"return ({', '.join(self.outputs)},)" if self.outputs else "return ()"]
         code = "\n".join(("def inputs():", *_indented(made), "", "", f"def f({names}):", *_indented(body)))
         used = [name for name in values.__all__ if re.search(rf"\b{name}\b", code)]
-        head = [f'"""{doc or self.family}"""', "", "import torch"]
+        head = [f'"""{(doc or self.family)[:120]}"""', "", "import torch"]
         head += ["import torch.nn.functional as F"] if re.search(r"\bF\.", code) else []
         head += ["", f"from tests.fuzz.values import {', '.join(used)}"] if used else []
         flags = {"RULES": dict(self.rules), "OPTIONS": dict(self.options), "DYNAMIC": self.dynamic, "BACKWARD": self.backward}
@@ -67,6 +67,7 @@ class Loaded:
     options: Mapping[str, Any]
     dynamic: bool
     backward: bool
+    xfail: bool = False  # of a file of the corpus: it still fails
     doc: str = ""
 
     def inputs(self) -> tuple[Any, ...]:
@@ -77,8 +78,8 @@ class Loaded:
 def loaded(source: str, name: str = "program") -> Loaded:
     space: dict[str, Any] = {"__name__": f"tests.fuzz.{name}"}
     exec(compile(source, f"<{name}>", "exec"), space)
-    rules, options, dynamic, backward = ({**_DEFAULTS, **space}[name] for name in _DEFAULTS)
-    return Loaded(space["f"], space["inputs"], rules, options, dynamic, backward, space["__doc__"])
+    given = {name.lower(): value for name, value in {**_DEFAULTS, **space}.items() if name in _DEFAULTS}
+    return Loaded(space["f"], space["inputs"], doc=space["__doc__"], **given)
 
 
 def _indented(lines: Iterable[str]) -> Iterable[str]:
