@@ -57,7 +57,7 @@ SPELLINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
         r"\.to\(E4\)",
         (".to(E5)", ".to(torch.int8)", ".to(torch.bfloat16).to(E4)", ".half().to(E4)", ".to(torch.float8_e4m3fnuz)"),
     ),
-    (r"\.to\((\w+)\.dtype\)", (".float()", ".half()", r".to(torch.int8).to(\1.dtype)", ".double()", "")),
+    (r"\.to\((\w+)\.dtype\)", (".to(torch.int8)", ".float()", ".half()", r".to(torch.int8).to(\1.dtype)", ".double()", "")),
     (r"torch\.rsqrt\(([^)]*)\)", (r"torch.sqrt(\1)", r"1.0 / torch.sqrt(\1)", r"\1 ** -0.5", r"torch.reciprocal(\1)")),
     (r"\.pow\(2\)", (".pow(2.0)", ".pow(3)", ".pow(2.5)", ".square()", ".abs()")),
     (r"\.abs\(\)", ("", ".square()", ".abs().abs()", ".neg().abs()")),

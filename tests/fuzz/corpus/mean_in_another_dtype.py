@@ -4,10 +4,13 @@ import torch
 
 from tests.fuzz.values import E4
 
+#: Still wrong.
+XFAIL = True
+
 
 def inputs():
-    x = torch.randn(4, 64).bfloat16()
-    w = torch.rand(64).bfloat16() + 0.5
+    x = torch.randn(32, 256).bfloat16()
+    w = torch.rand(256).bfloat16() + 0.5
     return (
         x,
         w,
