@@ -59,7 +59,8 @@ def _pair(name: str, old: Ran, new: Ran) -> list[Fault]:
     if rule is None or not rule.drops_writes:
         pairs += [(f"input {i} afterwards", a, b) for i, (a, b) in enumerate(zip(old.inputs, new.inputs, strict=True))]
     found = [fault for where, a, b in pairs for fault in [_value(name, rule, where, a, b)] if fault]
-    return found + _sharing(name, old, new)
+    # What Inductor's lowering makes of a graph that returns an input it has written to, a copy, is not in the graph.
+    return found if rule is None else found + _sharing(name, old, new)
 
 
 def _value(name: str, rule: Rule | None, where: str, old: torch.Tensor, new: torch.Tensor) -> Fault | None:
