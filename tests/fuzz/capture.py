@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import passes, registry, settings, torch_compat
 from inductor_ext.backend import compile_graph
-from inductor_ext.graph import copy_of
+from inductor_ext.graph import aten, copy_of, is_call, is_view, value_of
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.explain import cloned, compiled_with, run_passes
 from tests.fuzz.program import Loaded
@@ -142,15 +142,40 @@ def _without_caches() -> Iterator[None]:
 
 
 def _run(graph: torch.fx.GraphModule, given: Any) -> Ran:
-    with torch.no_grad():
-        try:
-            outputs = torch_compat.EagerInterpreter(graph).run(*given)
-        except (RuntimeError, IndexError, ValueError) as error:
-            return Ran([], [], f"{type(error).__name__}: {error}")
-    return Ran(tensors(outputs), tensors(given))
+    try:
+        return _run_last(graph, given)[1]
+    except (RuntimeError, IndexError, ValueError) as error:
+        return Ran([], [], f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def _run_last(graph: torch.fx.GraphModule, given: Any) -> tuple[Any, Ran]:
-    with torch.no_grad():
+    with torch.no_grad(), _nan_for_memory_not_written():
         outputs = torch_compat.EagerInterpreter(graph).run(*given)
-    return outputs, Ran(tensors(outputs), tensors(given))
+    return outputs, Ran([_as_made(*each) for each in zip(_outputs(graph), outputs) if each[1] is not None], tensors(given))
+
+
+@contextlib.contextmanager
+def _nan_for_memory_not_written() -> Iterator[None]:
+    """A grouped product leaves the rows of no group as they were; they are NaN then in every version, and seen if read."""
+    kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+
+
+def _outputs(graph: torch.fx.GraphModule) -> list[Any]:
+    return list(graph.graph.output_node().args[0])
+
+
+def _as_made(node: Any, value: Any) -> Any:
+    """``value`` in the dtype that it was computed in: distances between bytes of floats would mean nothing."""
+    while is_view(node):
+        source = node.args[0]
+        if is_call(node, aten.view.dtype) and isinstance(value, torch.Tensor) and value.dim():
+            dtype = value_of(source).dtype
+            whole = value.shape[-1] * value.element_size() % dtype.itemsize == 0
+            return value.contiguous().view(dtype) if whole and value.numel() and not dtype.is_complex else value
+        node = source
+    return value

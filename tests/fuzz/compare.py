@@ -21,6 +21,8 @@ FEW = 0.05
 ELSEWHERE = ("causal_attention", "grouped_queries", "prefill_only", "mxfp8_grouped_mm")
 #: Of one element: what another order of an fp32 sum does. And what is lost where a product is subnormal.
 NOISE, TINY = 1e-5, 1e-36
+#: An error of ours that may take the place of results that mean nothing: groups of a product that overlap.
+CONTRACT = "offs: wanted ascending ends"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Fault:
     @property
     def signature(self) -> tuple[str, str]:
         return self.rule, self.kind
+
+    @property
+    def about_memory(self) -> bool:
+        return self.kind.startswith("results")
 
     def __str__(self) -> str:
         return f"{self.rule}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
@@ -52,7 +58,7 @@ def compared(graph: Captured) -> list[Fault]:
 def _pair(name: str, old: Ran, new: Ran) -> list[Fault]:
     rule = None if name == FINAL else registry.rule_named(name)
     if old.error or new.error:
-        if bool(old.error) == bool(new.error):
+        if bool(old.error) == bool(new.error) or CONTRACT in new.error:
             return []
         return [Fault(name, "does not raise" if old.error else "raises", old.error or new.error)]
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(old.outputs, new.outputs, strict=True))]

@@ -251,7 +251,7 @@ def one_input(draw: Draw, program: Program) -> Program | None:
 
 def rows(draw: Draw, program: Program) -> Program | None:
     """Other indices, the last of them out of range, negative, or twice the same."""
-    at = [i for i, (name, _) in enumerate(program.inputs) if name in ("i", "ids", "inverse", "at", "offs")]
+    at = [i for i, (name, _) in enumerate(program.inputs) if name in ("i", "ids", "inverse", "at")]
     if not at:
         return None
     index = at[draw(st.integers(0, len(at) - 1))]

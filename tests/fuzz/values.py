@@ -58,7 +58,15 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, causal: bool = False
 ) -> torch.Tensor:
-    """As the dispatcher sends it: on a CPU to its flash attention, on a GPU to cuDNN's."""
+    """As the dispatcher sends it: on a CPU to its flash attention, on a GPU to cuDNN's. Neither checks shapes."""
+    if (
+        q.dim() != 4
+        or q.shape[:2] != k.shape[:2]
+        or k.shape != v.shape
+        or q.shape[3] != k.shape[3]
+        or 0 in (*q.shape, *k.shape)
+    ):
+        raise ValueError(f"sdpa: wanted [B, H, S, D] alike, found {[list(each.shape) for each in (q, k, v)]}")
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)[0]
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, 0.0, causal)[0]
