@@ -21,7 +21,9 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import passes, registry, settings, torch_compat
 from inductor_ext.backend import compile_graph
-from inductor_ext.graph import aten, copy_of, is_call, is_view, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import copy_of, value_of
+from inductor_ext.memory import is_view
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.explain import cloned, compiled_with, run_passes
 from tests.fuzz.program import Loaded
