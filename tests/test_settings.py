@@ -46,8 +46,8 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, variable: str, text: str, 
     [
         ("INDUCTOR_EXT_STRICT", "maybe", "INDUCTOR_EXT_STRICT: wanted 0 or 1, found 'maybe'"),
         ("INDUCTOR_EXT_BUILD_JOBS", "many", "INDUCTOR_EXT_BUILD_JOBS: wanted a whole number, found 'many'"),
-        ("INDUCTOR_EXT_BUILD", "soon", "option build: wanted one of compile, defer, never, require, found 'soon'"),
-        ("INDUCTOR_EXT_RULES", "a=b", r"rules\['a'\]: wanted one of auto, always, off, found 'b'"),
+        ("INDUCTOR_EXT_BUILD", "soon", "INDUCTOR_EXT_BUILD: wanted one of compile, defer, never, require, found 'soon'"),
+        ("INDUCTOR_EXT_RULES", "a=b", r"INDUCTOR_EXT_RULES\['a'\]: wanted one of auto, always, off, found 'b'"),
     ],
 )
 def test_bad_environment(monkeypatch: pytest.MonkeyPatch, variable: str, text: str, message: str) -> None:

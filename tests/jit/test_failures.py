@@ -207,7 +207,7 @@ def test_the_loser_of_a_race_takes_the_winners_entry(lab, monkeypatch):
     assert load(lab.spec(), lab.settings)["run"]() == 41
     monkeypatch.undo()
     (entry,) = KernelCache(lab.cache).entries()
-    assert entry.record["created"] == winner.record["created"]
+    assert entry.record.created == winner.record.created
 
 
 def test_ctrl_c_during_prepare_stops_the_compilers(lab):
