@@ -136,7 +136,7 @@ class KernelCache:
         except OSError as error:
             return said(error)
         except ValueError as error:
-            return f"{MANIFEST} cannot be used ({error})"
+            return f"has a {MANIFEST} that cannot be used ({error})"
         return None
 
     def entries(self) -> list[Entry]:
@@ -296,7 +296,7 @@ class KernelCache:
     def _lock(self, name: str, timeout_s: float) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.root / "locks" / f"{name}.lock", timeout=timeout_s)
+        lock = FileLock(self.root / "locks" / f"{name}.lock", timeout=timeout_s, mode=0o600)
         try:
             lock.acquire()
         except Timeout:
@@ -396,7 +396,12 @@ def _key_of(record: Record) -> str:
 
 def _manifest(root: Folder) -> dict[str, str]:
     """Record hashes by ``slot/key``. Raises ``OSError`` or ``ValueError``."""
-    raw = parse_json(root.read(MANIFEST, 16 << 20))
+    try:
+        raw = parse_json(root.read(MANIFEST, 16 << 20))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(said(error)) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT or not isinstance(raw.get("entries"), dict):
         raise ValueError(f"wanted format {FORMAT} and a mapping of entries")
     return {name: str(digest) for name, digest in raw["entries"].items()}

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from inductor_ext.errors import ToolchainError
 from inductor_ext.jit import process
-from inductor_ext.jit.files import Folder, parse_json, read_regular, write_atomically
+from inductor_ext.jit.files import Folder, parse_json, read_regular, scratch, write_atomically
 from inductor_ext.jit.ours import is_marked
 from inductor_ext.report.shown import shown
 from inductor_ext.settings import Settings
@@ -77,7 +77,7 @@ def _ask(*command: str) -> str:
     """
     env = {k: v for k, v in os.environ.items() if k not in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")}
     try:
-        with os.fdopen(os.memfd_create("inductor_ext-answer"), "w+", encoding="utf-8", errors="replace") as answer:
+        with scratch() as answer:
             code = process.run(command, answer, _PROBE_TIMEOUT_S, env={**env, "LC_ALL": "C"})
             answer.seek(0)
             output = shown(answer.read())

@@ -16,7 +16,7 @@ import stat
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # NONBLOCK: opening a FIFO must not wait for a writer
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -149,6 +149,16 @@ def write_atomically(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             Path(name).unlink(missing_ok=True)
         raise
+
+
+def scratch() -> IO[str]:
+    """A nameless file for what a program says; it needs no disk where the system has files in memory."""
+    descriptor = -1
+    with contextlib.suppress(AttributeError, OSError):
+        descriptor = os.memfd_create("inductor_ext-scratch")
+    if descriptor < 0:
+        return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    return os.fdopen(descriptor, "w+", encoding="utf-8", errors="replace")
 
 
 def is_disk_full(error: OSError) -> bool:
