@@ -108,10 +108,11 @@ class Settings:
         """Directory of kernel binaries, absolute. Not created here. A user without a home has one of their own in /tmp."""
         if self.cache_dir:
             return Path(self.cache_dir)
-        path = Path(platformdirs.user_cache_dir("inductor_ext"))
-        if path.is_absolute():
-            return path
-        return Path(_temporary()) / f"inductor_ext-{os.geteuid()}"  # platformdirs answers "~/…" without HOME and passwd
+        try:
+            path = Path(platformdirs.user_cache_dir("inductor_ext"))
+        except (RuntimeError, KeyError, OSError):  # neither HOME nor a line in passwd; other versions answer "~/…" then
+            path = Path()
+        return path if path.is_absolute() else Path(_temporary()) / f"inductor_ext-{os.geteuid()}"
 
     def prebuilt_path(self) -> Path:
         """``prebuilt_dir`` as a path."""

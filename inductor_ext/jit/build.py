@@ -24,7 +24,7 @@ from pathlib import Path
 from inductor_ext.errors import BuildError
 from inductor_ext.jit import binary, headers, process
 from inductor_ext.jit.cache import Entry, KernelCache
-from inductor_ext.jit.files import is_disk_full, read_regular
+from inductor_ext.jit.files import is_disk_full, read_regular, write_atomically
 from inductor_ext.jit.ours import BINARY, SOURCE
 from inductor_ext.jit.record import BINARY_LIMIT, Record
 from inductor_ext.jit.spec import JitSpec
@@ -206,7 +206,7 @@ def _write_log(job: _Job, command: list[str], output: str) -> str:
     text = f"# {job.spec.describe()}\n# {job.toolchain.describe()}\n{shlex.join(command)}\n\n{output}"
     path = job.cache.root / "logs" / f"{job.cache.slot(job.spec)}.log"
     with contextlib.suppress(OSError):
-        path.write_text(text, encoding="utf-8", errors="replace")
+        write_atomically(path, text)  # by a rename: what has the log's name, a link or a pipe, is not written through
         return str(path)
     with contextlib.suppress(OSError):
         handle, name = tempfile.mkstemp(prefix=f"inductor_ext-{job.spec.name}-", suffix=".log")

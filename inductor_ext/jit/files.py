@@ -105,16 +105,19 @@ def _read(path: Path | str, limit: int, *, flags: int, within: int | None, trust
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket, or a FIFO that nobody writes
             raise Refused("is no regular file (a link, a pipe or a socket)") from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Refused("is no regular file")
         if trusted and (reason := distrust(status)):
             raise Refused(reason)
-        data = file.read(limit + 1) if status.st_size <= limit else b""
-        if status.st_size > limit or len(data) > limit:
-            raise Refused(f"is too large (wanted at most {limit:,} bytes, found {max(status.st_size, len(data)):,})")
-        return data
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1) if status.st_size <= limit else b""
+    finally:
+        os.close(descriptor)
+    if status.st_size > limit or len(data) > limit:
+        raise Refused(f"is too large (wanted at most {limit:,} bytes, found {max(status.st_size, len(data)):,})")
+    return data
 
 
 def parse_json(data: bytes) -> Any:
@@ -141,7 +144,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that no reader ever sees half of it. Raises ``OSError``."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             os.fchmod(handle, 0o644)  # mkstemp makes it private; a directory that is shipped is read by others
             file.write(text)
         Path(name).replace(path)

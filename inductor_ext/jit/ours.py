@@ -25,7 +25,7 @@ SLOT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*-sm_[0-9]+[af]?-[0-9a-f]{24}")
 STAGE = "build-"
 STALE_TMP_S = 2 * 24 * 3600  # twice the longest build_timeout_s
 _KEY = re.compile(r"[0-9a-f]{24}")
-_UNFINISHED = re.compile(rf"\.({MARKER}|.*\.json)-[a-z0-9_]{{8}}")  # what a killed write_atomically leaves
+_UNFINISHED = re.compile(rf"\.({MARKER}|.*\.json|.*\.log)-[a-z0-9_]{{8}}")  # what a killed write_atomically leaves
 _SYSTEM = re.compile(r"lost\+found|\.nfs.*|\.snapshot")  # what file systems put into a folder that is a mount
 _TEXT = """inductor_ext kernels
 This folder holds kernel binaries of inductor_ext and may be deleted; they are built again when they are needed.
