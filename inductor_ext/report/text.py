@@ -195,7 +195,7 @@ def quantized_moe(report: MoEReport) -> RenderableType:
     if report.weights:
         sizes = f"{report.bytes_before / 2**20:,.2f} → {report.bytes_after / 2**20:,.2f} MiB"
         summary += f"; relative error {report.error:.3%}, {sizes}"
-    parts: list[RenderableType] = [Text(summary, "bold")]
+    parts: list[RenderableType] = [_text(summary, "bold")]
     if report.weights:
         errors = "relative error", "largest error", "largest weight"
         table = _table("Quantised", "weight", "shape", *errors, "MiB before → after")

@@ -1,4 +1,4 @@
-"""Files of any shape in the place of ours: a miss that is healed where it is ours to heal, never an exception and never a wait."""
+"""Files of any shape in the place of ours: a miss that is healed where it is ours to heal, never an exception, never a wait."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from inductor_ext.jit import KernelCache, find_toolchain, forget, load, prepare, try_load
 from inductor_ext.jit.record import Record
 
-SHAPES = ("fifo", "link to itself", "link to a file", "folder", "full folder", "socket", "empty", "binary", "deep", "huge", "closed")
+SHAPES = ("fifo", "link to itself", "link to a file", "folder", "full folder", "socket")
+SHAPES += ("empty", "binary", "deep", "huge", "closed")
 
 
 def _put(path, shape: str) -> None:
@@ -184,8 +185,11 @@ def test_a_memo_or_a_note_of_any_shape_is_not_believed(lab, value, name):
     assert cache.failure_since(lab.spec(), 0.0, "") is None
 
 
+HEADERS = ("/dev/zero", "{lab}/fifo", "{lab}", "a\0b", "\ud800", "kernels:../../../dev/zero", "kernels:\0")
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["/dev/zero", "{lab}/fifo", "{lab}", "a\0b", "\ud800", "kernels:../../../dev/zero", "kernels:\0"])
+@pytest.mark.parametrize("name", HEADERS)
 def test_a_record_that_names_any_file_as_a_header_is_a_miss(lab, name):
     load(lab.spec(), lab.settings)
     forget()
