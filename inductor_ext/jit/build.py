@@ -123,7 +123,8 @@ def _build_once(job: _Job) -> tuple[Entry, bytes] | None:
         if any(before.get(name, hashes[name]) != hashes[name] for name in hashes):
             return None
         code = read_regular(staged / BINARY, BINARY_LIMIT, links=False)
-        _load_test(job, code)
+        digest = hashlib.sha256(code).hexdigest()
+        _load_test(job, code, digest)
         record = Record(
             spec=job.spec,
             nvcc=job.toolchain.nvcc_version,
@@ -131,7 +132,7 @@ def _build_once(job: _Job) -> tuple[Entry, bytes] | None:
             packages=packages,
             headers=hashes,
             seconds=round(seconds, 2),
-            sha256=hashlib.sha256(code).hexdigest(),
+            sha256=digest,
             size=len(code),
             created=time.time(),
         )
@@ -177,10 +178,10 @@ def _compile(job: _Job, command: list[str], stage: Path) -> None:
     raise job.failed(cause, output=output or first, command=command, first=first, transient=transient)
 
 
-def _load_test(job: _Job, code: bytes) -> None:
+def _load_test(job: _Job, code: bytes, digest: str) -> None:
     """Nothing is published that does not load. A machine that only builds may lack the driver."""
     try:
-        binary.load(code, job.spec)
+        binary.load(code, digest, job.spec)
     except BuildError as error:
         if "libcuda.so" not in error.first_error:
             cause = f"it compiled but does not load: {error.first_error}"

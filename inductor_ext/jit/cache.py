@@ -131,8 +131,9 @@ class KernelCache:
                 if self.prebuilt:
                     _manifest(root)
         except FileNotFoundError:
-            if self.prebuilt and self.root.is_dir():
-                return f"has no {MANIFEST} (wanted a directory made by this version's `inductor-ext build`)"
+            if self.prebuilt:
+                found = f"has no {MANIFEST}" if self.root.is_dir() else "does not exist"
+                return f"{found} (wanted a directory made by this version's `inductor-ext build`)"
         except OSError as error:
             return said(error)
         except ValueError as error:

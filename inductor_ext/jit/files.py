@@ -29,6 +29,9 @@ class Refused(OSError):
         super().__init__(errno.EPERM, reason)
         self.reason = reason
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 def said(error: OSError) -> str:
     """An ``OSError`` in a few words, without the path."""

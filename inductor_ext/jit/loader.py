@@ -116,7 +116,7 @@ def _caches(settings: Settings) -> list[KernelCache]:
 def _first_that_loads(spec: JitSpec, cache: KernelCache, compilers: Compilers, rejected: list[str]) -> Any | None:
     for entry, code in cache.candidates(spec, compilers, rejected):
         try:
-            return binary.load(code, spec)
+            return binary.load(code, entry.record.sha256, spec)
         except BuildError as error:  # made where libc is newer, say
             rejected.append(f"{entry.key}: {error.first_error}")
     return None
@@ -142,7 +142,7 @@ def _build_somewhere(spec: JitSpec, settings: Settings, toolchain: Toolchain, st
     """In the user's cache, else, when that turns out to be full, read-only or gone, in this process's private one."""
     cache = writable_cache(settings)
     try:
-        code = build_into(cache, spec, toolchain, settings, state=state)[1]
+        entry, code = build_into(cache, spec, toolchain, settings, state=state)
     except CacheFailed as error:
         if cache.root != settings.cache_path():
             raise
@@ -150,8 +150,8 @@ def _build_somewhere(spec: JitSpec, settings: Settings, toolchain: Toolchain, st
             private = _fall_back(settings, error.first_error)
         except BuildError:
             raise error from None  # that of the cache says more
-        code = build_into(private, spec, toolchain, settings, state=state)[1]
-    return binary.load(code, spec)
+        entry, code = build_into(private, spec, toolchain, settings, state=state)
+    return binary.load(code, entry.record.sha256, spec)
 
 
 def build_into(
@@ -219,7 +219,7 @@ def _private_cache(path: Path, why: OSError) -> KernelCache:
         raise BuildError(
             f"{full}kernels cannot be built: neither the cache {line(path)} ({line(said(why))}) nor the temporary directory "
             f"({line(said(error))}) can be written; set INDUCTOR_EXT_CACHE_DIR or TMPDIR",
-            first_error=str(error),
+            first_error=said(error),
             transient=True,
         ) from error
     _warn_once(

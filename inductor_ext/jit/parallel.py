@@ -77,7 +77,7 @@ def prebuild(
             cache.make_writable()
         except OSError as error:
             raise BuildError(
-                f"the directory {line(root)} cannot be used: it {line(said(error))}", first_error=str(error)
+                f"the directory {line(root)} cannot be used: it {line(said(error))}", first_error=said(error)
             ) from error
         return build_into(cache, spec, toolchain, settings)[0].binary
 
@@ -87,7 +87,7 @@ def prebuild(
         try:
             cache.write_manifest()
         except OSError as error:
-            failed = BuildError(f"the manifest of {line(root)} cannot be written: {line(said(error))}", first_error=str(error))
+            failed = BuildError(f"the manifest of {line(root)} cannot be written: {line(said(error))}", first_error=said(error))
             return dict.fromkeys(wanted, failed)
     return results
 

@@ -115,12 +115,12 @@ def test_what_was_hashed_is_what_is_loaded(lab, entry, monkeypatch):
     """Somebody with write access exchanges the file, and rewrites it in place, after the check and before the load."""
     honest = binary.load
 
-    def late(code, spec):
+    def late(code, digest, spec):
         with entry.binary.open("r+b") as file:
             file.write(b"\0" * 4096)
         entry.binary.unlink()
         entry.binary.write_bytes(b"not a library")
-        return honest(code, spec)
+        return honest(code, digest, spec)
 
     monkeypatch.setattr(binary, "load", late)
     assert try_load(lab.spec(), lab.settings)["run"]() == 41
@@ -153,6 +153,27 @@ def test_without_a_memfd_a_private_file_does_and_goes_with_the_process(lab):
     load(lab.spec(), lab.settings)
     assert lab.output(code, env={"TMPDIR": str(lab.path / "temporary")}) == "41 1"
     assert list((lab.path / "temporary").iterdir()) == []
+
+
+def test_where_nothing_in_memory_may_be_run_a_private_file_does(lab, entry, monkeypatch):
+    import tvm_ffi
+
+    honest = tvm_ffi.get_global_func
+
+    def strict(name):
+        if not name.startswith("ffi.Module.load"):
+            return honest(name)
+
+        def opened(path, kind):
+            if path.startswith("/proc"):
+                raise RuntimeError(f"{path}: failed to map segment from shared object")
+            return honest(name)(path, kind)
+
+        return opened
+
+    monkeypatch.setattr(tvm_ffi, "get_global_func", strict)
+    monkeypatch.setattr(binary, "_modules", {})
+    assert try_load(lab.spec(), lab.settings)["run"]() == 41
 
 
 @pytest.mark.skipif(shutil.which("gdb") is None, reason="no gdb")
@@ -225,6 +246,18 @@ def test_a_prebuilt_directory_of_root_serves_a_container_that_runs_as_somebody_e
         print(load(spec, settings)["run"]())
     """
     assert lab.output(code) == "41"
+
+
+@pytest.mark.parametrize("what", ["does not exist", "has no manifest"])
+def test_a_prebuilt_directory_that_is_none_is_told_once(lab, caplog, what):
+    directory = lab.path / "shipped"
+    if what != "does not exist":
+        directory.mkdir()
+    with caplog.at_level(logging.WARNING, "inductor_ext.jit"):
+        for _ in range(3):
+            assert try_load(lab.spec(), lab.settings.replace(prebuilt_dir=str(directory))) is None
+    (record,) = caplog.records
+    assert what in record.getMessage() and "inductor-ext build" in record.getMessage()
 
 
 @pytest.mark.parametrize("where", ["", "kernels", "manifest.json"])
