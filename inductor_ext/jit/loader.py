@@ -29,6 +29,7 @@ from inductor_ext.settings import Settings, current
 logger = logging.getLogger("inductor_ext.jit")
 
 _LOCK_SLACK_S = 60
+_CHMOD = "`chmod -R go-w` is right for one that others can write, if you trust all who could"
 _Place = tuple[JitSpec, str, str]
 _loaded: dict[_Place, Any] = {}
 _failed: dict[tuple[_Place, str], tuple[BuildError, float]] = {}
@@ -88,9 +89,8 @@ def _existing(spec: JitSpec, settings: Settings, rejected: list[str]) -> Any | N
         if reason := cache.refusal():
             rejected.append(f"{line(cache.root)}: {line(reason)}")
             if cache.prebuilt:  # that of a cache is told when something has to be built
-                fix = "make it again, or `chmod -R go-w` it if only people whom you trust could write there"
-                told = f"INDUCTOR_EXT_PREBUILT_DIR={line(cache.root)} is not used: it {line(reason)}. To fix: {fix}"
-                _warn_once(cache.root, told)
+                told = f"INDUCTOR_EXT_PREBUILT_DIR={line(cache.root)} is not used: it {line(reason)}"
+                _warn_once(cache.root, f"{told}. To fix: make it again, or correct it ({_CHMOD})")
             continue
         if not cache.has_slot(spec):
             continue
@@ -225,7 +225,7 @@ def _private_cache(path: Path, why: OSError) -> KernelCache:
     _warn_once(
         path,
         f"the kernel cache {line(path)} cannot be used ({line(said(why))}): kernels are built for this process only, in "
-        f"{cache.root}; set INDUCTOR_EXT_CACHE_DIR to a directory that can be written",
+        f"{cache.root}. To fix: set INDUCTOR_EXT_CACHE_DIR to a new directory, or correct this one ({_CHMOD})",
     )
     return cache
 
