@@ -51,6 +51,7 @@ logger = logging.getLogger("inductor_ext.jit")
 NOTE_LIFE_S = 3600
 PRIVATE, SHIPPED = 0o700, 0o755  # modes of folders
 _NOTE_LIMIT = 1 << 20
+_TRIES = 3
 
 
 Code = bytes  # of a binary; within `Entry` that name is its size
@@ -222,6 +223,12 @@ class KernelCache:
 
         A folder that is there already is taken when it is empty, has the marker, or is a cache of an earlier version.
         """
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):  # somebody deletes it at this very moment
+                return self._make_writable()
+        return self._make_writable()
+
+    def _make_writable(self) -> None:
         self._make_root()
         with Folder(self.root) as root:
             ours.claim(root)
@@ -233,11 +240,18 @@ class KernelCache:
         ours.sweep(self.root)
 
     def _make_root(self) -> None:
-        """The root, and an empty one that somebody's umask left open to a group made private."""
+        """The root; one that a umask left open to a group is made private while it holds nothing, or nothing but locks.
+
+        filelock makes the folders of a lock again, as the umask says, when somebody deletes the cache while it waits.
+        """
         make_folder(self.root, self.mode)
         status = self.root.stat()
-        if status.st_uid == os.geteuid() and status.st_mode & 0o022 and not any(self.root.iterdir()):
-            self.root.chmod(self.mode)
+        names, locks = {path.name for path in self.root.iterdir()}, self.root / "locks"
+        if status.st_uid == os.geteuid() and status.st_mode & 0o022 and names <= {"locks"}:
+            if names and (locks.is_symlink() or not all(map(_is_lock, locks.iterdir()))):
+                return
+            for path in (self.root, *([locks] if names else [])):
+                path.chmod(self.mode)
 
     def is_ours(self) -> bool:
         """Whether the root has the marker, and nobody else can have put it there."""
@@ -361,6 +375,10 @@ class KernelCache:
             if fresh and note["state"] == state and all(isinstance(text, str) for text in note.values()):
                 return {name: str(text) for name, text in note.items()}
         return None
+
+
+def _is_lock(path: Path) -> bool:
+    return path.suffix == ".lock" and path.is_file() and not path.is_symlink()
 
 
 @contextlib.contextmanager

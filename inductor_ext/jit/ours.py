@@ -1,8 +1,9 @@
 """What in a cache directory is this package's own, and how that, and nothing else, is deleted.
 
-A root is ours when it has the marker. Earlier versions made none, but always ``kernels`` and ``locks`` with names as nothing
-else has them. Below a root that is ours only what has the name, the place and the shape of something that this package makes is
-ever deleted; the rest is left and named.
+A root is ours when it has the marker. Earlier versions made none, and somebody who deletes a cache while a process waits for
+a lock in it leaves none; then it is ours if all that it holds has the names that only this package gives. Below a root that
+is ours only what has the name, the place and the shape of something that this package makes is ever deleted; the rest is left
+and named.
 """
 
 from __future__ import annotations
@@ -59,17 +60,21 @@ def strangers(root: Folder, *, emptied: bool = False) -> list[str]:
     ``emptied``: of a root that is ours, whatever is still there after all that is ours was deleted.
     """
     names = [name for name in root.names() if not (_SYSTEM.fullmatch(name) or _UNFINISHED.fullmatch(name))]
-    foreign = []
+    foreign, inside = [], []
     for name in names:
         if name in FOLDERS:
             try:
                 with root.folder(name) as folder:
+                    inside += folder.names()
                     foreign += [f"{name}/{each}" for each in folder.names() if not _belongs(name, each, emptied)]
             except OSError:
                 foreign.append(name)
         elif name not in (MARKER, TOOLCHAIN, MANIFEST) or root.kind(name) != stat.S_IFREG:
             foreign.append(name)
-    return foreign if foreign or emptied or {"kernels", "locks"} <= set(names) else names
+    only_folders = bool(names) and set(names) <= set(FOLDERS) and not inside
+    named = any(SLOT.match(name) or name.startswith(STAGE) for name in inside)
+    certain = named or only_folders or {"kernels", "locks"} <= set(names)
+    return foreign if foreign or emptied or certain else names
 
 
 def clear(root: Path) -> tuple[int, list[str]]:

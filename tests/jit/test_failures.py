@@ -218,6 +218,27 @@ def test_a_cache_that_is_deleted_while_the_process_lives_is_made_again(lab, gone
     assert "other" in {entry.name for entry in KernelCache(lab.cache).entries()}
 
 
+@pytest.mark.parametrize("left", ["kernels", "locks", "logs", "failed", "tmp"])
+def test_what_is_left_of_a_cache_that_was_deleted_meanwhile_is_taken_again(lab, left, caplog):
+    """A process that waits for a lock makes its folder again, so that nothing but this is there afterwards."""
+    load(lab.spec(), lab.settings)
+    for path in lab.cache.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    forget()
+    assert load(lab.spec(), lab.settings)["run"]() == 41
+    assert len(KernelCache(lab.cache).entries()) == 1 and not caplog.records
+
+
+def test_a_cache_that_is_deleted_while_others_wait_for_its_lock_is_whole_again(lab):
+    lab.fake_nvcc(before=f"[ -e {lab.path}/once ] || {{ touch {lab.path}/once; rm -rf {lab.cache}; sleep 0.5; }}")
+    code = "import os; os.umask(0o002)" + SIXTEEN.replace("\n    ", "\n")
+    assert lab.output(code).splitlines()[-1] == str([0] * PROCESSES)
+    assert "cannot be used" not in lab.output('print(load(spec, settings)["run"]())')
+    (entry,) = KernelCache(lab.cache).entries()
+    assert entry.damage() is None
+
+
 @pytest.mark.parametrize("gone", ["cache", "cache/tmp"])
 def test_a_cache_that_is_deleted_while_it_is_built_into_is_made_again(lab, gone):
     lab.fake_nvcc(before=f"[ -e {lab.path}/once ] || {{ touch {lab.path}/once; rm -rf {lab.path}/{gone}; }}")
