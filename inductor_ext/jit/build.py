@@ -165,7 +165,7 @@ def _compile(job: _Job, command: list[str], stage: Path) -> None:
         output = file.read()
     if code == 0 and (stage / "entry" / BINARY).is_file():
         return
-    if not stage.is_dir():
+    if not (stage / "entry" / SOURCE).is_file():
         raise FileNotFoundError(errno.ENOENT, "the cache was deleted while it was built into", str(stage))
     said = first_error(output)
     first = cause = said or f"nvcc ended with status {code} and said nothing"
