@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch._dynamo.utils import counters
@@ -54,10 +55,10 @@ def snapshot() -> Counter[str]:
     return Counter({key: count for key, count in counters["inductor"].items() if key.startswith(_PREFIX)})
 
 
-def replayed(before: Counter[str]) -> list[GraphReport]:
-    """Reports whose keys were counted since ``before``: of graphs compiled now and of graphs that came from a cache."""
+def replayed(before: Counter[str], made: Iterable[str] = ()) -> list[GraphReport]:
+    """Reports whose keys were counted since ``before`` and not ``made`` by a compile since: those that caches gave back."""
     reports = []
-    for key, count in (snapshot() - before).items():
+    for key, count in (snapshot() - before - Counter(made)).items():
         report = _read(key.removeprefix(_PREFIX))
         if report is not None:
             reports.extend([report] * count)
