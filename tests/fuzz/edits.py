@@ -290,8 +290,7 @@ EDITS: tuple[Edit, ...] = (
     write,
     convert,
     step,
-    spelling,
-    spelling,
+    *[spelling] * 5,  # what readers of nodes overlook: a dozen patterns, several answers each
     number,
     operand,
     again,
