@@ -61,7 +61,7 @@ def _pair(name: str, old: Ran, new: Ran) -> list[Fault]:
         if bool(old.error) == bool(new.error) or CONTRACT in new.error:
             return []
         return [Fault(name, "does not raise" if old.error else "raises", old.error or new.error)]
-    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(old.outputs, new.outputs, strict=True))]
+    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(old.values, new.values, strict=True))]
     if rule is None or not rule.drops_writes:
         pairs += [(f"input {i} afterwards", a, b) for i, (a, b) in enumerate(zip(old.inputs, new.inputs, strict=True))]
     found = [fault for where, a, b in pairs for fault in [_value(name, rule, where, a, b)] if fault]

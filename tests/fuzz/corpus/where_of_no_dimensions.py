@@ -1,0 +1,16 @@
+"""a rule that reads masks does not expect one of no dimensions"""
+
+import torch
+
+#: Still wrong.
+XFAIL = True
+
+
+def inputs():
+    s = torch.tensor(0.3)
+    return (s,)
+
+
+def f(s):
+    y = s.nan_to_num()
+    return (y,)
