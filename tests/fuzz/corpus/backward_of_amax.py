@@ -4,9 +4,6 @@ import torch
 
 BACKWARD = True
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     x = torch.randn(4, 128).bfloat16()

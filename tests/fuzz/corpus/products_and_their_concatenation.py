@@ -6,9 +6,6 @@ from tests.fuzz.values import E4
 
 RULES = {"scaled_mm_siblings": "always"}
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     a = torch.randn(1, 64).to(E4)

@@ -2,9 +2,6 @@
 
 import torch
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     s = torch.tensor(0.3)
