@@ -34,10 +34,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the result goes as JSON.")] = None,
     minimise: Annotated[bool, typer.Option(help="Make programs that fail smaller.")] = True,
 ) -> None:
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor_ext-fuzz-"))
-    if files:
-        raise typer.Exit(_replay(files, device))
-    raise typer.Exit(_draw(graphs, seed, family, sample, device, max_kernels, jobs, out, minimise))
+    with tempfile.TemporaryDirectory(prefix="inductor_ext-fuzz-") as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # before torch is imported
+        if files:
+            raise typer.Exit(_replay(files, device))
+        raise typer.Exit(_draw(graphs, seed, family, sample, device, max_kernels, jobs, out, minimise))
 
 
 def _replay(files: list[Path], device: str) -> int:

@@ -37,7 +37,7 @@ def test_statements_that_nothing_reads_go_and_stores_stay() -> None:
 def test_wrong_rule_is_seen_and_its_program_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, wrong_rule())
     monkeypatch.setattr(registry, "rule_named", lambda name: next(rule for rule in registry.rules() if rule.name == name))
-    result = Campaign(seed=1).run(12, ["act_mul_quantize"])
+    result = Campaign(seed=1).run(3, ["act_mul_quantize"])
     found = [each for each in result.found.values() if each.fault.rule == "wrong"]
     assert {each.fault.kind for each in found} >= {"output differs"}
     smallest = min((each.program for each in found), key=lambda program: len(program.lines))

@@ -4,6 +4,7 @@ result and not the end of a night's run, and several processes may share the wor
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import tempfile
@@ -29,7 +30,8 @@ class _Worker:
     def __init__(self, options: dict[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.last = Path(tempfile.mkdtemp(prefix="inductor_ext-fuzz-")) / "program.pickle"
+        self._folder = tempfile.TemporaryDirectory(prefix="inductor_ext-fuzz-")
+        self.last = Path(self._folder.name) / "program.pickle"
         self.process = context.Process(target=_work, args=(theirs, options, str(self.last)), daemon=True)
         self.process.start()
         theirs.close()
@@ -40,8 +42,13 @@ class _Worker:
         self.connection.send((task, known))
 
     def end(self) -> None:
+        """Nothing is left to do, or the process no longer answers."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join(10)
         self.process.terminate()
         self.process.join()
+        self._folder.cleanup()
 
 
 def run(
@@ -81,11 +88,11 @@ def run(
 
 def _died(worker: _Worker, total: Result) -> None:
     """Blame the program that the process was at."""
-    worker.process.terminate()
-    worker.process.join()
-    code = worker.process.exitcode or 0
-    program: Program = pickle.loads(worker.last.read_bytes())
     assert worker.task is not None
+    program: Program = pickle.loads(worker.last.read_bytes())
+    worker.process.join(1)
+    code = worker.process.exitcode or 0  # None: it has not answered for long
+    worker.end()
     fault = Fault("the process", f"ended with {code}", "signal" if code < 0 else "")
     known = total.found.setdefault((*fault.signature, ""), Found(fault, program, program, *worker.task[:2], times=0))
     known.times += 1
@@ -120,7 +127,10 @@ def _work(connection: Connection, options: dict[str, Any], last: str) -> None:
             since = 0
 
     while True:
-        (family, chunk, count), known = connection.recv()
+        task = connection.recv()
+        if task is None:
+            return
+        (family, chunk, count), known = task
         campaign = Campaign(**options, known=known, before=before, on_program=after)
         with campaign.ready():
             campaign.chunk(family, chunk, count)
