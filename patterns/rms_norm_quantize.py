@@ -59,9 +59,13 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
             wanted = f"at least {TENSOR_ROWS} rows, and at most {TENSOR_ELEMENTS} elements in all"
             reason = "one scale for all: Inductor's kernels are as fast"
             return context.refuse(node, reason, wanted=wanted, found=f"{list(shape)}")
-    misplaced = quantisation.misplaced(found, _place(found, norm), context)
+    place = _place(found, norm)
+    misplaced = quantisation.misplaced(found, place, context)
     if misplaced is not None:
         return misplaced
+    if norm.weight >= place:
+        wanted = f"a weight before {describe(place)}, which reads the sum"
+        return context.refuse(norm.weight, "the weight is computed too late", wanted=wanted, found=describe(norm.weight))
     inputs = norm.addends or (norm.total, None)
     for each in inputs:
         if each is not None and not fp8_chain.collapses_to_rows(value_of(each)):
@@ -75,8 +79,11 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
 
 
 def _place(found: quantisation.AnyQuantisation, norm: rms_norm.RmsNorm) -> Node:
-    """Before which node the kernel is called: the first that reads one of its outputs."""
-    return norm.total if norm.addends else min(found.nodes)
+    """Before which node the kernel is called: where the sum was, or else the first that reads one of its outputs."""
+    if norm.addends and norm.weight < norm.total:
+        return norm.total
+    others = [user for user in norm.total.users if user is not norm.y and user not in norm.inner] if norm.addends else []
+    return min([*found.nodes, *others])
 
 
 def replace(match: Match) -> None:
@@ -136,6 +143,16 @@ def _residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
     return *_quantise(_llama(total, weight)), total * 2
 
 
+def _weight_after_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    total = x + r
+    return *_quantise(_llama(total, 1.5 - weight)), total * 2
+
+
+def _weight_of_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    total = x + r
+    return *_quantise(_llama(total, weight * total[0, 0])), total * 2
+
+
 def _static(y: torch.Tensor, *scales: Any) -> Any:
     """One quantisation for each scale, as linear layers that were calibrated apart have."""
     return [(y.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in scales]
@@ -188,6 +205,7 @@ RULE = Rule(
             _inputs,
         ),
         Example("residual_is_read_later", _residual, _with_residual),
+        Example("weight_after_residual", _weight_after_residual, _with_residual),
         Example("static_scale", lambda x, w, s: _static(_llama(x, w), s), _with_scales(1)),
         Example("static_scale_dynamic_shape", lambda x, w, s: _static(_llama(x, w), s), _with_scales(1), dynamic=True),
         Example("static_scales_gemma", lambda x, w, *s: _static(_gemma(x, w), *s), _with_scales(2)),
@@ -212,6 +230,7 @@ RULE = Rule(
         Example("mxfp8_after_residual", _residual_mxfp8, _with_residual, mode="always"),
     ),
     near_misses=(
+        Example("weight_of_the_sum", _weight_of_residual, _with_residual, reason="the weight is computed too late"),
         Example(
             "norm_is_read_elsewhere",
             lambda x, w: (lambda y: (*_quantise(y), y * 3))(_llama(x, w)),

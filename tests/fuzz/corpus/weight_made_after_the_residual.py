@@ -5,7 +5,6 @@ import torch
 from tests.fuzz.values import E4
 
 
-
 def inputs():
     x = torch.randn(4, 32).bfloat16()
     r = torch.randn(4, 32).bfloat16()
