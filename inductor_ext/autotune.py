@@ -172,9 +172,7 @@ def _callers(op: Op, way: Autotune, choice: Any, problem: Problem, stock: Any, o
 
 def _runs_on(op: Op, device: torch.device) -> bool:
     return (
-        device.type == "cuda"
-        and op.kernel is not None
-        and torch.cuda.get_device_capability(device) >= op.kernel.min_capability
+        device.type == "cuda" and op.kernel is not None and torch.cuda.get_device_capability(device) >= op.kernel.min_capability
     )
 
 

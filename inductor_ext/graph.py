@@ -13,11 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from inductor_ext import torch_compat
-
-aten = torch.ops.aten
-prims = torch.ops.prims
-
-CONVERT = prims.convert_element_type.default
+from inductor_ext.calls import aten, is_call
 
 #: Operators that rearrange or select elements without changing them and give one output element per input element.
 RESHAPES = frozenset(
@@ -60,10 +56,6 @@ def value_of(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
-def is_call(node: Any, *targets: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
-
-
 def known_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input, without adding a guard."""
     return a is b or statically_known_true(a == b)
@@ -88,25 +80,6 @@ def is_reshape(node: Any) -> bool:
 def through_reshapes(node: Node) -> Node:
     """The first node above ``node`` that is not a reshape."""
     while is_reshape(node):
-        node = node.args[0]
-    return node
-
-
-def is_view(node: Any) -> bool:
-    """Whether a node gives a tensor (or several) in the memory of its first argument, or may do so."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return False
-    if node.target is operator.getitem:
-        return is_view(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.returns:
-        return False
-    alias = node.target._schema.returns[0].alias_info
-    return is_reshape(node) or (alias is not None and not alias.is_write)
-
-
-def through_views(node: Node) -> Node:
-    """The first node above ``node`` that is not a view."""
-    while is_view(node):
         node = node.args[0]
     return node
 

@@ -20,6 +20,7 @@ from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from inductor_ext import graph as graphs
 from inductor_ext import jit, registry, torch_compat
+from inductor_ext.calls import by_position
 from inductor_ext.op import device_of
 from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport, Refusal, Rewrite
@@ -90,6 +91,8 @@ class RewritePass(_Base):
     def __call__(self, graph: Graph, is_inference: bool = True) -> None:
         torch_compat.run_pass(self.previous, graph, is_inference)
         started = time.perf_counter()
+        torch_compat.sort(graph)  # a user's pass may leave its nodes in any order: Inductor sorts them, but later
+        by_position(graph)
         graph.eliminate_dead_code()  # functionalisation leaves dead views behind, which would count as users
         report = GraphReport(name=_next_name())
         report.before = graphs.text_of(graph)

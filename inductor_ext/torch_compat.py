@@ -55,6 +55,13 @@ def run_pass(custom_pass: Any, graph: Graph, is_inference: bool) -> None:
         custom_pass(graph)
 
 
+def sort(graph: Graph) -> None:
+    """Put every node behind those that it reads; nodes that are keep their order. Inductor's own, which is not public."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+
+
 def is_fallback(target: Any) -> bool:
     """Whether Inductor runs ``target`` as an opaque call rather than generating code for it."""
     from torch._inductor import lowering

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import aten, call, describe, is_call, same_sizes, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import call, describe, same_sizes, value_of
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
 from inductor_ext.patterns.support import fp8_chain, quantisation
 from inductor_ext.patterns.support.expression import Expression

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import describe, is_call, is_opaque, value_of
+from inductor_ext.calls import is_call
+from inductor_ext.graph import describe, is_opaque, value_of
 from inductor_ext.kernels.downcast_fp8.op import OP
 from inductor_ext.patterns.support import cache_store, kv_store
 from inductor_ext.patterns.support.fp8_chain import Failure

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, index_of, same_sizes, value_of
+from inductor_ext.calls import aten
+from inductor_ext.graph import call, describe, erase_dead, index_of, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.fp8_quantize.op import OP
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit

@@ -27,7 +27,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
-from inductor_ext.graph import aten, call, describe, erase_dead, known_equal, value_of
+from inductor_ext.calls import aten
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.patterns.support import attention, has_run
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_examples import HKV, H, S, heads, repeated, sdpa
@@ -75,7 +76,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     plan = _Plan(found, k, v)
     batch, shared, count, width = plan.shape
     if q.device.type == "cuda" and not context.forced and not statically_known_true(batch * shared >= LEAST_HEADS):
-        wanted = f"{LEAST_HEADS} heads of K and V in all sequences, or rules={{\"{context.rule}\": \"always\"}}"
+        wanted = f'{LEAST_HEADS} heads of K and V in all sequences, or rules={{"{context.rule}": "always"}}'
         return context.refuse(node, "few heads are faster repeated", wanted=wanted, found=f"{batch} × {shared}")
     detail = f"{batch} × {count} queries of {shared} heads of {width}, {found.kernel}"
     return Match(node, (), detail, f"K and V are read once, not {count} times", plan)

@@ -19,20 +19,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import (
-    CONVERT,
-    aten,
-    call,
-    constant_of,
-    describe,
-    erase_dead,
-    is_call,
-    is_opaque,
-    is_reshape,
-    known_equal,
-    same_sizes,
-    value_of,
-)
+from inductor_ext.calls import CONVERT, arguments, aten, is_call
+from inductor_ext.graph import call, constant_of, describe, erase_dead, is_opaque, is_reshape, known_equal, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.moe_combine.op import HAS_RUN, MAX_TOP_K, OP
 from inductor_ext.patterns.support import has_run, routing
@@ -91,7 +79,7 @@ def trace(node: Node) -> Combine | Failure | None:
     found = _walk(node)
     if not isinstance(found, Combine):
         return found
-    dims, keepdim = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    dims, keepdim = (arguments(node)[name] for name in ("dim", "keepdim"))
     if [dim % 3 for dim in dims] != [1] or keepdim:
         shown = f"{list(dims)}{', keepdim' if keepdim else ''}"
         return Failure(node, "the sum is not over a token's rows", "dimension 1 of [T, k, H], not kept", shown)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, RESHAPES, aten, describe, erase_dead, is_call, known_equal, value_of
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import RESHAPES, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.moe_combine.op import OP as COMBINE
 from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
 from inductor_ext.patterns.support import routing

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, aten, describe, erase_dead, is_call, known_equal, value_of
+from inductor_ext.calls import CONVERT, arguments, aten, is_call
+from inductor_ext.graph import describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
 from inductor_ext.moe import MXFP8Weight
@@ -37,7 +38,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
 
 
 def trace(node: Node) -> grouped_product.Grouped | Failure:
-    given = grouped_product.arguments(node)
+    given = arguments(node)
     failure = grouped_product.unlike(node, given)
     if failure is not None:
         return failure

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, describe, erase_dead, is_call, value_of
+from inductor_ext.calls import arguments, aten, is_call
+from inductor_ext.graph import describe, erase_dead, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.patterns.support import grouped_product
 from inductor_ext.patterns.support.fp8_chain import Failure
@@ -44,7 +45,7 @@ def anchors(graph: Graph) -> Iterable[Node]:
 def guard(node: Node, context: Context) -> Match | Refusal | None:
     device = value_of(node).device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    blocks = BLOCK_WISE_1X32 in grouped_product.arguments(node)["recipe_a"]
+    blocks = BLOCK_WISE_1X32 in arguments(node)["recipe_a"]
     if not blocks or not WITHOUT_MX[0] <= capability < WITHOUT_MX[1]:
         return grouped_product.match(trace(node), context)
     found = grouped_product.match(trace(node), context, "PyTorch's kernel cannot run on a GPU without MX tensor cores")
@@ -65,7 +66,7 @@ def _warn(capability: tuple[int, int], reason: str, wanted: str, found: str, sou
 
 
 def trace(node: Node) -> grouped_product.Grouped | Failure:
-    given = grouped_product.arguments(node)
+    given = arguments(node)
     for name in "ab":
         recipe = list(given[f"recipe_{name}"])
         if recipe != [BLOCK_WISE_1X32]:

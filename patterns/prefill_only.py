@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, known_equal, prims, value_of
+from inductor_ext.calls import aten, prims
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.patterns.support import attention, attention_mask, attention_plan, kv_cache
 from inductor_ext.patterns.support.attention import Attention

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_opaque, is_reshape, known_equal, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import MAX_HEAD_DIM, OP
 from inductor_ext.patterns.support import rope
 from inductor_ext.patterns.support.columns import hoist

@@ -25,18 +25,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
-from inductor_ext.graph import (
-    CONVERT,
-    aten,
-    call,
-    describe,
-    erase_dead,
-    is_call,
-    is_opaque,
-    is_reshape,
-    known_equal,
-    value_of,
-)
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import describe, erase_dead, is_reshape
+from inductor_ext.graph import describe, erase_dead
+from inductor_ext.memory import may_be_one
 from inductor_ext.patterns.support import fp8_chain
 from inductor_ext.patterns.support.same import input_pairs, root, same_value
 from inductor_ext.rule import Context, Example, Match, Refusal, Rule
@@ -30,7 +31,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     source = _source(node)
     for other in _casts_before(node):
         if same_value(node, other):
-            if _returned(node) and _returned(other):
+            if not may_be_one(node, other):
                 return context.refuse(
                     node,
                     "both results are returned",
@@ -60,16 +61,9 @@ def _merge(node: Node, other: Node) -> None:
         return
     for mine, theirs in list(input_pairs(node, other)):
         _merge(mine, theirs)
-    if other < node and not (
-        _returned(node) and _returned(other)
-    ):  # a scale may come before its equal; then both are kept, and both are right
+    if other < node and may_be_one(node, other):  # a scale may come before its equal: both are kept then, and both are right
         node.replace_all_uses_with(other)
         erase_dead(node)
-
-
-def _returned(node: Node) -> bool:
-    """Whether the graph returns ``node`` or a view of it."""
-    return any(user.op == "output" or (is_reshape(user) and _returned(user)) for user in node.users)
 
 
 def _casts_before(node: Node) -> list[Node]:

@@ -19,7 +19,8 @@ import torch
 from torch.fx import Graph, Node
 
 from inductor_ext import torch_compat
-from inductor_ext.graph import aten, call, describe, erase_dead, is_call, known_equal, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul

@@ -18,7 +18,8 @@ import torch
 from torch.fx import Graph, Node
 
 from inductor_ext import torch_compat
-from inductor_ext.graph import aten, call, describe, erase_dead, is_call, known_equal, same_sizes, value_of
+from inductor_ext.calls import arguments, aten, calls
+from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
@@ -46,7 +47,7 @@ class _Plan:
 
 
 def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten.add.Tensor) and _operands(node) is not None]
+    return [node for node in graph.nodes if calls(node, aten.add.Tensor) and _operands(node) is not None]
 
 
 def _operands(node: Node) -> tuple[Node, Node] | None:
@@ -91,8 +92,9 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
 
 def _unlike(node: Node, part: Node, residual: Node, found: Product, context: Context) -> Refusal | None:
     """A refusal where the sum is not element by element of two tensors alike, or the product is used besides."""
-    if node.kwargs.get("alpha", 1) != 1:
-        return context.refuse(node, "alpha", wanted="1", found=str(node.kwargs["alpha"]))
+    alpha = arguments(node)["alpha"]
+    if alpha != 1:
+        return context.refuse(node, "alpha", wanted="1", found=str(alpha))
     value, other = value_of(part), value_of(residual)
     if not isinstance(other, torch.Tensor) or other.dtype != value.dtype or not same_sizes(other.shape, value.shape):
         return context.refuse(node, _UNLIKE, wanted=describe(part), found=describe(residual))

@@ -14,7 +14,8 @@ import torch
 from torch.fx import Graph, Node
 
 from inductor_ext import torch_compat
-from inductor_ext.graph import aten, call, describe, erase_dead, known_equal, value_of
+from inductor_ext.calls import aten
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure

@@ -21,11 +21,13 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
-from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_view, known_equal, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm_rope import op as scaled_mm_rope
 from inductor_ext.kernels.scaled_mm_rope.op import HEAD_DIM, MAX_PRODUCTS, OUT_DTYPE
+from inductor_ext.memory import is_view, readers
 from inductor_ext.patterns.qk_norm_rope import _gemma_norm, _llama_norm, _rope
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
@@ -280,15 +282,7 @@ def _place(node: Node, heads: Sequence[_Head]) -> Node | Failure:
 
 def _readers(buffer: Node) -> list[Node]:
     """Users of ``buffer`` and of views of it, in the graph's order."""
-    found: set[Node] = set()
-    pending = [buffer]
-    while pending:
-        for user in pending.pop().users:
-            if user not in found:
-                found.add(user)
-                if is_view(user):
-                    pending.append(user)
-    return sorted(found)
+    return sorted({user for _, user in readers(buffer)})
 
 
 def replace(match: Match) -> None:

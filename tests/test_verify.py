@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import inductor_ext
+from inductor_ext.calls import aten, is_call
 from inductor_ext.errors import VerifyError
-from inductor_ext.graph import aten, call, is_call
+from inductor_ext.graph import call
 from inductor_ext.report.verify import RuleCheck, _compare
 from inductor_ext.rule import Match, Rule
 from tests.support.rules import plant, wrong_rule

@@ -1,12 +1,12 @@
 """A step's kernels by class, told by their names.
 
-    GEMM            cuBLAS's nvjet, CUTLASS, Triton's matmul templates, this package's products
-    attention       cuDNN's and FlashAttention's kernels
-    memory-bound    Triton's and PyTorch's element-wise and reduction kernels, this package's quantising kernels
-    memset, memcpy  what the driver does
-    other           names that no line below knows
-    gaps            the step's time less the sum of its kernels: what the GPU waits between them. Kernels that start while
-                    the one before still runs (programmatic dependent launch) make it smaller, below zero even.
+GEMM            cuBLAS's nvjet, CUTLASS, Triton's matmul templates, this package's products
+attention       cuDNN's and FlashAttention's kernels
+memory-bound    Triton's and PyTorch's element-wise and reduction kernels, this package's quantising kernels
+memset, memcpy  what the driver does
+other           names that no line below knows
+gaps            the step's time less the sum of its kernels: what the GPU waits between them. Kernels that start while
+                the one before still runs (programmatic dependent launch) make it smaller, below zero even.
 """
 
 from __future__ import annotations

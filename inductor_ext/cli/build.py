@@ -69,4 +69,3 @@ def _targets(arch: list[str] | None, chosen: settings.Settings) -> list[str]:
     if found is None:
         raise SettingError("there is no GPU to take the target from; name one: --arch sm_90a (H200), --arch sm_100a (B200)")
     return [found]
-

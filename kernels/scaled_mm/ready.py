@@ -7,7 +7,9 @@ import operator
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import is_call, through_views, value_of
+from inductor_ext.calls import is_call
+from inductor_ext.graph import value_of
+from inductor_ext.memory import through_views
 
 
 def static_b(a: Node, b: Node) -> bool:

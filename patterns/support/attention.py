@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, is_call, known_equal, value_of
+from inductor_ext.calls import arguments, aten, is_call
+from inductor_ext.graph import known_equal, value_of
 
 #: Node → what people call the kernel.
 KERNELS = {
@@ -45,8 +46,7 @@ def calls(graph: Graph) -> list[Node]:
 
 def parse(node: Node) -> Attention:
     """The arguments by name: every kernel has them in another order."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
+    given = arguments(node)
     scale = given.get("scale")
     head_dim = value_of(given["query"]).shape[-1]
     results = {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from inductor_ext.graph import aten
+from inductor_ext.calls import aten
 
 H, HKV, S, D = 4, 2, 24, 16
 

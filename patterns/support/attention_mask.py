@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, RESHAPES, aten, constant_of, describe, is_call, known_equal, prims, value_of
+from inductor_ext.calls import CONVERT, aten, calls, is_call, is_convert, prims
+from inductor_ext.graph import RESHAPES, constant_of, describe, known_equal, value_of
 from inductor_ext.patterns.support.fp8_chain import Failure
 
 #: A bias at most this (float16's lowest number) hides a key: exp of it is 0 beside any score that attention meets.
@@ -163,6 +164,7 @@ _OR = (aten.bitwise_or.Tensor, aten.logical_or.default)
 _NOT = (aten.bitwise_not.default, aten.logical_not.default)
 _COPIES = (aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default)
 _INTEGERS = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Reader:
@@ -177,9 +179,10 @@ class _Reader:
         inner = _through_padding(bias)
         if inner is not None:
             return self.mask(inner)
-        if is_call(bias, CONVERT, aten.expand.default, *_COPIES, *RESHAPES):
-            inside = self.mask(bias.args[0])
-            return self._flat(bias, inside if is_call(bias, CONVERT, *_COPIES) else self._moved(bias, inside))
+        if _is_float_convert(bias) or is_call(bias, *_COPIES):
+            return self._flat(bias, self.mask(bias.args[0]))
+        if is_call(bias, aten.expand.default, *RESHAPES):
+            return self._flat(bias, self._moved(bias, self.mask(bias.args[0])))
         if is_call(bias, aten.where.self):
             condition, yes, no = bias.args
             shown, hidden = (_uniform(each) for each in (yes, no))
@@ -223,7 +226,7 @@ class _Reader:
         value = value_of(node)
         if node.op != "call_function" or not isinstance(value, torch.Tensor):
             raise _Unknown(node)
-        rank, target = value.dim(), node.target
+        rank = value.dim()
         if is_call(node, *_COPIES):
             return self._value(node.args[0])
         if is_call(node, aten.expand.default, *RESHAPES):
@@ -235,36 +238,36 @@ class _Reader:
         number = _uniform(node)
         if number is not None:
             return Affine((0,) * rank, int(number))
-        if target is prims.iota.default:
+        if is_call(node, prims.iota.default):
             start, step = (node.kwargs[name] for name in ("start", "step"))
             if isinstance(start, int) and isinstance(step, int):
                 return Affine((step,), start)
-        elif target is CONVERT:
+        elif is_convert(node, *_INTEGERS):
             return self.integer(node.args[0])
-        elif target in (aten.add.Tensor, aten.sub.Tensor):
-            sign = node.kwargs.get("alpha", 1) * (1 if target is aten.add.Tensor else -1)
+        elif is_call(node, aten.add.Tensor, aten.sub.Tensor):
+            sign = 1 if is_call(node, aten.add.Tensor) else -1
             return self.integer(node.args[0]).plus(self.integer(node.args[1]).times(sign))
-        elif target is aten.neg.default:
+        elif is_call(node, aten.neg.default):
             return self.integer(node.args[0]).times(-1)
-        elif target is aten.mul.Tensor:
+        elif is_call(node, aten.mul.Tensor):
             a, b = map(self.integer, node.args)
             if a.constant or b.constant:
                 a, b = (a, b) if b.constant else (b, a)
                 return Affine((0,) * rank).plus(a.times(b.const))
-        elif target is aten.slice.Tensor:
+        elif is_call(node, aten.slice.Tensor):
             return self._sliced(node, rank)
-        elif target is aten.select.int:
+        elif is_call(node, aten.select.int):
             inside, dim, at = self.integer(node.args[0]), node.args[1] % (rank + 1), node.args[2]
             if isinstance(at, int) and at >= 0:
                 return Affine(inside.factors[:dim] + inside.factors[dim + 1 :], inside.const + inside.factors[dim] * at)
-        elif target is aten.cat.default:
+        elif is_call(node, aten.cat.default):
             return self._joined(node, rank)
-        elif target is aten.cumsum.default:
+        elif is_call(node, aten.cumsum.default):
             inside = self.integer(node.args[0])
             if inside.constant:
                 dim = node.args[1] % rank
                 return Affine(tuple(inside.const if d == dim else 0 for d in range(rank)), inside.const)
-        elif target is aten.index.Tensor:
+        elif is_call(node, aten.index.Tensor):
             return self._gathered(node, rank)
         raise _Unknown(node)
 
@@ -285,7 +288,7 @@ class _Reader:
                 return self._both(condition, yes, rank, node)
             if yes.known is False:
                 return self._both(condition.negate(), no, rank, node)
-        if is_call(node, CONVERT):
+        if is_convert(node, torch.bool):
             inside = self._value(node.args[0])
             if isinstance(inside, Allowed):
                 return inside
@@ -417,14 +420,30 @@ def _uniform(node: Any) -> float | None:
     """The number that every element of ``node`` is."""
     while is_call(node, aten.expand.default, *_COPIES, *RESHAPES):
         node = node.args[0]
-    if is_call(node, CONVERT):
-        return _uniform(node.args[0])
+    if calls(node, CONVERT):
+        return _held(_uniform(node.args[0]), node.args[1])
     if is_call(node, aten.full.default) and isinstance(node.args[1], (int, float)):
-        return float(node.args[1])
+        return _held(float(node.args[1]), value_of(node).dtype)
     number = constant_of(node)
     if number is None and is_call(node, aten.scalar_tensor.default) and isinstance(node.args[0], float):
-        return node.args[0] if math.isinf(node.args[0]) else None
+        return _held(node.args[0], value_of(node).dtype) if math.isinf(node.args[0]) else None
     return number
+
+
+def _held(number: float | None, dtype: torch.dtype) -> float | None:
+    """``number`` as a tensor of ``dtype`` holds it, as near as tells zeros, hidden places and indices; None if unknown."""
+    if number is None:
+        return None
+    if dtype in FLOATS:
+        return number if abs(number) <= torch.finfo(dtype).max else math.copysign(math.inf, number)
+    if dtype is torch.bool:
+        return float(bool(number))
+    return number if dtype in _INTEGERS and number.is_integer() else None
+
+
+def _is_float_convert(node: Node) -> bool:
+    """Whether a convert leaves zeros zero and what is hidden hidden."""
+    return is_convert(node, *FLOATS) and value_of(node.args[0]).dtype in FLOATS
 
 
 def _through_padding(bias: Node) -> Node | None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, known_equal, value_of
+from inductor_ext.calls import aten
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
 from inductor_ext.patterns.support.attention import Attention

@@ -15,10 +15,10 @@ import operator
 from typing import Any
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, guarded_equal, is_call, known_equal, same_sizes, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import call, describe, guarded_equal, known_equal, same_sizes, value_of
 from inductor_ext.patterns.support.fp8_chain import Failure
 
 SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default, aten.slice_scatter.default, aten.copy.default)
@@ -82,24 +82,6 @@ def trace(scatter: Node) -> Store | Failure | None:
     if isinstance(top, Failure):
         return top
     return Store(scatter, value, root, views, top, loc, mult, offset)
-
-
-def written_input(root: Node) -> Node | None:
-    """The graph input whose memory ``root`` is a version of."""
-    while root.op == "call_function":
-        if is_call(root, aten.select_scatter.default, aten.slice_scatter.default, *SCATTERS):
-            root = root.args[0]
-        elif is_call(root, operator.getitem) and is_call(root.args[0], auto_functionalized_v2):
-            bases, results = root.args[0].kwargs["_all_bases"], value_of(root.args[0])
-            index = root.args[1] - (len(results) - len(bases))  # the op's own outputs come first
-            if index < 0:
-                return None
-            root = bases[index]
-        elif root.target in _VIEWS:
-            root = root.args[0]
-        else:
-            return None
-    return root if root.op == "placeholder" else None
 
 
 def _is_view(node: Node) -> bool:

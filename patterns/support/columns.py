@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, erase_dead, is_call, is_view, known_equal, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
+from inductor_ext.memory import is_returned, is_view, readers
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import PURE, in_order
 
@@ -30,7 +32,7 @@ def obstacle(matrix: Node, forced: bool, width: Any = None) -> Failure | None:
     ``width``: how many elements a row has, where ``matrix`` is a view with more dimensions than two.
     """
     width = value_of(matrix).shape[1] if width is None else width
-    for reached, user in _users(matrix):
+    for reached, user in readers(matrix):
         if user.op == "output":
             if not forced:
                 wanted = "a product used inside the graph only: Inductor would copy a column slice before returning it"
@@ -47,19 +49,6 @@ def obstacle(matrix: Node, forced: bool, width: Any = None) -> Failure | None:
             wanted = "views that keep the columns apart from the rows"
             return Failure(matrix, "a user merges its rows: a column slice would be copied", wanted, f"a view as {shape}")
     return None
-
-
-def _users(node: Node) -> list[tuple[Node, Node]]:
-    """(value, user) for ``node`` and all views of it."""
-    found = []
-    pending = [node]
-    while pending:
-        value = pending.pop()
-        for user in value.users:
-            found.append((value, user))
-            if is_view(user):
-                pending.append(user)
-    return found
 
 
 def _reads_by_strides(user: Node) -> bool:
@@ -112,6 +101,8 @@ def split(graph: Graph, buffer: Node, matrices: Sequence[Node]) -> None:
         matrix.replace_all_uses_with(part)
         erase_dead(matrix)
     for whole in [user for user in parts[0].users if _joins(user, parts)]:
+        if is_returned(whole) and any(map(is_returned, parts)):
+            continue  # a caller may write to either
         whole.replace_all_uses_with(buffer)
         erase_dead(whole)
     refresh(buffer)

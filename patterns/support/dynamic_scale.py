@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, aten, constant_of, describe, is_call, is_reshape, same_sizes, value_of
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import constant_of, describe, is_reshape, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.patterns.support.fp8_chain import FLOATS, Chain, Failure
 

@@ -19,6 +19,9 @@ from torch.fx import Graph, Node
 
 from inductor_ext.graph import value_of
 
+#: What activations are computed in.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
@@ -33,7 +36,7 @@ class Expression:
 
     def trace(self, node: Any) -> tuple[Node, list[Node]] | None:
         """That tensor, and the nodes from it to ``node``, this one included."""
-        if not isinstance(node, Node) or not isinstance(value_of(node), torch.Tensor):
+        if not isinstance(node, Node) or not isinstance(value_of(node), torch.Tensor) or value_of(node).dtype not in FLOATS:
             return None
         template = _template(self.fn, value_of(node).dtype)
         (made,) = (each.args[0] for each in template.nodes if each.op == "output")
@@ -57,13 +60,15 @@ def _template(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) ->
 
 
 def _alike(mine: Any, theirs: Any, bound: dict[Node, Node]) -> bool:
-    """Whether ``mine`` is ``theirs`` with its one input bound to some node; the same input everywhere."""
+    """Whether ``mine`` is ``theirs``, dtypes and all, with its one input bound to some node; the same input everywhere."""
     if not isinstance(theirs, Node):
         return not isinstance(mine, Node) and type(mine) is type(theirs) and mine == theirs
     if not isinstance(mine, Node):
         return False
     if theirs in bound:
         return bound[theirs] is mine
+    if value_of(mine).dtype is not value_of(theirs).dtype:
+        return False
     if theirs.op != "placeholder":
         if mine.op != "call_function" or mine.target != theirs.target or mine.kwargs.keys() != theirs.kwargs.keys():
             return False

@@ -16,19 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import (
-    CONVERT,
-    aten,
-    constant_of,
-    describe,
-    erase_dead,
-    is_call,
-    is_reshape,
-    known_equal,
-    replay,
-    same_sizes,
-    value_of,
-)
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import constant_of, describe, erase_dead, is_reshape, known_equal, replay, same_sizes, value_of
 from inductor_ext.kernels import steps
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import aten, call, describe, known_equal, value_of
+from inductor_ext.calls import aten
+from inductor_ext.graph import call, describe, known_equal, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm.op import HAS_RUN, OP, OUT_DTYPES, X_DTYPES, slower, unsupported
 from inductor_ext.kernels.mxfp8_quantize.op import OP as QUANTIZE
@@ -36,14 +37,6 @@ class Grouped:
     rounding: str = ""
     transposed: bool = False
     w_block: int = mx.BLOCK  # elements of K that share a scale of w
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    named = {argument.name: argument.default_value for argument in node.target._schema.arguments}
-    for argument, value in zip(node.target._schema.arguments, node.args):
-        named[argument.name] = value
-    return {**named, **node.kwargs}
 
 
 def unlike(node: Node, given: dict[str, Any]) -> Failure | None:

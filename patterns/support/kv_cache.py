@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, RESHAPES, aten, describe, is_call, known_equal, same_sizes, value_of
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import RESHAPES, describe, known_equal, same_sizes, value_of
 from inductor_ext.patterns.support.attention_plan import Source
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import same_value

@@ -18,37 +18,15 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from inductor_ext import torch_compat
-from inductor_ext.graph import (
-    CONVERT,
-    RESHAPES,
-    aten,
-    call,
-    describe,
-    erase_dead,
-    fake_replay,
-    is_call,
-    is_view,
-    known_equal,
-    replay,
-    same_sizes,
-    value_of,
-)
+from inductor_ext import memory, torch_compat
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import RESHAPES, call, describe, erase_dead, fake_replay, known_equal, replay, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.patterns.support import cache_store, fp8_chain
 from inductor_ext.patterns.support.cache_store import Store
 from inductor_ext.patterns.support.fp8_chain import Chain, Failure
 
 _PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
-_OTHER_VIEWS = (
-    aten.view.dtype,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.unbind.int,
-    aten.split_with_sizes.default,
-    operator.getitem,
-)
-
 
 #: What is done to the cache on its way to attention, as repeating its heads.
 _COPIES = (aten.clone.default, CONVERT)
@@ -81,6 +59,11 @@ class Half:
         """What the op reads: ``x`` in the shape of the stored rows."""
         value = fake_replay(self.input_views, value_of(self.x))
         return value.unsqueeze(0) if self.store.one_row else value
+
+    @property
+    def inputs(self) -> list[Node]:
+        """What the op reads of tensors."""
+        return [node for node in (self.x, self.scale, self.store.loc) if node is not None]
 
     def insert_input(self, graph: Graph) -> Node:
         node = replay(graph, self.input_views, self.x)
@@ -145,7 +128,7 @@ def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node
 
 def _store(scatter: Node) -> Store | Failure | None:
     store = cache_store.trace(scatter)
-    if isinstance(store, Store) and cache_store.written_input(store.root) is None:
+    if isinstance(store, Store) and memory.written_input(store.root) is None:
         return Failure(scatter, "the cache is not a graph input", "a buffer or argument of the model", describe(store.root))
     return store
 
@@ -195,6 +178,9 @@ def _wrong(half: Half, value: Node) -> Failure | None:
     if any(device != buffer.device for device in devices):
         found_devices = ", ".join(map(str, devices))
         return Failure(scatter, "device", f"rows and indices on the cache's device {buffer.device}", found_devices)
+    failure = aliased([half])
+    if failure is not None:
+        return failure
     if half.by_sequence:
         for name, tensor in (("cache layout", half.destination()), ("input layout", half.input_value())):
             if not known_equal(tensor.stride(3), 1):
@@ -252,6 +238,8 @@ def insertion_point(halves: Sequence[Half], waiting: list[Node] | None = None) -
         inputs.append(halves[-1].store.root)
     inputs += [reader for half in halves for reader in _readers(half.store.root) if reader not in own]
     last = max(node for node in inputs if isinstance(node, Node))
+    if last.op == "output":  # the caller gets the old rows, and nothing comes after that
+        return None
     made = [node for half in halves for node in (half.store.top, half.scatter)]
     return last if early_reader(made, own, last, waiting) is None else None
 
@@ -263,7 +251,7 @@ def early_reader(made: Sequence[Node], own: set[Node], last: Node, waiting: list
         for user in pending.pop().users:
             if user in own or user > last or (waiting is not None and user in waiting):
                 continue
-            if waiting is None or not (is_view(user) or is_call(user, *_COPIES)):
+            if waiting is None or not (memory.is_view(user) or is_call(user, *_COPIES)):
                 return user
             waiting.append(user)
             pending.append(user)
@@ -271,15 +259,24 @@ def early_reader(made: Sequence[Node], own: set[Node], last: Node, waiting: list
 
 
 def _readers(root: Node) -> list[Node]:
-    """What reads a version of a cache, through views too; not the copy back into the buffer itself."""
-    found, pending = [], list(root.users)
-    while pending:
-        user = pending.pop()
-        if is_call(user, *RESHAPES, *_OTHER_VIEWS):
-            pending.extend(user.users)
-        elif user.op != "output" and not is_call(user, aten.copy_.default):
+    """What reads a version of a cache, through views too, the caller as well; not the copy back into the buffer itself."""
+    found = []
+    for value, user in memory.readers(root):
+        written_back = is_call(user, aten.copy_.default) and user.args[0] is value and user.args[1] is not value
+        if not memory.is_view(user) and not written_back:
             found.append(user)
     return found
+
+
+def aliased(halves: Sequence[Half], others: Sequence[Any] = ()) -> Failure | None:
+    """Why one op cannot do the stores: what it reads, ``others`` too, lies in a cache that it writes at the same time."""
+    read = [*(node for half in halves for node in half.inputs), *others]
+    written = {memory.written_input(half.store.root): half for half in halves}
+    found = memory.read_by_another_name(read, [cache for cache in written if cache is not None])
+    if found is None:
+        return None
+    wanted = "inputs in other memory than the cache that is written"
+    return Failure(written[memory.written_input(found)].scatter, "an input lies in the cache", wanted, describe(found))
 
 
 def neighbour(scatter: Node, direction: str, tracer: Tracer = trace) -> Half | None:
@@ -315,12 +312,12 @@ def _joins(first: Half, second: Half) -> bool:
         return False
     if value_of(first.x).dtype != value_of(second.x).dtype:
         return False
-    if len(steps.constants(first.program, second.program)) > steps.MAX_CONSTS:
+    if len(steps.constants(first.program, second.program)) > steps.MAX_CONSTS or aliased([first, second]) is not None:
         return False
     # One kernel has one number of slots and one size of row for both.
     if not same_sizes(a.destination().shape, b.destination().shape):
         return False
-    one, two = cache_store.written_input(a.root), cache_store.written_input(b.root)
+    one, two = memory.written_input(a.root), memory.written_input(b.root)
     if one is two:  # halves of one buffer: the second store must build on the first, and write other memory
         return b.root is a.top and b.views != [] and _disjoint(first, second)
     return True
@@ -371,7 +368,7 @@ def put(
     ordered = sorted(halves, key=lambda half: half.scatter)
     view = view or (lambda half, base: half.destination(base) if half.store.views else None)
     # Two halves of one buffer share a base: the first store's root is the version that both build on.
-    roots = [cache_store.written_input(half.store.root) for half in ordered]
+    roots = [memory.written_input(half.store.root) for half in ordered]
     shared = len(halves) == 2 and roots[0] is roots[1]
     bases = [ordered[0].store.root] if len(halves) == 1 or shared else [half.store.root for half in halves]
     kwargs = dict(arguments)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, aten, describe, is_call, value_of
+from inductor_ext.calls import aten, is_call, is_convert
+from inductor_ext.graph import describe, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm.op import W_BLOCKS
 from inductor_ext.patterns.support.fp8_chain import Failure
@@ -44,7 +45,7 @@ def trace(node: Node) -> Weight | Failure | None:
         return None
     data, power = product.args
     data = _through_views(data)
-    if not is_call(data, CONVERT) or value_of(data.args[0]).dtype is not mx.DATA or not isinstance(power, Node):
+    if not is_convert(data, torch.bfloat16) or value_of(data.args[0]).dtype is not mx.DATA or not isinstance(power, Node):
         return None
     data = data.args[0]
     scale = _scale_of(power)
@@ -90,7 +91,7 @@ def _scale_of(power: Node) -> Node | None:
     if not is_call(chosen, aten.where.self):
         return None
     edge, marked, shifted = chosen.args
-    if not is_call(shifted, *_LSHIFT) or shifted.args[1] != 7 or not is_call(shifted.args[0], CONVERT):
+    if not is_call(shifted, *_LSHIFT) or shifted.args[1] != 7 or not is_convert(shifted.args[0], torch.int16):
         return None
     scale = shifted.args[0].args[0]
     at_edge = is_call(edge, aten.bitwise_or.Tensor, aten.logical_or.default) and all(

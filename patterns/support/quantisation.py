@@ -17,19 +17,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import (
-    CONVERT,
-    aten,
-    call,
-    describe,
-    erase_dead,
-    is_call,
-    is_reshape,
-    known_equal,
-    replay,
-    same_sizes,
-    value_of,
-)
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, is_reshape, known_equal, replay, same_sizes, value_of
 from inductor_ext.kernels import mx, steps
 from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
 from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8

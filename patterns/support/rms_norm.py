@@ -1,10 +1,10 @@
 """Recognise RMSNorm above a node, in the spellings of model libraries and of PyTorch's own decomposition.
 
-    total = a + b                 optional: the residual
-    h = total.float();  n = h * rsqrt(mean(h², -1, keepdim) + eps)
-    y = weight * n.to(dtype)      "cast mul": Llama, Mistral, Qwen, Phi
-    y = (n * weight).to(dtype)    "mul cast": torch.nn.functional.rms_norm, OLMo 2
-    y = (n * (1 + weight)).to(dtype)    "mul+1 cast": Gemma
+total = a + b                 optional: the residual
+h = total.float();  n = h * rsqrt(mean(h², -1, keepdim) + eps)
+y = weight * n.to(dtype)      "cast mul": Llama, Mistral, Qwen, Phi
+y = (n * weight).to(dtype)    "mul cast": torch.nn.functional.rms_norm, OLMo 2
+y = (n * (1 + weight)).to(dtype)    "mul+1 cast": Gemma
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, aten, constant_of, describe, is_call, same_sizes, value_of
+from inductor_ext.calls import aten, is_call, is_convert
+from inductor_ext.graph import constant_of, describe, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.patterns.support.fp8_chain import Failure
 
@@ -39,7 +40,7 @@ class RmsNorm:
     @property
     def addends(self) -> tuple[Node, Node] | None:
         """The two tensors that ``total`` is the sum of, if it is one that the kernel can take: like ``total`` in all."""
-        if not is_call(self.total, aten.add.Tensor) or self.total.kwargs.get("alpha", 1) != 1:
+        if not is_call(self.total, aten.add.Tensor):
             return None
         one, two = self.total.args[:2]
         alike = all(
@@ -63,7 +64,7 @@ def trace(y: Node) -> RmsNorm | Failure | None:
     h, eps, nodes = core
     inner = [*inner, normalised, *nodes]
     total = h
-    if is_call(h, CONVERT) and h.args[1] is torch.float32:
+    if is_convert(h, torch.float32):
         total = h.args[0]
         inner.append(h)
     dtype = value_of(total).dtype
@@ -84,11 +85,11 @@ def _weighted(y: Node) -> tuple[Node, Node, str, list[Node]] | None:
     """Weight, normalised value, spelling, and the nodes between them and ``y``."""
     if is_call(y, aten.mul.Tensor):  # weight * n.to(dtype), or everything in fp32
         for weight, other in (y.args[:2], y.args[1::-1]):
-            if is_call(other, CONVERT) and _is_row(weight, y) and _is_product(other.args[0]):
+            if is_convert(other, value_of(y).dtype) and _is_row(weight, y) and _is_product(other.args[0]):
                 return weight, other.args[0], "cast mul", [other]
             if value_of(y).dtype is torch.float32 and _is_row(weight, y) and _is_product(other):
                 return weight, other, "mul cast", []
-    if is_call(y, CONVERT) and is_call(y.args[0], aten.mul.Tensor):
+    if is_convert(y, *_FLOATS) and _is_product(y.args[0]):
         product = y.args[0]
         for weight, other in (product.args[:2], product.args[1::-1]):
             if _is_row(weight, product) and _is_product(other):
@@ -100,10 +101,11 @@ def _weighted(y: Node) -> tuple[Node, Node, str, list[Node]] | None:
 def _plain_weight(weight: Node) -> tuple[Node, str, list[Node]]:
     """The parameter under ``1.0 + weight.float()`` or ``weight.float()``."""
     inner, norm = [], "mul cast"
-    if is_call(weight, aten.add.Tensor) and constant_of(weight.args[1]) == 1.0:
+    in_fp32 = value_of(weight).dtype is torch.float32  # 1 + w in bf16 is rounded: a weight as any other
+    if is_call(weight, aten.add.Tensor) and constant_of(weight.args[1]) == 1.0 and in_fp32:
         inner.append(weight)
         weight, norm = weight.args[0], "mul+1 cast"
-    if is_call(weight, CONVERT) and weight.args[1] is torch.float32:
+    if is_convert(weight, torch.float32):
         inner.append(weight)
         weight = weight.args[0]
     return weight, norm, inner
@@ -130,7 +132,7 @@ def _core(normalised: Node) -> tuple[Node, float, list[Node]] | Failure | None:
             continue
         shifted = factor.args[0]
         mean, eps = shifted.args[:2]
-        if not is_call(mean, aten.mean.dim) or not _over_columns(mean):
+        if value_of(h).dtype is not torch.float32 or not is_call(mean, aten.mean.dim) or not _over_columns(mean):
             continue
         square = mean.args[0]
         if not (is_call(square, aten.pow.Tensor_Scalar) and square.args[0] is h and square.args[1] == 2) and not (

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, aten, call, describe, is_call, known_equal, value_of
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import call, describe, known_equal, value_of
 from inductor_ext.patterns.support import rms_norm
 from inductor_ext.patterns.support.columns import is_cat_of_columns
 from inductor_ext.patterns.support.fp8_chain import Failure

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, aten, is_call, known_equal, prims, same_sizes, value_of
+from inductor_ext.calls import arguments, aten, is_call, is_convert, prims
+from inductor_ext.graph import known_equal, same_sizes, value_of
 from inductor_ext.patterns.support.same import in_order
 
 INTEGERS = (torch.int64, torch.int32)
+#: What holds every expert's number as it is.
+_EXACT = (torch.float32, torch.float64, *INTEGERS)
 _NOT = (aten.bitwise_not.default, aten.logical_not.default)
 #: Comparisons of ids with a number: whether they hold for the experts past it, and how far it is from the first of those.
 _COMPARISONS = {
@@ -90,17 +93,14 @@ def _sort(node: Any, item: int) -> Sorted | None:
     sort = node.args[0]
     if not is_call(sort, aten.sort.default, aten.sort.stable) or value_of(sort.args[0]).dim() != 1:
         return None
-    at = 2 if sort.target is aten.sort.default else 3
-    descending = sort.kwargs.get("descending", sort.args[at] if len(sort.args) > at else False)
-    return None if descending else Sorted(sort, in_order(sort.args[0]))
+    return None if arguments(sort)["descending"] else Sorted(sort, in_order(sort.args[0]))
 
 
 def inverse_of(node: Node) -> Node | None:
     """The permutation that ``node`` is the inverse of: iota written to the places it names, or what sorts it."""
     if is_call(node, aten.index_put.default):
         _, indices, values = node.args[:3]
-        accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
-        if accumulate or len(indices) != 1:
+        if arguments(node)["accumulate"] or len(indices) != 1:
             return None
         perm = indices[0]
     elif is_call(node, aten.scatter.src):
@@ -139,9 +139,8 @@ def group_ends(offs: Node) -> GroupEnds | None:
     counts = offs.args[0]
     if not is_call(counts, aten.histc.default):
         return None
-    given = dict(zip(("self", "bins", "min", "max"), counts.args)) | counts.kwargs
-    ids, bins, low, high = given["self"], given.get("bins", 100), given.get("min", 0), given.get("max", 0)
-    while is_call(ids, CONVERT):
+    ids, bins, low, high = (arguments(counts)[name] for name in ("self", "bins", "min", "max"))
+    while is_convert(ids, *_EXACT):
         ids = ids.args[0]
     if value_of(ids).dtype not in INTEGERS or not isinstance(bins, int) or low != 0 or high != bins - 1:
         return None

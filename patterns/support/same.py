@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import CONVERT, RESHAPES, aten, known_equal, same_sizes, value_of
+from inductor_ext.calls import CONVERT, aten
+from inductor_ext.graph import RESHAPES, known_equal, same_sizes, value_of
 
 PURE = frozenset(
     {

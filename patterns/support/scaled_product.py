@@ -16,7 +16,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from inductor_ext.graph import aten, describe, is_call, known_equal, value_of
+from inductor_ext.calls import arguments, aten, is_call
+from inductor_ext.graph import describe, known_equal, value_of
 from inductor_ext.kernels.scaled_mm.op import ALIGNMENT, FP8, OUT_DTYPES
 from inductor_ext.patterns.support.fp8_chain import Failure
 
@@ -66,7 +67,7 @@ def products(graph: Graph) -> Iterable[Node]:
 
 def parse(node: Node) -> Product | Failure:
     """The product of a `is_product` node, or the first condition under which the op cannot compute it."""
-    given = _arguments(node)
+    given = arguments(node)
     failure = _unsupported(node, given)
     if failure is not None:
         return failure
@@ -77,14 +78,6 @@ def parse(node: Node) -> Product | Failure:
     )
     wrong = _wrong_operands(product) or _wrong_layout(product) or _wrong_scales(product, given) or _wrong_bias(product)
     return wrong or product
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in: Inductor passes all of them by position, Dynamo some by keyword."""
-    named = {argument.name: argument.default_value for argument in node.target._schema.arguments}
-    for argument, value in zip(node.target._schema.arguments, node.args):
-        named[argument.name] = value
-    return {**named, **node.kwargs}
 
 
 def _unsupported(node: Node, given: dict[str, Any]) -> Failure | None:

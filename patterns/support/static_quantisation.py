@@ -15,7 +15,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from inductor_ext.graph import CONVERT, aten, call, describe, is_call, is_reshape, replay, value_of
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import call, describe, is_reshape, replay, value_of
 from inductor_ext.kernels import static_scale, steps
 from inductor_ext.patterns.support import dynamic_scale, profit
 from inductor_ext.patterns.support.fp8_chain import FLOATS, STEPS, Chain, Failure, is_fp8_cast, replace_cast
@@ -126,8 +127,10 @@ def _computed(scale: Node, program: str) -> tuple[Node, str]:
     """The number in memory that ``scale`` is computed from, as far as the kernel can do that too, and how."""
     node, collected = scale, list[steps.Step]()
     while True:
+        known = len(collected)
         above: Node | Failure = node.args[0] if is_reshape(node) else dynamic_scale.step(node, collected)
         if isinstance(above, Failure) or value_of(above).dtype not in FLOATS:
+            del collected[known:]  # the graph computes this step
             break
         node = above
     text = steps.text_of(list(reversed(collected)))

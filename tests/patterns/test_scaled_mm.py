@@ -15,7 +15,7 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
 import inductor_ext
 from inductor_ext import torch_compat
-from inductor_ext.graph import aten
+from inductor_ext.calls import aten
 from inductor_ext.patterns.support import scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.scaled_product import Product

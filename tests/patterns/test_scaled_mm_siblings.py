@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inductor_ext import settings
 from inductor_ext.backend import compile_graph
-from inductor_ext.graph import aten
+from inductor_ext.calls import aten
 from inductor_ext.report.explain import passes_only
 from tests.support import scaled_tables as tables
 from tests.support.compiled import Recorder

@@ -1,0 +1,224 @@
+"""Graphs as a rule's guard gets them, each changed in one place: another keyword, another dtype, another reader.
+
+    captured = capture(example.fn, inputs)            the post-grad graph of a function, before any rule
+    for change in changes(captured): …                every way in which this module can change one node of it
+    differs(captured, change, rule, modes)            what the rule makes of the changed graph against the graph itself
+
+A rule that reads a node without one of its arguments, or takes a convert to any dtype for the one it knows, gives other results
+than the changed graph does. What cannot be computed (a dtype that an operator does not have) is no graph, and is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from inductor_ext import registry, settings
+from inductor_ext.calls import CONVERT, aten
+from inductor_ext.graph import copy_of
+from inductor_ext.passes import RewritePass
+from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)
+
+
+@dataclasses.dataclass
+class Captured:
+    """``graph`` before the rules, and the ``inputs`` that its placeholders are given."""
+
+    graph: Graph
+    inputs: list[Any]
+    fake_mode: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """``apply(node)`` changes the node called ``node`` of a copy of the graph."""
+
+    node: str
+    what: str
+    apply: Callable[[Node], None]
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.what}"
+
+
+def capture(fn: Callable[..., Any], inputs: tuple[Any, ...], *, dynamic: bool | None = None, **options: Any) -> list[Captured]:
+    """The graphs that ``fn`` compiles to, as they are before the first rule, with their inputs."""
+    found: list[Captured] = []
+    graphs: list[Graph] = []
+
+    def inner(gm: GraphModule, example_inputs: Any, **keywords: Any) -> Callable[..., Any]:
+        original = copied(gm)
+        run_passes(gm, example_inputs, **keywords)
+        graph = graphs.pop()
+        values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+        mode = next((each.fake_mode for each in values if isinstance(each, torch.Tensor)), None)
+
+        def run(*given: Any) -> Any:
+            found.append(Captured(graph, cloned(list(given)), mode))
+            return torch.fx.Interpreter(original).run(*given)
+
+        return run
+
+    def observe(rule: str, graph: Graph) -> None:
+        if not rule:
+            graphs.append(copy_of(graph))
+
+    off = {rule.name: "off" for rule in registry.rules()}
+    chosen = settings.current(build="defer", rules=off, **options)
+    torch._dynamo.reset()
+    with compiled_with(chosen, fn, None, inner_compile=inner, observer=observe, dynamic=dynamic) as run:
+        run(*cloned(inputs))
+    return found
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def changes(graph: Graph) -> Iterator[Change]:
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target.namespace in ("aten", "prims"):
+                yield from _arguments(node)
+            yield from _results(node)
+
+
+def _arguments(node: Node) -> Iterator[Change]:
+    """Every argument that is no tensor, given another value of its kind."""
+    for index, argument in enumerate(node.target._schema.arguments):
+        position = None if argument.kwarg_only else index
+        current = node.kwargs.get(argument.name, argument.default_value)
+        if position is not None and position < len(node.args):
+            current = node.args[position]
+        if argument.name in ("layout", "device", "pin_memory", "memory_format", "non_blocking", "implicit"):
+            continue
+        for other in _others(str(argument.type), argument.name, current, node):
+            yield Change(node.name, f"{argument.name}={other}", _setter(index, argument, other))
+    if len(node.args) > 1 and isinstance(node.args[0], Node) and isinstance(node.args[1], Node):
+        yield Change(node.name, "operands swapped", lambda n: setattr(n, "args", (n.args[1], n.args[0], *n.args[2:])))
+
+
+def _others(kind: str, name: str, current: Any, node: Node) -> list[Any]:
+    if name in ("dtype", "out_dtype") or isinstance(current, torch.dtype):
+        return [dtype for dtype in DTYPES if dtype is not current]
+    if isinstance(current, Node) or (isinstance(current, (list, tuple)) and any(isinstance(each, Node) for each in current)):
+        return []
+    if isinstance(current, bool) or kind == "bool":
+        return [not current]
+    if isinstance(current, float):
+        return [current * 2, current + 0.5]
+    if isinstance(current, int):
+        return [current + 1, current - 1, *([0.5] if kind == "number" else ())]
+    if isinstance(current, (list, tuple)) and name in ("dim", "dims") and all(isinstance(each, int) for each in current):
+        rank = next(each.meta["val"].dim() for each in node.all_input_nodes)
+        return [[dim] for dim in range(rank) if [dim] != [each % rank for each in current]] + [list(range(rank))]
+    return []
+
+
+def _setter(index: int, argument: Any, value: Any) -> Callable[[Node], None]:
+    def apply(node: Node) -> None:
+        if argument.kwarg_only:
+            node.kwargs = {**node.kwargs, argument.name: value}
+            return
+        known = node.target._schema.arguments
+        args = list(node.args)
+        while len(args) <= index:
+            name = known[len(args)].name
+            args.append(node.kwargs.get(name, known[len(args)].default_value))
+        args[index] = value
+        node.kwargs = {name: each for name, each in node.kwargs.items() if name not in {a.name for a in known[: len(args)]}}
+        node.args = tuple(args)
+
+    return apply
+
+
+def _results(node: Node) -> Iterator[Change]:
+    """What a node gives: read by the caller too, or through another dtype and back, or halved by a broadcast of itself."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return
+    yield Change(node.name, "returned too", _returned)
+    yield Change(node.name, "a view of it returned too", _view_returned)
+    if value.dtype.is_floating_point:
+        for dtype in DTYPES:
+            if dtype is not value.dtype:
+                yield Change(node.name, f"through {dtype}", _through(dtype))
+
+
+def _returned(node: Node) -> None:
+    output = node.graph.output_node()
+    output.args = ([*pytree.tree_leaves(output.args[0]), node],)
+
+
+def _view_returned(node: Node) -> None:
+    with node.graph.inserting_after(node):
+        view = node.graph.call_function(aten.unsqueeze.default, (node, 0))
+    _returned(view)
+
+
+def _through(dtype: torch.dtype) -> Callable[[Node], None]:
+    def apply(node: Node) -> None:
+        users = list(node.users)
+        with node.graph.inserting_after(node):
+            there = node.graph.call_function(CONVERT, (node, dtype))
+        with node.graph.inserting_after(there):
+            back = node.graph.call_function(CONVERT, (there, node.meta["val"].dtype))
+        for user in users:
+            user.replace_input_with(node, back)
+
+    return apply
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def changed(captured: Captured, change: Change) -> GraphModule | None:
+    """A copy of the graph with the change made and its fake values computed anew; None where it is no graph."""
+    graph = copy_of(captured.graph)
+    node = next(each for each in graph.nodes if each.name == change.node)
+    kept = dict(captured.graph.output_node().meta)
+    change.apply(node)
+    graph.output_node().meta.update({name: value for name, value in kept.items() if name != "user_visible_output_idxs"})
+    module = GraphModule({}, graph)
+    values = [each.meta["val"] for each in graph.nodes if each.op == "placeholder"]
+    try:
+        graph.lint()
+        with torch.no_grad():
+            FakeTensorProp(module, captured.fake_mode).propagate_dont_convert_inputs(*values)
+    except Exception:
+        return None
+    return module
+
+
+def rewritten(module: GraphModule, modes: dict[str, Any], **options: Any) -> tuple[GraphModule, dict[str, int]]:
+    """The module after the rules of ``modes``, and how often each has changed it."""
+    from torch._inductor.virtualized import V
+
+    graph = copy_of(module.graph)
+    made = GraphModule({}, graph)
+    reports: list[Any] = []
+    chosen = settings.current(build="defer", rules=modes, **options)
+    mode = next((n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
+    with V.set_fake_mode(mode) if mode is not None else contextlib.nullcontext():
+        RewritePass(chosen, None, reports.append)(graph)
+    made.recompile()
+    return made, reports[0].counts()
+
+
+def run(module: GraphModule, inputs: list[Any]) -> list[torch.Tensor] | None:
+    """Outputs, then inputs as they are left; None where the graph raises."""
+    copies = cloned(inputs)
+    try:
+        with torch.no_grad():
+            outputs = torch.fx.Interpreter(module).run(*copies)
+    except Exception:
+        return None
+    return [each for each in pytree.tree_leaves((outputs, copies)) if isinstance(each, torch.Tensor)]
