@@ -15,16 +15,22 @@ import argparse
 import fnmatch
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENTS = Path(__file__).with_name("equivalent.txt")
 
 #: Tests of rules. Those of kernels, of building and of benchmarks run none.
 TESTS = ("tests/patterns", "tests/kernels/test_references.py", "tests/moe", "tests/test_passes.py", "tests/test_explain.py")
+
+
+#: Files that patterns import, and that know nodes, but read no graphs for them.
+NO_READERS = ("rule", "autotune", "torch_compat")
 
 
 def modules() -> dict[str, Path]:
@@ -40,7 +46,7 @@ def modules() -> dict[str, Path]:
         imported |= set(re.findall(r"^from inductor_ext\.(\w+) import", text, re.M))
         for names in re.findall(r"^from inductor_ext import (.+)", text, re.M):
             imported |= {name.split(" as ")[0].strip() for name in names.split(",")}
-    for name in sorted(imported):
+    for name in sorted(imported.difference(NO_READERS)):
         path = ROOT / "inductor_ext" / f"{name}.py"
         if path.exists() and re.search(r"^from torch\.fx import .*\bNode\b", path.read_text(encoding="utf-8"), re.M):
             found[f"inductor_ext.{name}"] = path
@@ -56,6 +62,15 @@ def equivalents(path: Path = EQUIVALENTS) -> dict[str, str]:
     return {name: why for name, _, why in (line.rpartition(" -- ") for line in lines)}
 
 
+def inserted() -> list[Any]:
+    """Every change to an argument of an op that a rule may insert."""
+    from inductor_ext import registry
+    from tests.mutation.parameters import parameters
+
+    rules = {rule.name: ROOT / "patterns" / f"{name}.py" for name, rule in zip(registry.RULE_MODULES, registry.rules())}
+    return parameters(rules, {op.name: op for op in registry.ops()})
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run mutate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="mutants whose id matches; may be repeated")
@@ -63,12 +78,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="mutants at once (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=60.0, metavar="S", help="seconds of tests a mutant (default: %(default)s)")
     parser.add_argument("--tests", nargs="+", default=list(TESTS), metavar="PATH", help="the tests that may notice")
+    parser.add_argument("--select", default="", metavar="EXPR", help="of those, the ones that pytest's -k takes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON; written as they come")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with FILE, and write to it")
     parser.add_argument("--equivalent", action="store_true", help="run those of equivalent.txt too: one that is killed is none")
     options = parser.parse_args(arguments)
 
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what runs
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes does not survive a fork
 
     from tests.mutation.sites import Modules, Probe
@@ -79,15 +96,12 @@ def main(arguments: Sequence[str]) -> int:
     import torch._inductor.compile_fx  # noqa: F401 (what every process would import)
 
     from inductor_ext import registry
-    from tests.mutation.parameters import Insertions, parameters
+    from tests.mutation.parameters import Insertions
 
-    ops = {op.name: op for op in registry.ops()}
-    rules = {rule.name: ROOT / "patterns" / f"{name}.py" for name, rule in zip(registry.RULE_MODULES, registry.rules())}
-    inserted = parameters(rules, ops)
-    insertions = Insertions(probe, ops)
-    insertions.known = {each.id: each for each in inserted}
+    changes = inserted()
+    insertions = Insertions(probe, {op.name: op for op in registry.ops()}, changes)
     sites = found.sites()
-    names = [site.id for site in sites] + [each.id for each in inserted]
+    names = [site.id for site in sites] + [each.id for each in changes]
     chosen = [name for name in names if not options.only or any(fnmatch.fnmatchcase(name, glob) for glob in options.only)]
     if options.list:
         where = {site.id: f"{site.file}:{site.line}" for site in sites}
@@ -115,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = Options(
         modules=found,
         mutants=chosen,
-        files={site.id: by_file[site.file] for site in sites} | {each.id: "" for each in inserted},
+        files={site.id: by_file[site.file] for site in sites} | {each.id: "" for each in changes},
         equivalents={} if options.equivalent else known,
         state=state,
         jobs=options.jobs,
@@ -128,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
         changed=lambda: insertions.changed if probe.active in insertions.known else None,
     )
     # Kept in memory, what a test prints is each process's own.
-    given = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys", "--timeout=120", *options.tests]
+    given = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys", "--timeout=120", "-k", options.select, *options.tests]
     status = pytest.main(given, plugins=[Campaign(probe, plan)])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return int(status)

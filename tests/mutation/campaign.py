@@ -358,6 +358,7 @@ def _start(job: Job) -> tuple[int, int]:
     code = 1
     try:
         os.setpgid(0, 0)  # so that what it starts ends with it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(reading)
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):

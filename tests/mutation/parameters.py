@@ -96,10 +96,10 @@ def _changes(kind: str, written: bool) -> Iterable[str]:
 class Insertions:
     """Watches what rules insert; the active mutant of the probe changes it."""
 
-    def __init__(self, probe: Probe, ops: Mapping[str, Any]) -> None:
+    def __init__(self, probe: Probe, ops: Mapping[str, Any], known: Iterable[Parameter]) -> None:
         self.probe, self.ops = probe, ops
+        self.known = {each.id for each in known}
         self.texts: dict[str, set[str]] = {}  # by op and argument: what was seen
-        self.known: dict[str, Parameter] = {}
         self.changed = 0
 
     def wrap(self, rule: str, replace: Callable[[Any], None]) -> Callable[[Any], None]:
