@@ -4,8 +4,8 @@
     ./run mutate --resume build/mutants.json                       the rest, or again after a change
     ./run mutate --list                                            what there is
 
-Guards are found in patterns/ and in the files of inductor_ext that read graphs for them; see ``sites.py`` and ``parameters.py``.
-A mutant that the tests cannot notice, since it changes nothing, has a line in ``equivalent.txt`` that says why. Exit status 1
+Guards are found in patterns/ and in the files of inductor_ext that read graphs for them; ``sites.py`` and ``parameters.py`` say
+how. A mutant that the tests cannot notice, since it changes nothing, has a line in ``equivalent.txt`` that says why. Exit status 1
 when another one survives. Tools such as mutmut and cosmic-ray edit sources and run all tests for each mutant: hours here.
 """
 
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run mutate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="mutants whose id matches; may be repeated")
     parser.add_argument("--list", action="store_true", help="ids and lines, and nothing else")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="mutants at once (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="S", help="seconds of tests a mutant (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="mutants at once [%(default)s]")
+    parser.add_argument("--budget", type=float, default=60.0, metavar="S", help="seconds of tests a mutant [%(default)s]")
     parser.add_argument("--tests", nargs="+", default=list(TESTS), metavar="PATH", help="the tests that may notice")
     parser.add_argument("--select", default="", metavar="EXPR", help="of those, the ones that pytest's -k takes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON; written as they come")
@@ -93,8 +93,9 @@ def main(arguments: Sequence[str]) -> int:
     probe, found = Probe(), Modules(modules(), ROOT)
     found.install(probe)
 
-    import torch._inductor.compile_fx  # noqa: F401 (what every process would import)
+    import torch
 
+    import inductor_ext
     from inductor_ext import registry
     from tests.mutation.parameters import Insertions
 
@@ -108,6 +109,10 @@ def main(arguments: Sequence[str]) -> int:
         for name in chosen:
             print(f"{name}" + (f"  [{where[name].rpartition(':')[2]}]" if name in where else ""))
         return 0
+
+    # A process that is forked has neither threads nor, to begin with, what the first compile imports.
+    torch.set_num_threads(1)
+    inductor_ext.explain(lambda x: (x.float() / 2).to(torch.float8_e4m3fn), torch.ones(2, 2))
 
     import pytest
 
@@ -142,7 +147,8 @@ def main(arguments: Sequence[str]) -> int:
         changed=lambda: insertions.changed if probe.active in insertions.known else None,
     )
     # Kept in memory, what a test prints is each process's own.
-    given = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys", "--timeout=120", "-k", options.select, *options.tests]
+    given = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys", "--timeout=120"]
+    given += ["-k", options.select, *options.tests]
     status = pytest.main(given, plugins=[Campaign(probe, plan)])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return int(status)

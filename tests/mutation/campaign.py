@@ -1,10 +1,10 @@
 """Run the tests once to learn which of them each mutant may fail, then each mutant in a process of its own until one does.
 
-It is a pytest plugin: pytest collects the tests, and in place of running them the plugin forks. Torch, the tests and all mutants
-are in memory by then, so that a mutant costs the time of its tests and nothing else.
+It is a pytest plugin: pytest collects the tests, and in place of running them the plugin forks. Torch, the tests and all
+mutants are in memory by then, so that a mutant costs the time of its tests and nothing else.
 
-* *Recording*, a process a test file: a mutant can only fail a test in which its guard had something to say, a condition that was
-  true, an operand that decided. That is known from one run of the original; all other tests need not run.
+* *Recording*, a process a test file: a mutant can only fail a test in which its guard had something to say, a condition that
+  was true, an operand that decided. That is known from one run of the original; all other tests need not run.
 * *A mutant* runs the tests that remain, one of each test function first and golden graphs last, until one fails, or its time is
   over. A golden graph says that something changed, not that it is wrong: what only such a test notices is told apart.
 
@@ -13,6 +13,7 @@ Inductor's caches are shared by all these processes, which is safe since a mutan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -149,9 +150,7 @@ class Campaign:
             if known is None or known["key"] != keys[file]:
                 state.recorded[names[file]] = {"key": keys[file], "tests": {}, "texts": {}}
                 jobs.append(Job(names[file], lambda send, items=items: self._record_file(items, send), 3600))
-        done = 0
-        for job, messages in run_all(jobs, options.jobs):
-            done += 1
+        for done, (job, messages) in enumerate(run_all(jobs, options.jobs), 1):
             entry, tests = state.recorded[job.name], [m for m in messages if "seconds" in m]
             shared = {site for message in tests for site in message["setup"]}
             for message in tests:
@@ -233,9 +232,8 @@ class Campaign:
                 results.pop(name, None)
                 limit = options.budget + TEST_LIMIT + GRACE
                 jobs.append(Job(name, lambda send, name=name, tests=tests: self._mutant(name, tests, send), limit))
-        began, done = time.monotonic(), 0
-        for job, messages in run_all(jobs, options.jobs):
-            done += 1
+        began = time.monotonic()
+        for done, (job, messages) in enumerate(run_all(jobs, options.jobs), 1):
             digest = options.modules.digest(options.files[job.name]) if options.files[job.name] else ""
             results[job.name] = dataclasses.replace(_result(messages, len(reaching[job.name])), digest=digest)
             left = (time.monotonic() - began) / done * (len(jobs) - done)
@@ -375,9 +373,7 @@ def _write(pipe: int, data: bytes) -> None:
 
 
 def _end(pid: int, pipe: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     os.waitpid(pid, 0)
     os.close(pipe)

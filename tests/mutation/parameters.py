@@ -157,9 +157,11 @@ class Insertions:
         for other in later:
             if given.get(f"_{other}_base_index") is None:
                 continue
-            parts = ("base_index", "size", "stride", "storage_offset")
-            pairs = [(f"_{a}_{part}", given.get(f"_{b}_{part}", SAME)) for a, b in ((name, other), (other, name)) for part in parts]
-            changes = {key: value for key, value in pairs if value is not SAME and given.get(key, SAME) != value}
+            changes = {}
+            for part in ("base_index", "size", "stride", "storage_offset"):
+                one, two = f"_{name}_{part}", f"_{other}_{part}"
+                if one in given and two in given and given[one] != given[two]:
+                    changes |= {one: given[two], two: given[one]}
             if changes:
                 return changes
         return {}

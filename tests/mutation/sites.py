@@ -63,7 +63,7 @@ class Probe:
 
 def _matters(when: str, value: Any) -> bool:
     # A symbolic truth value would become a guard of the graph by being asked.
-    if when == "any" or type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ != "Node":
+    if when == "any" or (type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ != "Node"):
         return True
     return bool(value) is (when == "true")
 
