@@ -4,9 +4,9 @@
     ./run mutate --resume build/mutants.json                       the rest, or again after a change
     ./run mutate --list                                            what there is
 
-Guards are found in patterns/ and in the files of inductor_ext that read graphs for them; ``sites.py`` and ``parameters.py`` say
-how. A mutant that the tests cannot notice, since it changes nothing, has a line in ``equivalent.txt`` that says why. Exit status 1
-when another one survives. Tools such as mutmut and cosmic-ray edit sources and run all tests for each mutant: hours here.
+Guards are found in patterns/ and in the files of inductor_ext that read graphs for them; ``sites.py`` and ``parameters.py``
+say how. A mutant that the tests cannot notice, since it changes nothing, has a line in ``equivalent.txt`` that says why. Exit
+status 1 when another one survives. Tools such as mutmut and cosmic-ray edit sources and run all tests for each mutant: hours.
 """
 
 from __future__ import annotations

@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inductor_ext
 from inductor_ext.report.verify import Verification
+from tests.support.compiled import run_compiled, run_copies
+from tests.support.equal import assert_all_same_bytes
+from tests.support.fakegpu import fake_cuda_inputs
 
 E4, E5, U8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
 BF16 = torch.bfloat16
@@ -30,6 +35,11 @@ def check(rule: str, fn: Callable[..., Any], *inputs: Any, count: int, dynamic: 
 
 def reasons(found: Verification, rule: str) -> list[str]:
     return [refusal.reason for graph in found.graphs for refusal in graph.refusals if refusal.rule == rule]
+
+
+def refused(rule: str, fn: Callable[..., Any], *inputs: Any, reason: str) -> None:
+    found = check(rule, fn, *inputs, count=0)
+    assert reason in reasons(found, rule)
 
 
 def quantise(x: Any, scale: Any = 0.5, dtype: torch.dtype = E4) -> Any:
@@ -151,6 +161,178 @@ def test_rows_of_v_made_of_new_rows_of_k() -> None:
     check("downcast_fp8", store, rows(), cache(64, 2, 64), cache(64, 2, 64), SLOTS, count=2)
 
 
+
+# ---- what is put back elsewhere than it was taken from ---------------------------------------------------------------
+
+BUFFER = (16, 16, 2, 64)
+
+
+def put(view: Any, k: Any, s: Any) -> Any:
+    return view.index_put((s,), quantise(k))
+
+
+FEW = torch.tensor([3, 0, 7, 9])
+
+ELSEWHERE: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
+    "another_item": (BUFFER, lambda b, k, s: torch.select_scatter(b, put(b.select(0, 1), k, s), 0, 0)),
+    "another_dimension": (BUFFER, lambda b, k, s: torch.select_scatter(b, put(b.select(0, 1), k, s), 1, 1)),
+    "an_item_of_the_new_rows": (BUFFER, lambda b, k, s: torch.select_scatter(put(b.select(0, 1), k, s), b[0, 0], 0, 1)),
+    "another_of_unbind": (BUFFER, lambda b, k, s: torch.select_scatter(b, put(b.unbind(0)[1], k, s), 0, 0)),
+    "another_dimension_of_unbind": (BUFFER, lambda b, k, s: torch.select_scatter(b, put(b.unbind(1)[1], k, s), 0, 1)),
+    "another_slice": ((64, 2, 64), lambda b, k, s: torch.slice_scatter(b, put(b[4:20], k, s), 0, 5, 21)),
+    "a_slice_of_the_new_rows": ((64, 2, 64), lambda b, k, s: torch.slice_scatter(put(b[4:40], k, s), b[:32], 0, 4, 40)),
+    "another_shape": ((4, 16, 2, 64), lambda b, k, s: put(b.view(64, 2, 64), k, s).view(2, 32, 2, 64)),
+    "transposed": ((32, 256), lambda b, k, s: put(b.view(256, 32), k.view(-1, 32)[:4], s).t().contiguous()),
+}
+
+
+@pytest.mark.parametrize("name", list(ELSEWHERE))
+def test_rows_are_put_back_elsewhere(name: str) -> None:
+    shape, make = ELSEWHERE[name]
+    refused("downcast_fp8", lambda b, k, s: make(b, k, s), cache(*shape), rows(4), FEW, reason="the view is not written back")
+
+
+@pytest.mark.parametrize("back", ["as_another_dtype", "converted"])
+def test_bytes_are_put_back_in_another_dtype(back: str) -> None:
+    def store(b: Any, k: Any, s: Any) -> Any:
+        new = put(b.view(E4), k, s)
+        return new.view(E5) if back == "as_another_dtype" else new.float().to(U8)
+
+    refused("downcast_fp8", store, cache(64, 2, 64, dtype=U8), rows(4) / 99, FEW, reason="the view is not written back")
+
+
+def test_new_rows_that_nobody_puts_back() -> None:
+    found = check("downcast_fp8", lambda b, k, s: put(b[4:40], k, s).float() + 1, cache(64, 2, 64), rows(4), FEW, count=0)
+    (refusal,) = [each for graph in found.graphs for each in graph.refusals if each.rule == "downcast_fp8"]
+    assert refusal.reason == "the view is not written back" and "convert_element_type" in refusal.found
+
+
+# ---- which rows ------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_of_two_dimensions() -> None:
+    def store(k: Any, kc: Any, s: Any) -> None:
+        kc[s] = quantise(k).view(4, 4, 2, 64)
+
+    refused("downcast_fp8", store, rows(), cache(64, 2, 64), SLOTS.view(4, 4), reason="index layout")
+
+
+def test_rows_of_a_cache_of_one_dimension() -> None:
+    def store(k: Any, kc: Any, s: Any) -> None:
+        kc[s] = quantise(k)
+
+    refused("downcast_fp8", store, rows()[:, 0, 0].contiguous(), cache(64), SLOTS, reason="the stored rows broadcast")
+
+
+def test_a_slice_of_the_second_dimension() -> None:
+    def store(k: Any, kc: Any) -> Any:
+        return torch.slice_scatter(kc, quantise(k), 1, 3, 5)
+
+    refused("downcast_fp8", store, rows(), cache(16, 8, 64), reason="index layout")
+
+
+def test_a_slice_that_begins_behind_the_end() -> None:
+    def store(k: Any, kc: Any) -> Any:
+        return torch.slice_scatter(kc, quantise(k), 0, -20, -4)
+
+    refused("downcast_fp8", store, rows(), cache(64, 2, 64), reason="index layout")
+
+
+@pytest.mark.parametrize("steps", [(2, 3), (1, 2), (2, 1)])
+def test_slices_with_two_steps_are_stored_on_their_own(steps: tuple[int, int]) -> None:
+    def store(k: Any, v: Any, kc: Any, vc: Any) -> None:
+        kc.copy_(torch.slice_scatter(kc, quantise(k), 0, 4, 4 + 16 * steps[0], steps[0]))
+        vc.copy_(torch.slice_scatter(vc, quantise(v), 0, 4, 4 + 16 * steps[1], steps[1]))
+
+    check("downcast_fp8", store, rows(), rows(), cache(64, 2, 64), cache(64, 2, 64), count=2)
+
+
+def test_halves_of_one_buffer_with_rows_of_two_pitches_are_stored_one_after_the_other() -> None:
+    """The first's rows are every second row of the other's memory: side by side as far as the first's pitch tells."""
+
+    def store(k: Any, v: Any, b: Any, s: Any) -> None:
+        b[:, :2][s] = quantise(k)
+        b.view(128, 2, 64)[1:65][s] = quantise(v)
+
+    check("downcast_fp8", store, rows(), rows(), cache(64, 4, 64), torch.arange(16), count=2)
+
+
+# ---- scales and other readers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["a_row", "two"])
+def test_a_store_has_one_scale_of_one_element(scale: str) -> None:
+    def store(k: Any, a: Any, b: Any, kc: Any, s: Any) -> None:
+        kc[s] = quantise(k, a) if scale == "a_row" else quantise(k.float() * b, b)
+
+    given = torch.rand(16, 2, 1) + 0.5, torch.tensor(0.5)
+    refused("downcast_fp8", store, rows(), *given, cache(64, 2, 64), SLOTS, reason="scale layout")
+
+
+def test_a_scale_on_the_host_of_rows_on_the_device() -> None:
+    def store(k: Any, scale: Any, kc: Any, s: Any) -> None:
+        kc.view(-1, 2, 64)[s] = quantise(k, scale)
+
+    with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
+        given = [torch.empty(16, 2, 64, dtype=BF16, device="cuda"), torch.empty((), device="cpu")]
+        given += [torch.empty(64, 2, 64, dtype=E4, device="cuda"), torch.empty(16, dtype=torch.int64, device="cuda")]
+        report = inductor_ext.explain(store, *given, rules={"downcast_fp8": "always"})
+    assert [each.reason for each in report.refusals if each.rule == "downcast_fp8"] == ["scale device"]
+
+
+@pytest.mark.parametrize("read", ["cast", "view"])
+def test_stored_rows_that_are_read_too(read: str) -> None:
+    def store(k: Any, kc: Any, s: Any) -> Any:
+        q = quantise(k)
+        seen = q if read == "cast" else q.view(16, 128)
+        kc.view(64, *seen.shape[1:])[s] = seen
+        return seen.float() * 2
+
+    refused("downcast_fp8", store, rows(), cache(64, 2, 64), SLOTS, reason="the stored FP8 rows have a second user")
+
+
+def arena(k: torch.Tensor) -> torch.Tensor:
+    """A cache of 64 rows of 128 bytes, and behind it the bytes of ``k``."""
+    return torch.cat([cache(64 * 128, dtype=U8), k.contiguous().view(-1).view(U8)])
+
+
+def in_arena(memory: Any) -> tuple[Any, Any]:
+    return memory[: 64 * 128].view(64, 2, 64), memory[64 * 128 :].view(BF16).view(16, 2, 64)
+
+
+def test_rows_that_lie_in_the_buffer_that_is_written() -> None:
+    def store(memory: Any, s: Any) -> None:
+        kc, k = in_arena(memory)
+        kc[s] = quantise(k).view(U8)
+
+    refused("downcast_fp8", store, arena(rows()), SLOTS, reason="an input lies in the cache")
+
+
+@pytest.mark.parametrize("read_by", ["first", "second"])
+def test_rows_that_lie_in_the_other_cache_are_stored_on_their_own(read_by: str) -> None:
+    def store(memory: Any, other: Any, cache: Any, s: Any) -> None:
+        in_memory, k = in_arena(memory)
+        for name in ("first", "second"):
+            if name == read_by:
+                cache[s] = quantise(k).view(U8)
+            else:
+                in_memory[s] = quantise(other).view(U8)
+
+    check("downcast_fp8", store, arena(rows()), rows(), cache(64, 2, 64, dtype=U8), SLOTS, count=2)
+
+
+@pytest.mark.parametrize("way", ["copied_to_an_input", "returned"])
+def test_old_rows_that_are_kept(way: str) -> None:
+    def store(k: Any, kc: Any, kept: Any, s: Any) -> Any:
+        old = kept.copy_(kc) if way == "copied_to_an_input" else kc.clone()
+        kc.view(-1, 2, 64)[s] = quantise(k)
+        return None if way == "copied_to_an_input" else old
+
+    given = rows(), cache(4, 16, 2, 64), cache(4, 16, 2, 64), SLOTS
+    found, _ = run_compiled(store, given, rules={"downcast_fp8": "always"})
+    assert_all_same_bytes(found, run_copies(store, given))
+
+
 # ---- RMSNorm ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,10 +357,10 @@ MEANS: dict[str, Callable[[Any], Any]] = {
     "of_columns": lambda h: h.pow(2).mean(0, keepdim=True),
     "without_keepdim": lambda h: h.pow(2).mean(-1),
     "of_all": lambda h: h.pow(2).mean((0, 1), keepdim=True),
-    "of_cubes": lambda h: h.pow(3).mean(-1, keepdim=True).abs(),
+    "of_cubes": lambda h: h.pow(3).mean(-1, keepdim=True),
     "of_another": lambda h: (h + 1).pow(2).mean(-1, keepdim=True),
-    "of_products": lambda h: (h * h.t()).mean(-1, keepdim=True).abs(),
-    "of_products_with_another": lambda h: (h.t() * h).mean(-1, keepdim=True).abs(),
+    "of_products": lambda h: (h * h.t()).mean(-1, keepdim=True),
+    "of_products_with_another": lambda h: (h.t() * h).mean(-1, keepdim=True),
     "of_absolute_values": lambda h: h.abs().mean(-1, keepdim=True),
     "sum": lambda h: h.pow(2).sum(-1, keepdim=True),
 }
@@ -186,7 +368,7 @@ MEANS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("mean", list(MEANS))
 def test_what_is_nearly_a_mean_of_squares_is_no_norm(mean: str) -> None:
-    check("rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS[mean])), square(), WEIGHT, count=0)
+    check("rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS[mean])), square().abs(), WEIGHT, count=0)
 
 
 def test_means_of_squares() -> None:
@@ -200,6 +382,69 @@ def test_a_norm_of_something_else_times_x_is_no_norm() -> None:
         return quantise_rows(w * (y.float() * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(BF16))
 
     check("rms_norm_quantize", other, square(), square(1), WEIGHT, count=0)
+
+
+@pytest.mark.parametrize("end", ["bf16", "fp32", "gemma"])
+@pytest.mark.parametrize("what", ["sum", "difference", "quotient"])
+def test_what_is_not_times_rsqrt_is_no_norm(what: str, end: str) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        factor = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        n = {"sum": lambda: h + factor, "difference": lambda: h - factor, "quotient": lambda: h / factor}[what]()
+        return quantise_rows(w * n.to(x.dtype) if end != "gemma" else (n * (1 + w.float())).to(x.dtype))
+
+    x, w = (square().float(), WEIGHT.float()) if end == "fp32" else (square(), WEIGHT)
+    check("rms_norm_quantize", other, x, w, count=0)
+
+
+@pytest.mark.parametrize("end", ["bf16", "fp32", "gemma"])
+@pytest.mark.parametrize("what", ["sum", "quotient"])
+def test_what_is_not_times_a_weight_is_no_norm(what: str, end: str) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        n = n if end == "gemma" else n.to(x.dtype)
+        return quantise_rows((n + w if what == "sum" else n / w).to(x.dtype))
+
+    x, w = (square().float(), WEIGHT.float()) if end == "fp32" else (square(), WEIGHT)
+    check("rms_norm_quantize", other, x, w, count=0)
+
+
+@pytest.mark.parametrize("between", [torch.float16, torch.bfloat16])
+def test_a_norm_that_is_rounded_in_another_way(between: torch.dtype) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return quantise_rows(w * n.to(between).float())
+
+    check("rms_norm_quantize", other, square().float(), WEIGHT.float(), count=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_into_another_dtype_is_not_the_kernels(dtype: torch.dtype) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * w.float()).to(dtype))
+
+    found = check("rms_norm_quantize", other, square(), WEIGHT, count=0)
+    assert dtype is torch.float32 or "norm dtype" in reasons(found, "rms_norm_quantize")
+
+
+@pytest.mark.parametrize("weight", [WEIGHT[:1], WEIGHT.double()], ids=["of_one_element", "float64"])
+def test_a_weight_that_the_kernel_does_not_take(weight: torch.Tensor) -> None:
+    def other(x: Any, w: Any) -> Any:
+        return quantise_rows(norm(x, w, MEANS_OF_SQUARES).to(BF16))
+
+    check("rms_norm_quantize", other, square(), weight, count=0)
+
+
+def test_a_normalised_value_that_is_read_too() -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return *quantise_rows(w * n), n * 2
+
+    refused("rms_norm_quantize", other, square(), WEIGHT, reason="a step of the norm has a second user")
 
 
 def test_square_roots_and_reciprocals_are_no_rsqrt() -> None:
