@@ -60,16 +60,14 @@ def calls(node: Any, *targets: Any) -> bool:
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether a node calls one of ``targets``, and every argument that callers of this do not look at (see `_READ`) has its
     default: an addition with ``alpha`` is no addition, a sum in another dtype no sum."""
-    return calls(node, *targets) and all(value is default or value == default for value, default in _unread_arguments(node))
-
-
-def _unread_arguments(node: Node) -> list[tuple[Any, Any]]:
-    """(value, default) of the arguments that must have their default."""
-    found = []
-    for index, name, default in _unread(node.target):
-        given = node.args[index] if index is not None and index < len(node.args) else node.kwargs.get(name, default)
-        found.append((given, default))
-    return found
+    if not calls(node, *targets):
+        return False
+    for position, name, default in _unread(node.target):
+        by_place = position is not None and position < len(node.args)
+        value = node.args[position] if by_place else node.kwargs.get(name, default)
+        if value is not default and value != default:
+            return False
+    return True
 
 
 @functools.cache

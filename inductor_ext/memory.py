@@ -70,6 +70,12 @@ def is_returned(node: Node) -> bool:
     return any(user.op == "output" for _, user in readers(through_views(node)))
 
 
+def is_written_back(node: Node) -> bool:
+    """Whether ``node``, a new version of a graph input, is the last one: what the input holds in the end."""
+    end = through_views(node)
+    return any(calls(user, aten.copy_.default) and user.args[0] is written_input(end) for _, user in readers(end))
+
+
 def may_be_one(a: Node, b: Node) -> bool:
     """Whether equal values ``a`` and ``b`` may share memory: not if both are returned, for a caller may write to either."""
     return a is b or not (is_returned(a) and is_returned(b))

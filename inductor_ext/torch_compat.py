@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +259,23 @@ class EagerInterpreter(torch.fx.Interpreter):
         if mxfp8 and type(args[0]) is torch.Tensor and loses_context(args[0].device):  # fake tensors lose nothing
             return _plain_scaled_grouped_mm_v2(*args, **kwargs)
         return super().call_function(target, args, kwargs)
+
+
+def reinplace(gm: torch.fx.GraphModule) -> None:
+    """Make a graph's stores in place, as Inductor does after the custom passes. The updater takes a graph before torch 2.13."""
+    from torch._inductor.fx_passes import post_grad
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+    from torch._inductor.fx_utils import FakeTensorUpdater
+    from torch._inductor.virtualized import V
+
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    modes = (value.fake_mode for value in values if isinstance(value, torch.Tensor))
+    takes_module = "gm" in inspect.signature(FakeTensorUpdater.__init__).parameters
+    updater: Any = FakeTensorUpdater
+    with V.set_fake_mode(next(modes, None)):
+        reinplace_inplaceable_ops(updater(gm if takes_module else gm.graph), gm.graph)
+        post_grad.decompose_auto_functionalized(gm.graph)
+    gm.recompile()
 
 
 def run_post_grad_passes(gm: torch.fx.GraphModule, fake_mode: Any, is_inference: bool) -> None:

@@ -82,10 +82,11 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if not context.forced and all(h.store.direct for h in halves):
         why = f"its input comes from {describe(halves[0].x)}"
     detail = f"{'K and V' if len(halves) == 2 else 'one tensor'}: {halves[0].program} → {halves[0].dtype}"
-    return Match(node, (Call(OP, _arguments(halves)),), detail, why, halves)
+    check = kv_store.checked(half, context)
+    return Match(node, (Call(OP, _arguments(halves, check)),), detail, why, (halves, check))
 
 
-def _arguments(halves: list[Half]) -> tuple[Any, ...]:
+def _arguments(halves: list[Half], check: bool) -> tuple[Any, ...]:
     """Fake arguments of the op, in schema order."""
     k, v = halves[0], halves[1] if len(halves) == 2 else None
     return (
@@ -102,11 +103,13 @@ def _arguments(halves: list[Half]) -> tuple[Any, ...]:
         value_of(k.store.mult),
         value_of(k.store.offset),
         True,
+        check,
     )
 
 
 def replace(match: Match) -> None:
-    halves: list[Half] = match.data
+    halves: list[Half]
+    halves, check = match.data
     graph = match.node.graph
     last = halves[-1].store
     point = kv_store.insertion_point(halves)
@@ -125,6 +128,7 @@ def replace(match: Match) -> None:
             "mult": last.mult,
             "offset": last.offset,
             "wrap": True,
+            "check": check,
         }
         kv_store.put(graph, OP.overload, arguments, halves, match.node)
 

@@ -32,7 +32,7 @@ from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.patterns.support import attention, has_run
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_examples import HKV, H, S, heads, repeated, sdpa
-from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
 
 #: GPUs on which decoding steps were measured with it and without.
 MEASURED = frozenset({"sm_90a"})
@@ -177,7 +177,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost="the same operator with other sizes: softmax and its sums may be taken in another order",
-    tolerance=5e-2,  # as causal_attention's: an FP8 quantisation may follow
+    tolerance=ACCUMULATED,
     matches=(
         Example("mask", _decoded, _inputs, mode="always"),
         Example("mask_of_each_head", lambda q, k, v, there: _decoded(q, k, v, there, H), _inputs, mode="always"),

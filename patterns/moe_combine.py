@@ -182,6 +182,10 @@ def _unsupported(found: Combine, context: Context) -> Refusal | None:
         return context.refuse(node, "input dtype", wanted="bfloat16, float16 or float32", found=str(y.dtype))
     if not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
         return context.refuse(node, "rows of a token", wanted=f"a number from 1 to {MAX_TOP_K}", found=str(top_k))
+    for dtype in (y.dtype, value_of(found.result).dtype):
+        if dtype not in steps.TOKEN_OF_DTYPE:
+            wanted = "bfloat16, float16 or float32"
+            return context.refuse(node, "dtype of the rows or of their sum", wanted=wanted, found=str(dtype))
     if not known_equal(y.stride(1), 1):
         strides = f"{describe(found.y)} strides {list(y.stride())}"
         return context.refuse(node, "input layout", wanted="rows of unit stride", found=strides)

@@ -24,7 +24,7 @@ from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.patterns.support import grouped_product, mx_weight
 from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
 
 BF16 = torch.bfloat16
 
@@ -169,7 +169,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost=grouped_product.COST,
-    tolerance=5e-2,  # a whole model: a quantisation of activations enlarges the rounding of the product before it
+    tolerance=ACCUMULATED,
     matches=MATCHES,
     near_misses=NEAR_MISSES,
 )

@@ -32,7 +32,7 @@ from inductor_ext.patterns.support.attention_mask import Affine, Band
 from inductor_ext.patterns.support.attention_plan import Source
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.kv_cache import Read
-from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
 
 #: Marks a graph input that a rewritten store took for the length of an empty cache: the masks of later layers read it too.
 _LENGTH = "inductor_ext_prefill_only"
@@ -159,15 +159,22 @@ def replace(match: Match) -> None:
         _assert_empty(graph, match.node, data)
     attention_plan.replace(data.attention)
     for read in data.reads:
-        for user in list(read.store.users):
-            graph.erase_node(user)  # the write back into the cache: nothing else is left
-        erase_dead(read.store)
+        _erase_with_users(read.store)  # the way to the write back into the cache: nothing else is left
     for each in data.inputs.lengths:
         each.meta[_LENGTH] = True
         for write in _writes(each):
             advanced = write.args[1]
             graph.erase_node(write)
             erase_dead(advanced)  # type: ignore[arg-type]
+
+
+def _erase_with_users(node: Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(user)
+    above = node.all_input_nodes
+    node.graph.erase_node(node)
+    for each in above:
+        erase_dead(each)
 
 
 def _assert_empty(graph: Graph, before: Node, data: _Data) -> None:
@@ -324,7 +331,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost="caches are left as they were, empty; attention is another kernel: softmax and its sums are taken in another order",
-    tolerance=5e-2,  # as for causal_attention
+    tolerance=ACCUMULATED,
     environment=implementations.versions,
     drops_writes=True,
     matches=(

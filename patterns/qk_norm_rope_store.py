@@ -62,6 +62,7 @@ class _Plan:
     place: Node  # the call stands behind it
     waiting: tuple[Node, ...]  # views of q, k and the new rows that are before it
     keep_k: bool
+    check: bool = False  # whether an index past the cache is an error
 
     @property
     def halves(self) -> list[Half]:
@@ -124,6 +125,7 @@ class _Plan:
             "mult": self.k.store.mult,
             "offset": self.k.store.offset,
             "wrap": True,
+            "check": self.check,
         }
 
     def fake_arguments(self) -> tuple[Any, ...]:
@@ -147,6 +149,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
     if found is None:
         return None
+    found = dataclasses.replace(found, check=kv_store.checked(found.k, context))
     refused = has_run.refusal(node, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
     refused = refused or _seldom_faster(found, context)
     if refused is not None:
@@ -260,6 +263,9 @@ def _why_not_v(node: Node, k: Half, v: Half, forced: bool) -> str:
 def _placed(node: Node, result: Node, k: Half, v: Half | None, why_not_v: str = "") -> _Plan | Failure:
     """The plan, if there is a place where all that the stores need is there and nothing that they make is needed yet."""
     halves = sorted([k] if v is None else [k, v], key=lambda half: half.scatter)
+    failure = kv_store.aliased(halves, node.all_input_nodes)
+    if failure is not None:
+        return failure
     waiting: list[Node] = []
     place = kv_store.insertion_point(halves, waiting)
     if place is None:

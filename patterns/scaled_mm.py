@@ -17,7 +17,7 @@ from inductor_ext import autotune
 from inductor_ext.graph import erase_dead
 from inductor_ext.patterns.support import scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import REQUANTIZED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -132,7 +132,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost=scaled_plan.COST,
-    tolerance=REQUANTIZED,
+    tolerance=ACCUMULATED,
     matches=MATCHES,
     near_misses=NEAR_MISSES,
 )

@@ -31,7 +31,7 @@ from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import REQUANTIZED, Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Refusal, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +347,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost=scaled_plan.COST,
-    tolerance=REQUANTIZED,
+    tolerance=ACCUMULATED,
     matches=MATCHES,
     near_misses=NEAR_MISSES,
 )

@@ -28,7 +28,7 @@ from inductor_ext.patterns.support import scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import REQUANTIZED, Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Refusal, Rule
 
 _UNLIKE = "the residual is not like the product"
 
@@ -199,7 +199,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost=scaled_plan.COST,
-    tolerance=REQUANTIZED,
+    tolerance=ACCUMULATED,
     matches=(
         _always("tensorwise", _added, tensorwise),
         _always("rowwise", _added, rowwise),

@@ -34,7 +34,7 @@ from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.attention_examples import sdpa
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order
-from inductor_ext.rule import REQUANTIZED, Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Refusal, Rule
 from inductor_ext.settings import RuleMode
 
 _READ_BEFORE = "q or k is read before the rotation too"
@@ -557,7 +557,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost=f"{scaled_plan.COST}; the norm's mean too",
-    tolerance=REQUANTIZED,
+    tolerance=ACCUMULATED,
     matches=(
         _match("qwen3", _qwen3, _weighted),
         _match("qwen3_dynamic_shape", _any_sizes, _weighted, dynamic=True),

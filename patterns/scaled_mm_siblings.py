@@ -20,7 +20,7 @@ from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import is_pure, root, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import REQUANTIZED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
 
 
 def guard(node: Node, context: Context) -> Match | Refusal | None:
@@ -195,7 +195,7 @@ RULE = Rule(
     replace=replace,
     exact=False,
     cost=scaled_plan.COST,
-    tolerance=REQUANTIZED,
+    tolerance=ACCUMULATED,
     matches=MATCHES,
     near_misses=NEAR_MISSES,
 )

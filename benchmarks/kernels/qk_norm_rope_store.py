@@ -100,7 +100,7 @@ class Case:
         fp8 = self.scales[0] is not None
         program, caches = PROGRAM if fp8 else "", [cache.unsqueeze(0) for cache in self.caches]
         tensors = (self.k, self.q, self.v, *self.weights[::-1], self.cos, self.sin, *caches, *self.scales, self.slots)
-        options = (1e-6, self.layer.norm, BF16, program, program, E4 if fp8 else BF16, False, 1, 0, True)
+        options = (1e-6, self.layer.norm, BF16, program, program, E4 if fp8 else BF16, False, 1, 0, True, False)
         OP._call(*tensors, *options, out0=self.q_out, out1=self.none)
         return self.q_out
 

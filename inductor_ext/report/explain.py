@@ -132,7 +132,16 @@ def passes_only(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) ->
     """An ``inner_compile`` that stops after the post-grad passes; the graph then runs as it came, eagerly."""
     original = copied(gm)
     run_passes(gm, example_inputs, **kwargs)
-    return torch_compat.EagerInterpreter(original).run
+    return given_either_way(torch_compat.EagerInterpreter(original).run)
+
+
+def given_either_way(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` for who gives inputs one by one, and for who gives one list of them, as Inductor does when it freezes a model."""
+
+    def call(*inputs: Any) -> Any:
+        return run(*inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], list) else run(*inputs)
+
+    return call
 
 
 def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:

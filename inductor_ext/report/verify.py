@@ -3,15 +3,17 @@
 Two questions are answered on the caller's own inputs:
 
 * *Rule by rule*: each graph is kept before the first rule and after every rule, and all these versions run node by node on the
-  same inputs. What an exact rule leaves must give the same bytes (NaN matching NaN) in every output and mutated input, what
-  another rule leaves values whose relative distance is at most its tolerance (`TOLERANCE` but for few). Mutated inputs are not
-  looked at where a rule drops writes that the user has declared dead.
+  same inputs, with stores in place as Inductor makes them. What an exact rule leaves must give the same bytes (NaN matching
+  NaN) in every output and mutated input. Of another rule each rewrite by itself is held to the rule's tolerance, and the whole
+  graph to `REQUANTIZED`. Two outputs, or an output and an input, may overlap in memory if and only if they did before.
+  Mutated inputs are not looked at where a rule drops writes that the user has declared dead.
 * *End to end*: the model in eager mode, through stock ``torch.compile`` and through this backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,16 +24,19 @@ from inductor_ext import registry, settings, torch_compat
 from inductor_ext.errors import VerifyError
 from inductor_ext.graph import copy_of
 from inductor_ext.moe import MXFP8Weight
+from inductor_ext.report import compare
 from inductor_ext.report.events import GraphReport
-from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
-from inductor_ext.rule import TOLERANCE
+from inductor_ext.report.explain import cloned, compiled_with, copied, given_either_way, run_passes
+from inductor_ext.rule import REQUANTIZED, TOLERANCE
 
 
 @dataclasses.dataclass
 class RuleCheck:
     """One rule on one graph: how many elements of how many differ from the graph before it, and by how much at most.
 
-    ``distance`` is the largest ‖a - b‖ / ‖b‖ of any value, infinite where one is NaN or of another shape and the other not.
+    ``distance`` is the largest ‖a - b‖ / ‖b‖ of any value, infinite where one is NaN or of another shape and the other not;
+    ``local`` the same right behind one rewrite, before anything enlarges it. ``aliasing``: which results share memory now and
+    did not, or the reverse.
     """
 
     rule: str
@@ -43,11 +48,15 @@ class RuleCheck:
     max_abs: float = 0.0
     where: str = ""
     distance: float = 0.0
+    local: float = 0.0
     tolerance: float = TOLERANCE
+    aliasing: str = ""
 
     @property
     def ok(self) -> bool:
-        return self.differing == 0 if self.exact else self.distance <= self.tolerance
+        if self.aliasing:
+            return False
+        return self.differing == 0 if self.exact else self.local <= self.tolerance and self.distance <= REQUANTIZED
 
 
 @dataclasses.dataclass
@@ -137,7 +146,7 @@ def verify(
             checks.extend(_compare_stages(seen, report, inputs))
             return torch_compat.EagerInterpreter(original).run(*inputs)
 
-        return run
+        return given_either_way(run)
 
     with compiled_with(
         chosen,
@@ -165,26 +174,38 @@ def _loses_context(graphs: list[GraphReport]) -> bool:
 def _compare_stages(stages: list[tuple[str, torch.fx.GraphModule]], report: GraphReport, inputs: Any) -> list[RuleCheck]:
     counts = report.counts()
     found: list[RuleCheck] = []
-    before = _run(stages[0][1], inputs)
-    for rule, graph in stages[1:]:
+    before = compare.run(compare.in_place(stages[0][1].graph), inputs)
+    for (_, older), (rule, graph) in itertools.pairwise(stages):
         promised = registry.rule_named(rule)
         check = RuleCheck(rule, report.name, counts.get(rule, 0), promised.exact, tolerance=promised.tolerance)
-        after = _run(graph, inputs)
-        for old_values, new_values in zip(before, after if not promised.drops_writes else after[:1]):
+        after = compare.run(compare.in_place(graph.graph), inputs)
+        pairs = [(before.outputs, after.outputs), *([] if promised.drops_writes else [(before.inputs, after.inputs)])]
+        for old_values, new_values in pairs:
             for index, (old, new) in enumerate(zip(old_values, new_values, strict=True)):
                 _compare(check, f"value {index}", old, new)
+        for name, old, new in compare.rewrites(older, graph, inputs):
+            _compare_rewrite(check, name, old, new)
+        check.aliasing = _aliasing(compare.shared(before), compare.shared(after))
         before = after
         found.append(check)
     return found
 
 
-def _run(graph: torch.fx.GraphModule, inputs: Any) -> tuple[list[Any], list[Any]]:
-    """Outputs, and inputs as they are then, after running a graph node by node on copies."""
-    copies = cloned(list(inputs))
-    with torch.no_grad():
-        outputs = torch_compat.EagerInterpreter(graph).run(*copies)
-    outputs, copies = ([v for v in pytree.tree_leaves(tree) if isinstance(v, torch.Tensor)] for tree in (outputs, copies))
-    return outputs, copies
+def _aliasing(before: set[tuple[str, str]], after: set[tuple[str, str]]) -> str:
+    """What shares memory in one version only, in words."""
+    words = [(after - before, "share memory now"), (before - after, "share no memory now")]
+    return "; ".join(f"{one} and {two} {what}" for pairs, what in words for one, two in sorted(pairs))
+
+
+def _compare_rewrite(check: RuleCheck, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """One value right behind a rewrite: an exact rule's bytes, how far another's is."""
+    own = dataclasses.replace(check, differing=0, distance=0.0, where="")
+    _compare(own, f"behind {name}", old, new)
+    check.local = max(check.local, own.distance)
+    if own.differing and check.exact:
+        check.differing += own.differing
+    if own.differing:
+        check.where = check.where or own.where
 
 
 def _compare(check: RuleCheck, where: str, old: torch.Tensor, new: torch.Tensor) -> None:

@@ -7,7 +7,8 @@
 ``k_cache``, ``v_cache`` [S, H, D], the FP8 ``dtype`` itself or uint8 holding its bytes; mutated. ``v`` and ``v_cache`` may be
 None: one tensor is stored. ``k_scale``, ``v_scale``: one element on the same device, named ``s0`` in their program, or None.
 ``loc`` [T] int32 or int64. A negative ``loc[t]`` is padding and its row is skipped; with ``wrap=True`` a negative row counts
-from the end, as in ``index_put``. A row at or past S is never written; ``INDUCTOR_EXT_CHECKS=1`` makes it an IndexError.
+from the end, as in ``index_put``. A row at or past S is never written; ``check=True`` makes it an IndexError, and so does
+``INDUCTOR_EXT_CHECKS=1`` (on a GPU a host sync a call, and nothing while a CUDA graph is captured).
 Where ``loc`` repeats, one of the rows is stored whole. Bit-exact; T = 0 launches nothing.
 """
 
@@ -31,7 +32,7 @@ def fake(*args: Any) -> None:
 
 def _check(
     k: Any, v: Any, k_cache: Any, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, k_program: str, v_program: str,
-    dtype: torch.dtype, mult: Any = 1, offset: Any = 0, wrap: bool = False,
+    dtype: torch.dtype, mult: Any = 1, offset: Any = 0, wrap: bool = False, check: bool = False,
 ) -> None:  # fmt: skip
     if (v is None) != (v_cache is None):
         raise ValueError("downcast_fp8: wanted both v and v_cache or neither")
@@ -71,12 +72,13 @@ def _check(
 def reference(
     k: torch.Tensor, v: Any, k_cache: torch.Tensor, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, k_program: str,
     v_program: str, dtype: torch.dtype, mult: int = 1, offset: int = 0, wrap: bool = False,
+    check: bool = False,
 ) -> None:  # fmt: skip
     """Masks instead of branches, so that it is safe on a CUDA device too; of repeated rows the last one wins."""
     _check(k, v, k_cache, v_cache, k_scale, v_scale, loc, k_program, v_program, dtype, mult, offset, wrap)
     if k.shape[0] == 0:
         return
-    rows, keep = rows_of("downcast_fp8", k.shape[0], k_cache.shape[0], loc, mult, offset, wrap, k.device)
+    rows, keep = rows_of("downcast_fp8", k.shape[0], k_cache.shape[0], loc, mult, offset, wrap, check, k.device)
     for x, cache, scale, program in ((k, k_cache, k_scale, k_program), (v, v_cache, v_scale, v_program)):
         if x is not None:
             values = steps.evaluate(program, x, [] if scale is None else [scale]).to(dtype)
@@ -84,7 +86,7 @@ def reference(
 
 
 def rows_of(
-    op: str, tokens: int, slots: int, loc: Any, mult: int, offset: int, wrap: bool, device: torch.device
+    op: str, tokens: int, slots: int, loc: Any, mult: int, offset: int, wrap: bool, check: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The row of every token, and whether it is stored. IndexError of ``op`` for rows past the end, with checks on."""
     index = torch.arange(tokens, device=device) if loc is None else loc.long()
@@ -95,7 +97,7 @@ def rows_of(
     elif loc is not None:
         keep = index >= 0
     inside = (rows >= 0) & (rows < slots)
-    if settings.checks_enabled() and not bool((inside | ~keep).all()):
+    if (check or settings.checks_enabled()) and not bool((inside | ~keep).all()):
         token = int((~inside & keep).nonzero()[0])
         raise IndexError(f"{op}: loc: wanted rows in [0, {slots}), found {int(rows[token])} for token {token}")
     return rows, keep & inside
@@ -118,7 +120,7 @@ def _store_last(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -
 
 def key(
     k: Any, v: Any, k_cache: Any, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, k_program: str, v_program: str,
-    dtype: torch.dtype, mult: Any = 1, offset: Any = 0, wrap: bool = False,
+    dtype: torch.dtype, mult: Any = 1, offset: Any = 0, wrap: bool = False, check: bool = False,
 ) -> Any:  # fmt: skip
     return (
         k.dtype, dtype, k_program, None if v is None else v_program,
@@ -148,22 +150,22 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     k_program, v_program = key[2], key[3]
-    check = settings.checks_enabled()  # once a kernel: reading the environment takes 0.6 µs
+    always = settings.checks_enabled()  # once a kernel: reading the environment takes 0.6 µs
     if v_program is None:
         constants = steps.padded_constants(k_program)
         run_one = module.run_one
 
         def one(k: Any, v: Any, kc: Any, vc: Any, ks: Any, vs: Any, loc: Any, _k: str, _v: str, _d: Any, mult: int = 1,
-                offset: int = 0, wrap: bool = False) -> None:  # fmt: skip
-            run_one(k, kc, ks, loc, mult, offset, wrap, check, *constants)
+                offset: int = 0, wrap: bool = False, check: bool = False) -> None:  # fmt: skip
+            run_one(k, kc, ks, loc, mult, offset, wrap, check or always, *constants)
 
         return one
     constants = steps.padded_constants(k_program, v_program)
     run = module.run
 
     def both(k: Any, v: Any, kc: Any, vc: Any, ks: Any, vs: Any, loc: Any, _k: str, _v: str, _d: Any, mult: int = 1,
-             offset: int = 0, wrap: bool = False) -> None:  # fmt: skip
-        run(k, v, kc, vc, ks, vs, loc, mult, offset, wrap, check, *constants)
+             offset: int = 0, wrap: bool = False, check: bool = False) -> None:  # fmt: skip
+        run(k, v, kc, vc, ks, vs, loc, mult, offset, wrap, check or always, *constants)
 
     return both
 
@@ -171,7 +173,8 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
 OP = Op(
     schema=(
         "downcast_fp8(Tensor k, Tensor? v, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor? k_scale, Tensor? v_scale, "
-        "Tensor? loc, str k_program, str v_program, ScalarType dtype, SymInt mult=1, SymInt offset=0, bool wrap=False) -> ()"
+        "Tensor? loc, str k_program, str v_program, ScalarType dtype, SymInt mult=1, SymInt offset=0, bool wrap=False, "
+        "bool check=False) -> ()"
     ),
     doc="scale, clamp, cast and scatter K and V into FP8 caches, in one launch",
     fake=fake,

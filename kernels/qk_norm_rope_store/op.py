@@ -9,7 +9,7 @@ v_cache too. Weights, cos, sin, eps, norm and dtype are those of qk_norm_rope.
 k_cache, v_cache [N, S', Hkv, D], any strides but a unit last one; mutated. N is 1, with loc [B * S]; or B, each sequence's
 tokens going to rows of its own, k_cache[b, loc[s] * mult + offset], with loc [S]: a cache [B, Hkv, S', D], permuted.
 ``cache_dtype`` is float8_e4m3fn or float8_e5m2 (a cache of uint8 holds its bytes), or ``dtype``, with no programs: a copy.
-``loc`` None, negative, repeated or past the end, ``wrap`` and ``INDUCTOR_EXT_CHECKS=1`` mean what they do in downcast_fp8.
+``loc`` None, negative, repeated or past the end, ``wrap`` and ``check`` mean what they do in downcast_fp8.
 Outputs: q_out [B, S, H, D], and k_out [B, S, Hkv, D] with ``keep_k``; [0] where there is none.
 
 The bytes, of the cache too, are those of the two ops one after the other.
@@ -39,6 +39,7 @@ def fake(
     k: torch.Tensor, q: Any, v: Any, k_weight: Any, q_weight: Any, cos: torch.Tensor, sin: torch.Tensor,
     k_cache: torch.Tensor, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, eps: float, norm: str, dtype: torch.dtype,
     k_program: str, v_program: str, cache_dtype: torch.dtype, keep_k: bool, mult: Any, offset: Any, wrap: bool,
+    check: bool,
 ) -> Any:  # fmt: skip
     _check(k, q, v, k_weight, q_weight, cos, sin, k_cache, v_cache, k_scale, v_scale, loc, norm, dtype, k_program, v_program,
            cache_dtype)  # fmt: skip
@@ -49,13 +50,14 @@ def reference(
     k: torch.Tensor, q: Any, v: Any, k_weight: Any, q_weight: Any, cos: torch.Tensor, sin: torch.Tensor,
     k_cache: torch.Tensor, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, eps: float, norm: str, dtype: torch.dtype,
     k_program: str, v_program: str, cache_dtype: torch.dtype, keep_k: bool, mult: int, offset: int, wrap: bool,
+    check: bool,
 ) -> Any:  # fmt: skip
     _check(k, q, v, k_weight, q_weight, cos, sin, k_cache, v_cache, k_scale, v_scale, loc, norm, dtype, k_program, v_program,
            cache_dtype)  # fmt: skip
     turned, q_out = qk_norm_rope.reference(k, q, k_weight, q_weight, cos, sin, eps, norm, dtype)
     sequences = k_cache.shape[0]
     tokens = loc.shape[0] if loc is not None else k.shape[0] * k.shape[1] if sequences == 1 else k.shape[1]
-    rows, keep = downcast_fp8.rows_of(NAME, tokens, k_cache.shape[1], loc, mult, offset, wrap, k.device)
+    rows, keep = downcast_fp8.rows_of(NAME, tokens, k_cache.shape[1], loc, mult, offset, wrap, check, k.device)
     for x, cache, scale, program in ((turned, k_cache, k_scale, k_program), (v, v_cache, v_scale, v_program)):
         if x is None:
             continue
@@ -118,7 +120,7 @@ def _check_cache(name: str, cache: torch.Tensor, k: torch.Tensor, like: Any, dty
 def key(
     k: Any, q: Any, v: Any, k_weight: Any, q_weight: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, k_scale: Any,
     v_scale: Any, loc: Any, eps: float, norm: str, dtype: Any, k_program: str, v_program: str, cache_dtype: Any, keep_k: bool,
-    mult: Any, offset: Any, wrap: bool,
+    mult: Any, offset: Any, wrap: bool, check: bool,
 ) -> Any:  # fmt: skip
     rotation = (k.dtype, None if k_weight is None else k_weight.dtype, cos.dtype, norm, dtype)
     return (
@@ -155,17 +157,17 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     k_program, v_program = key[6], key[7]
-    check = settings.checks_enabled()  # once a kernel: reading the environment takes 0.6 µs
+    always = settings.checks_enabled()  # once a kernel: reading the environment takes 0.6 µs
     constants = steps.padded_constants(k_program, *([] if v_program is None else [v_program]))
     run = module.run
 
     def call(
         k: Any, q: Any, v: Any, k_weight: Any, q_weight: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, k_scale: Any,
         v_scale: Any, loc: Any, eps: float, _n: str, _d: Any, _k: str, _v: str, _c: Any, keep_k: bool, mult: int, offset: int,
-        wrap: bool, q_out: Any, k_out: Any,
+        wrap: bool, check: bool, q_out: Any, k_out: Any,
     ) -> None:  # fmt: skip
         run(k, q, v, k_weight, q_weight, cos, sin, k_cache, v_cache, k_scale, v_scale, loc, eps, mult, offset, wrap, keep_k,
-            check, *constants, q_out, k_out)  # fmt: skip
+            check or always, *constants, q_out, k_out)  # fmt: skip
 
     return call
 
@@ -186,7 +188,7 @@ OP = Op(
         "qk_norm_rope_store(Tensor k, Tensor? q, Tensor? v, Tensor? k_weight, Tensor? q_weight, Tensor cos, Tensor sin, "
         "Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? loc, float eps, str norm, "
         "ScalarType dtype, str k_program, str v_program, ScalarType cache_dtype, bool keep_k, SymInt mult, SymInt offset, "
-        "bool wrap) -> (Tensor, Tensor)"
+        "bool wrap, bool check) -> (Tensor, Tensor)"
     ),
     doc="qk_norm_rope that stores K, rotated, and V into their caches itself",
     fake=fake,

@@ -25,6 +25,7 @@ from inductor_ext.kernels import steps
 from inductor_ext.patterns.support import cache_store, fp8_chain
 from inductor_ext.patterns.support.cache_store import Store
 from inductor_ext.patterns.support.fp8_chain import Chain, Failure
+from inductor_ext.rule import Context
 
 _PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
 
@@ -181,6 +182,9 @@ def _wrong(half: Half, value: Node) -> Failure | None:
     failure = aliased([half])
     if failure is not None:
         return failure
+    if memory.is_returned(half.store.top) and not memory.is_written_back(half.store.top):
+        wanted = "rows that only the cache keeps: the op writes them into it, and the next store would change the result"
+        return Failure(scatter, "the caller gets the cache as it is between two stores", wanted, describe(half.store.top))
     if half.by_sequence:
         for name, tensor in (("cache layout", half.destination()), ("input layout", half.input_value())):
             if not known_equal(tensor.stride(3), 1):
@@ -194,6 +198,11 @@ def _wrong(half: Half, value: Node) -> Failure | None:
         at = scatter if half.chain is None else half.chain.cast
         return Failure(at, "input layout", "rows that are contiguous in memory", strides)
     return None
+
+
+def checked(half: Half, context: Context) -> bool:
+    """Whether an index past the cache is an error: on a CPU, as in eager mode, and on a GPU where checks are asked for."""
+    return context.options.checks or value_of(half.x).device.type == "cpu"
 
 
 def rows_contiguous(cache: torch.Tensor) -> bool:

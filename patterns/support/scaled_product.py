@@ -109,6 +109,8 @@ def _wrong_operands(product: Product) -> Failure | None:
         return Failure(node, "K or N is symbolic", "numbers; only M may change between calls", f"K {k}, N {n}")
     if k % ALIGNMENT or n % ALIGNMENT or not k or not n:
         return Failure(node, f"K or N is not a multiple of {ALIGNMENT}", f"multiples of {ALIGNMENT}", f"K {k}, N {n}")
+    if not known_equal(a.shape[1], k):
+        return Failure(node, "the operands do not fit", f"a [M, {k}] for b [{k}, {n}]", describe(product.a))
     if isinstance(a.shape[0], torch.SymInt) and free_unbacked_symbols(a.shape[0]):
         return Failure(node, "M depends on data", "a size known before the graph runs", f"M {a.shape[0]}")
     return None

@@ -53,6 +53,7 @@ class Case:
     mult: int = 1
     offset: int = 0
     wrap: bool = False
+    raises: bool = False
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.inductor_ext.qk_norm_rope_store(*self.arguments())
@@ -60,7 +61,7 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         tensors = [getattr(self, field.name) for field in dataclasses.fields(self)[:12]]
         options = (1e-6, self.norm, self.dtype, self.program, self.program, self.cache_dtype, self.keep_k)
-        return *tensors, *options, self.mult, self.offset, self.wrap
+        return *tensors, *options, self.mult, self.offset, self.wrap, self.raises
 
     def copied(self, **changes: Any) -> Case:
         """With caches of its own, laid out alike."""

@@ -2,7 +2,7 @@
 
     captured = capture(example.fn, inputs)            the post-grad graph of a function, before any rule
     for change in changes(captured): …                every way in which this module can change one node of it
-    differs(captured, change, rule, modes)            what the rule makes of the changed graph against the graph itself
+    rewritten(changed(captured, change), modes)       what the rules make of the changed graph
 
 A rule that reads a node without one of its arguments, or takes a convert to any dtype for the one it knows, gives other results
 than the changed graph does. What cannot be computed (a dtype that an operator does not have) is no graph, and is left out.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from inductor_ext.calls import CONVERT, aten
 from inductor_ext.graph import copy_of
 from inductor_ext.passes import RewritePass
 from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
+from tests.support.equal import different
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)
 
@@ -36,6 +38,10 @@ class Captured:
     graph: Graph
     inputs: list[Any]
     fake_mode: Any
+
+    @property
+    def tensors(self) -> int:
+        return sum(isinstance(each, torch.Tensor) for each in self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +151,9 @@ def _results(node: Node) -> Iterator[Change]:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return
-    yield Change(node.name, "returned too", _returned)
-    yield Change(node.name, "a view of it returned too", _view_returned)
+    if node.target is not aten.empty.memory_format:  # nobody knows what is in it
+        yield Change(node.name, "returned too", _returned)
+        yield Change(node.name, "a view of it returned too", _view_returned)
     if value.dtype.is_floating_point:
         for dtype in DTYPES:
             if dtype is not value.dtype:
@@ -214,11 +221,35 @@ def rewritten(module: GraphModule, modes: dict[str, Any], **options: Any) -> tup
 
 
 def run(module: GraphModule, inputs: list[Any]) -> list[torch.Tensor] | None:
-    """Outputs, then inputs as they are left; None where the graph raises."""
+    """Outputs, then inputs as they are left; None where the graph raises.
+
+    What an operator does not write (rows of no expert) is NaN, so that it can be told from what it does.
+    """
     copies = cloned(inputs)
+    known = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             outputs = torch.fx.Interpreter(module).run(*copies)
     except Exception:
         return None
+    finally:
+        torch.use_deterministic_algorithms(known[0], warn_only=known[1])
     return [each for each in pytree.tree_leaves((outputs, copies)) if isinstance(each, torch.Tensor)]
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> tuple[int, float]:
+    """How many elements have other bytes, where ``wanted`` was written at all, and ‖found - wanted‖ / ‖wanted‖."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return wanted.numel(), float("inf")
+    written = ~torch.isnan(wanted.float()) if wanted.is_floating_point() else torch.ones_like(wanted, dtype=torch.bool)
+    mask = different(found, wanted) & written
+    gap, norm = (found.double() - wanted.double())[mask].norm(), wanted.double()[written].norm()
+    return int(mask.sum()), float((gap / norm if norm else gap).nan_to_num(nan=float("inf")))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

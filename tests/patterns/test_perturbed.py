@@ -1,0 +1,82 @@
+"""Each match of every rule with one node changed: another argument, another dtype, another reader.
+
+The rule then refuses, or what it makes of the changed graph gives what that gives.
+
+That is how a reader is found that takes a node without one of its arguments: ``alpha`` of an addition, ``dtype`` of a mean, a
+convert to int8 where it knows one to bfloat16.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+from inductor_ext import registry
+from inductor_ext.rule import Rule
+from tests.support import perturbed
+
+#: Rules whose graphs are long: every third change of each example, another third for the next example.
+_SAMPLED = ("prefill_only", "causal_attention", "grouped_queries", "scaled_mm_rope", "qk_norm_rope", "qk_norm_rope_store")
+#: Of ‖a - b‖ / ‖b‖, besides what the unchanged example has: one bf16 rounding too many or too few of all elements is 2e-3.
+_LIMIT = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Half of the changes are no graphs, and PyTorch logs why for each."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def _examples() -> list[Any]:
+    pairs = [(rule, index, example) for rule in registry.rules() for index, example in enumerate(rule.matches)]
+    return [pytest.param(rule, index, id=f"{rule.name}-{example.name}") for rule, index, example in pairs]
+
+
+@pytest.mark.parametrize(("rule", "index"), _examples())
+def test_changed_match_is_refused_or_gives_what_the_graph_gives(rule: Rule, index: int) -> None:
+    example = rule.matches[index]
+    registry.define_lowerings()
+    options = dict(example.options)
+    modes = {**{other.name: "off" for other in registry.rules()}, **example.modes(rule.name)}
+    for captured in perturbed.capture(example.fn, example.inputs("cpu"), dynamic=example.dynamic, **options):
+        known = _known(captured, modes, options)
+        every = list(perturbed.changes(captured.graph))
+        for change in every[index % 3 :: 3] if rule.name in _SAMPLED else every:
+            module = perturbed.changed(captured, change)
+            if module is None:
+                continue
+            made, counts = perturbed.rewritten(module, modes, **options)
+            wanted = perturbed.run(module, captured.inputs) if counts else None
+            if wanted is None:  # refused, or eager raises
+                continue
+            found = perturbed.run(made, captured.inputs)
+            assert found is not None, f"{change}: raises, which the graph does not"
+            _compare(rule, str(change), found, wanted, known, captured.tensors)
+
+
+def _known(captured: perturbed.Captured, modes: dict[str, Any], options: dict[str, Any]) -> float:
+    """How far the unchanged graph and what the rules make of it are apart."""
+    module = torch.fx.GraphModule({}, perturbed.copy_of(captured.graph))
+    made, _ = perturbed.rewritten(module, modes, **options)
+    wanted, found = perturbed.run(module, captured.inputs), perturbed.run(made, captured.inputs)
+    assert wanted is not None and found is not None
+    outputs = len(pytree.tree_leaves(captured.graph.output_node().args[0]))
+    return max((perturbed.distance(b, a)[1] for a, b in zip(wanted[:outputs], found)), default=0.0)
+
+
+def _compare(rule: Rule, change: str, found: list[torch.Tensor], wanted: list[torch.Tensor], known: float, inputs: int) -> None:
+    written = [] if rule.drops_writes else list(zip(found, wanted))[-inputs:]
+    outputs = list(zip(found, wanted))[: len(found) - inputs]
+    for index, (a, b) in enumerate([*outputs, *written]):
+        differing, distance = perturbed.distance(a, b)
+        if rule.exact:
+            assert not differing, f"{change}: {differing} of {b.numel()} values of tensor {index} differ"
+        else:
+            assert distance <= _LIMIT + 2 * known, f"{change}: tensor {index} is {distance:.1e} apart, unchanged {known:.1e}"
