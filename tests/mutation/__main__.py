@@ -81,6 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--select", default="", metavar="EXPR", help="of those, the ones that pytest's -k takes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON; written as they come")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with FILE, and write to it")
+    parser.add_argument("--stale", action="store_true", help="record new tests only, in spite of changed sources")
     parser.add_argument("--equivalent", action="store_true", help="run those of equivalent.txt too: one that is killed is none")
     options = parser.parse_args(arguments)
 
@@ -138,6 +139,7 @@ def main(arguments: Sequence[str]) -> int:
         equivalents={} if options.equivalent else known,
         state=state,
         jobs=options.jobs,
+        stale=options.stale,
         budget=options.budget,
         out=out,
         shared=(ROOT / "tests" / "support",),

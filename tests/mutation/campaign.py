@@ -66,15 +66,14 @@ class Result:
 class State:
     """What a campaign knows, and `--out` holds: what every test was seen to reach, and the results so far."""
 
-    recorded: dict[str, Any] = dataclasses.field(default_factory=dict)  # by test file: key, tests, texts
+    recorded: dict[str, Any] = dataclasses.field(default_factory=dict)  # by test file: key, sources, tests, texts
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
-    tests_digest: str = ""
 
     @classmethod
     def read(cls, path: Path) -> State:
         found = json.loads(path.read_text(encoding="utf-8"))
         results = {name: Result(**value) for name, value in found["results"].items()}
-        return cls(found["recorded"], results, found["tests_digest"])
+        return cls(found["recorded"], results)
 
     def write(self, path: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=1)
@@ -92,6 +91,7 @@ class Options:
     equivalents: dict[str, str]
     state: State
     jobs: int = 1
+    stale: bool = False  # take what was recorded of other sources and tests
     budget: float = 60.0
     out: Path | None = None
     shared: tuple[Path, ...] = ()  # folders that all tests depend on
@@ -136,19 +136,23 @@ class Campaign:
 
     def _record(self) -> None:
         options, state = self.options, self.options.state
-        sources = [options.modules.digest(name) for name in sorted(options.modules.paths)]
-        common = [*sources, *(_digest(path) for folder in options.shared for path in sorted(folder.rglob("*.py")))]
+        sources = {name: options.modules.digest(name) for name in sorted(options.modules.paths)}
+        common = [_digest(path) for folder in options.shared for path in sorted(folder.rglob("*.py"))]
         by_file: dict[str, list[Any]] = {}
         for item in self.items.values():
             by_file.setdefault(str(item.path), []).append(item)
         keys = {file: _hash([*common, _digest(Path(file)), *(i.nodeid for i in items)]) for file, items in by_file.items()}
         names = {file: items[0].nodeid.partition("::")[0] for file, items in by_file.items()}
-        state.tests_digest = _hash([*common, *keys.values()])
         jobs = []
         for file, items in by_file.items():
             known = state.recorded.get(names[file])
-            if known is None or known["key"] != keys[file]:
-                state.recorded[names[file]] = {"key": keys[file], "tests": {}, "texts": {}}
+            if known is not None and options.stale:
+                items = [item for item in items if item.nodeid not in known["tests"]]
+            elif known is None or known["key"] != keys[file] or known["sources"] != sources:
+                state.recorded[names[file]] = {"key": keys[file], "sources": sources, "tests": {}, "texts": {}}
+            else:
+                continue
+            if items:
                 jobs.append(Job(names[file], lambda send, items=items: self._record_file(items, send), 3600))
         for done, (job, messages) in enumerate(run_all(jobs, options.jobs), 1):
             entry, tests = state.recorded[job.name], [m for m in messages if "seconds" in m]
@@ -157,7 +161,7 @@ class Campaign:
                 message["seen"] = sorted({*message["seen"], *shared})
                 if message["failed"] is None:
                     entry["tests"][message["test"]] = [round(message["seconds"], 3), message["golden"], message["seen"]]
-            entry["texts"] = next((m["texts"] for m in reversed(messages) if "texts" in m), {})
+            entry["texts"] = next((m["texts"] for m in reversed(messages) if "texts" in m), entry["texts"])
             failed = [f"{message['test']}: {message['failed']}" for message in tests if message["failed"] is not None]
             seconds = sum(message["seconds"] for message in tests)
             options.say(f"recorded {done}/{len(jobs)} {job.name}: {len(tests)} tests in {seconds:.0f} s")
@@ -210,13 +214,7 @@ class Campaign:
 
     def _mutate(self) -> None:
         options, results = self.options, self.options.state.results
-        reaching: dict[str, list[tuple[float, bool, str]]] = {}
-        wanted = set(options.mutants)
-        for entry in options.state.recorded.values():
-            for test, (seconds, golden, seen) in entry["tests"].items():
-                if test in self.items:
-                    for site in wanted.intersection(seen):
-                        reaching.setdefault(site, []).append((seconds, golden, test))
+        reaching = self._reaching()
         jobs = []
         for name in options.mutants:
             digest = options.modules.digest(options.files[name]) if options.files[name] else ""
@@ -240,6 +238,26 @@ class Campaign:
             options.say(f"[{done}/{len(jobs)}, {left / 60:.0f} min left] {job.name}\n    {results[job.name].text()}")
             if options.out and done % 10 == 0:
                 options.state.write(options.out)
+
+    def _reaching(self) -> dict[str, list[tuple[float, bool, str]]]:
+        """(seconds, golden, test) of every mutant that a test may notice.
+
+        Of a module that has changed since (``stale``) a new guard is taken to be reached where another of its function was.
+        """
+        options = self.options
+        wanted, found = set(options.mutants), {}
+        functions: dict[str, list[str]] = {}
+        for name in options.mutants:
+            functions.setdefault(name.partition(": ")[0], []).append(name)
+        for entry in options.state.recorded.values():
+            now = {name for name, digest in entry["sources"].items() if options.modules.digests.get(name) == digest}
+            for test, (seconds, golden, seen) in entry["tests"].items():
+                if test not in self.items:
+                    continue
+                near = {name for site in seen for name in functions.get(site.partition(": ")[0], ())}
+                for name in wanted.intersection(seen) | {each for each in near if options.files[each] not in {*now, ""}}:
+                    found.setdefault(name, []).append((seconds, golden, test))
+        return found
 
     def _stands(self, known: Result, tests: list[str]) -> bool:
         """Whether a result of another run holds: the test that killed is still there, or there are no more tests."""

@@ -317,7 +317,11 @@ class Modules:
         return [site for module in sorted(self.paths) for site in self.instrumented(module).sites]
 
     def digest(self, module: str) -> str:
-        return hashlib.sha256(self.paths[module].read_bytes()).hexdigest()[:16]
+        return self.digests[module]
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sorted(self.paths.items())}
 
     def install(self, probe: Probe) -> None:
         loaded = sorted(set(self.paths) & set(sys.modules))
