@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
 
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what runs
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what runs, and keeps what is known
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes does not survive a fork
 
     from tests.mutation.sites import Modules, Probe

@@ -665,3 +665,126 @@ def test_rotations_of_permuted_rows(permuted: str) -> None:
         fn, heads(), table(1, 1, N, N), table(1, 1, N, N), rules={"qk_norm_rope": "always"}, end_to_end=False
     )
     assert found.differs == []
+
+
+# ---- scales that are made here ---------------------------------------------------------------------------------------
+
+
+def scaled(x: Any, s: Any) -> Any:
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+NEARLY_AMAX: dict[str, Callable[..., Any]] = {
+    "smallest": lambda x, y: x.abs().amin(-1, keepdim=True).float(),
+    "signed": lambda x, y: x.amax(-1, keepdim=True).float().abs(),
+    "of_another": lambda x, y: y.abs().amax(-1, keepdim=True).float(),
+    "of_a_sum": lambda x, y: (x + 1).abs().amax(-1, keepdim=True).float(),
+    "of_columns": lambda x, y: x.abs().amax(0, keepdim=True).float(),
+    "of_two_of_three": lambda x, y: x.view(32, 2, 16).abs().amax((0, 1), keepdim=True).view(1, 16).float().repeat(1, 2),
+    "of_rows_of_the_transposed": lambda x, y: x.t().abs().amax(-1, keepdim=True).float(),
+    "plus_a_number": lambda x, y: x.abs().amax(-1, keepdim=True).float() + 0.5,
+    "times_a_tensor": lambda x, y: x.abs().amax(-1, keepdim=True).float() * y[:, :1].float().abs().add(0.5),
+    "rounded_to_integers": lambda x, y: x.abs().amax(-1, keepdim=True).int().float() + 0.0,
+    "truncated": lambda x, y: x.abs().amax(-1, keepdim=True).float().int().float(),
+    "of_halves": lambda x, y: x.view(32, 2, 16).abs().amax(-1, keepdim=True).expand(32, 2, 16).reshape(32, 32).float(),
+    "of_pairs_of_rows": lambda x, y: x.view(16, 64).abs().amax(-1, keepdim=True).float().repeat_interleave(2, 0),
+    "mean": lambda x, y: x.abs().mean(-1, keepdim=True).float(),
+}
+
+
+@pytest.mark.parametrize("name", list(NEARLY_AMAX))
+def test_what_is_nearly_the_maximum_of_a_row_is_no_dynamic_scale(name: str) -> None:
+    make = NEARLY_AMAX[name]
+    check("fp8_quantize", lambda x, y: scaled(x, make(x, y)), square() * 9 + 3, square(1) * 5, count=0)
+
+
+@pytest.mark.parametrize("read", ["amax", "step"])
+def test_steps_of_a_dynamic_scale_that_are_read_too(read: str) -> None:
+    def other(x: Any) -> Any:
+        amax = x.abs().amax(-1, keepdim=True)
+        step = amax.float() / 448.0
+        return *scaled(x, step.clamp(min=1e-6)), (amax if read == "amax" else step) * 2
+
+    refused("fp8_quantize", other, square(), reason="a step of the scale has a second user")
+
+
+SPELLED_AMAX: dict[str, Callable[..., Any]] = {
+    "reshaped": lambda x: (x.abs().amax(-1).float() / 448.0).unsqueeze(-1),
+    "of_fp32": lambda x: x.float().abs().amax(-1, keepdim=True) / 448.0,
+    "by_max": lambda x: x.abs().max(-1, keepdim=True)[0].float() / 448.0,
+    "clamped_both_ways": lambda x: (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(1e-3, 0.01),
+    "in_bf16": lambda x: (x.abs().amax(-1, keepdim=True) * 0.003).float(),
+    "number_over_it": lambda x: (448.0 / x.abs().amax(-1, keepdim=True).float()).reciprocal(),
+    "of_all": lambda x: x.abs().amax().float() / 448.0,
+    "of_all_by_max": lambda x: x.abs().max().float() / 448.0,
+    "of_both_dimensions": lambda x: x.abs().amax((0, 1)).float() / 448.0,
+}
+
+
+@pytest.mark.parametrize("name", list(SPELLED_AMAX))
+def test_maxima_of_rows_and_of_all(name: str) -> None:
+    check("fp8_quantize", lambda x: scaled(x, SPELLED_AMAX[name](x)), square() * 9, count=1)
+
+
+# ---- the same chain twice --------------------------------------------------------------------------------------------
+
+
+def by_rows(x: Any, least: float = 1e-12, limit: float = 448.0, dtype: torch.dtype = E4) -> Any:
+    s = x.abs().amax(-1, keepdim=True).float().clamp(min=least) / limit
+    return ((x.float() / s).clamp(-limit, limit).to(dtype).float() * 2, s * 2)
+
+
+TWICE: dict[str, Callable[..., Any]] = {
+    "other_limit": lambda x, y: (by_rows(x), by_rows(x, limit=240.0)),
+    "other_least": lambda x, y: (by_rows(x), by_rows(x, least=3.0)),
+    "other_dtype": lambda x, y: (by_rows(x), by_rows(x, dtype=E5)),
+    "other_tensor": lambda x, y: (by_rows(x), by_rows(y)),
+    "other_operator": lambda x, y: (((x.float() * 0.5).to(E4).float(), (x.float() / 0.5).to(E4).float())),
+    "other_bound": lambda x, y: tuple((x.float() / 0.5).clamp(**{end: 3.0}).to(E4).float() for end in ("min", "max")),
+    "other_dimension": lambda x, y: (by_rows(x), tuple(each.t() for each in by_rows(x.t()))),
+    "other_scale": lambda x, y: (quantise(x, y[:1, :1]).float(), quantise(x, y[1:2, :1]).float()),
+}
+
+
+@pytest.mark.parametrize("name", list(TWICE))
+def test_chains_that_differ_are_not_merged(name: str) -> None:
+    check("quantize_once", TWICE[name], square() * 9, square(1).abs() * 5 + 1, count=0)
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+F = torch.nn.functional
+
+NEARLY_GATED: dict[str, Callable[..., Any]] = {
+    "quick_gelu": lambda g, u: g * torch.sigmoid(1.702 * g) * u,
+    "sigmoid_of_another": lambda g, u: (g.float() * torch.sigmoid(u.float())).to(BF16) * u,
+    "sigmoid": lambda g, u: torch.sigmoid(g) * u,
+    "relu": lambda g, u: F.relu(g) * u,
+    "tanh": lambda g, u: torch.tanh(g) * u,
+    "mish": lambda g, u: F.mish(g) * u,
+    "squared": lambda g, u: F.silu(g) * F.silu(g) + u,
+    "sum": lambda g, u: F.silu(g) + u,
+    "quotient": lambda g, u: F.silu(g) / u,
+    "softplus": lambda g, u: F.softplus(g) * u,
+    "silu_of_twice": lambda g, u: (g.float() / (1 + torch.exp(-2 * g.float()))).to(BF16) * u,
+    "silu_plus_two": lambda g, u: (g.float() / (2 + torch.exp(-g.float()))).to(BF16) * u,
+    "not_rounded": lambda g, u: (g.float() * torch.sigmoid(g.float()) * u.float()).to(BF16),
+    "gelu_of_another_number": lambda g, u: (g.float() * 0.5 * (1 + torch.erf(g.float() * 0.7))).to(BF16) * u,
+    "up_a_row": lambda g, u: F.silu(g) * u[:1],
+    "up_a_column": lambda g, u: F.silu(g) * u[:, :1],
+    "up_a_number": lambda g, u: F.silu(g) * 1.5,
+    "up_in_fp32": lambda g, u: F.silu(g) * u.float(),
+}
+
+
+@pytest.mark.parametrize("name", list(NEARLY_GATED))
+def test_what_is_nearly_a_gated_activation_is_none(name: str) -> None:
+    check("act_mul_quantize", lambda g, u: quantise_rows(NEARLY_GATED[name](g, u)), square() * 3, square(1) * 3, count=0)
+
+
+def test_an_activation_that_is_read_too() -> None:
+    def other(g: Any, u: Any) -> Any:
+        activated = F.silu(g)
+        return *quantise_rows(activated * u), activated * 2
+
+    refused("act_mul_quantize", other, square(), square(1), reason="a step of the activation has a second user")
