@@ -216,7 +216,7 @@ class RewritePass(_Base):
     def _visit(self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
         found = self._guarded(rule, anchor, context)
         if isinstance(found, Match):
-            found = self._missing(found, context, kernels) or found
+            found = _unfit(found, context) or self._missing(found, context, kernels) or found
         if isinstance(found, Refusal):
             report.refusals.append(found)
         elif found is not None:
@@ -264,6 +264,17 @@ class RewritePass(_Base):
             log.warning("the rule %s failed, which is an error in it, and is left out: %s", rule.name, found)
             log.debug("where the rule %s failed", rule.name, exc_info=error)
         return context.refuse(anchor, "the rule failed", wanted="a rule without errors; please report this one", found=found)
+
+
+def _unfit(match: Match, context: Context) -> Refusal | None:
+    """A refusal where an op would not take its arguments: a graph may hold what its own operators refuse when they run."""
+    for made in match.calls:
+        try:
+            made.op.fake(*made.args)
+        except (TypeError, ValueError) as error:
+            wanted = f"arguments that {made.op.name} takes"
+            return context.refuse(match.node, "the op does not take these arguments", wanted=wanted, found=str(error))
+    return None
 
 
 def _next_name() -> str:

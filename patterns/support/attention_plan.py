@@ -89,6 +89,8 @@ def unsupported(found: Attention, sources: tuple[Source, Source], context: Conte
     if not known_equal(q.shape[3], v.shape[3]):
         wanted = f"heads of {q.shape[3]} in V, as in Q and K"
         return context.refuse(node, "head size of V (MLA)", wanted=wanted, found=str(v.shape[3]))
+    if not q.dtype is k.dtype is v.dtype:
+        return context.refuse(node, "dtypes", wanted=f"{q.dtype} for K and V, as Q's", found=f"{k.dtype} and {v.dtype}")
     if any(each.stride(-1) != 1 for each in (q, k, v)):
         strides = ", ".join(str(list(each.stride())) for each in (q, k, v))
         return context.refuse(node, "input layout", wanted="unit stride in the last dimension", found=strides)

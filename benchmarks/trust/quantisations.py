@@ -1,0 +1,156 @@
+"""Calls of the ops that quantise: FP8 and MXFP8, of what is given, of a norm, of a gated activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from benchmarks.trust.operands import BF16, E4, E5, FP16, FP32, ROUNDED, Args, Call, Maker
+from inductor_ext.kernels.downcast_fp8.op import PROGRAM_F32 as STATIC
+from inductor_ext.kernels.fp8_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
+
+# ---- FP8 casts -------------------------------------------------------------------------------------------------------
+
+def _fp8_downcast() -> Iterator[Call]:
+    def static(shape: Callable[[Maker], torch.Tensor], dtype: torch.dtype = E4) -> Callable[[Maker], Args]:
+        return lambda m: (shape(m), [m.rand()], STATIC, dtype)
+
+    layouts: dict[str, Callable[[Maker], torch.Tensor]] = {
+        "tails": lambda m: m.randn(7, 13, size=300),
+        "one row": lambda m: m.randn(1, 4099, size=300),
+        "no row": lambda m: m.randn(0, 64),
+        "0-d": lambda m: m.randn(size=300),
+        "slice of qkv": lambda m: m.randn(50, 3, 8, 64, size=300)[:, 1],
+        "odd slice": lambda m: m.randn(33, 301, size=300)[:, 1:98],
+        "transposed": lambda m: m.randn(64, 96, size=300).t(),
+        "odd address": lambda m: m.randn(4097, size=300)[1:],
+    }
+    for what, layout in layouts.items():
+        yield Call("fp8_downcast", what, static(layout))
+    yield Call("fp8_downcast", "fp32 to e5m2", lambda m: (m.randn(129, 257, dtype=FP32, size=3e4), [m.rand()], "div:s0", E5))
+    by_row = "f32 mul:r0 max:-448.0 min:448.0"
+    for rows, cols in ((33, 72), (7, 33), (5, 1)):
+        made = lambda m, r=rows, c=cols: (m.randn(r, c, dtype=FP16, size=99), [m.rand(r, 1)], by_row, E4)  # noqa: E731
+        yield Call("fp8_downcast", f"a scale a row, [{rows}, {cols}]", made)
+
+    def mixed(m: Maker) -> Args:
+        operands = [m.rand(), torch.tensor(1.7), m.rand(33, 1)]
+        return m.randn(33, 72, size=99), operands, "f32 mul:s0 div:s1 mul:r2 max:-448.0 min:448.0", E4
+
+    yield Call("fp8_downcast", "scales on host and device", mixed)
+
+
+def _fp8_quantize() -> Iterator[Call]:
+    def quantised(shape: Callable[[Maker], torch.Tensor], granularity: str) -> Callable[[Maker], Args]:
+        return lambda m: (shape(m), granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+
+    rows: dict[str, Callable[[Maker], torch.Tensor]] = {
+        "row, tails": lambda m: m.randn(37, 130),
+        "row, one of 7": lambda m: m.randn(1, 7),
+        "row, none": lambda m: m.randn(0, 128),
+        "row, wide and odd": lambda m: m.randn(3, 20001),
+        "row, wide": lambda m: m.randn(5, 16392),
+        "row, groups": lambda m: m.randn(5, 6, 128),
+        "row, slice of qkv": lambda m: m.randn(64, 3 * 256)[:, 256:512],
+        "row, odd slice": lambda m: m.randn(64, 301, dtype=FP16)[:, 1:98],
+        "row, 1 024 columns": lambda m: m.randn(9, 1032, dtype=FP32),
+    }
+    tensors: dict[str, Callable[[Maker], torch.Tensor]] = {
+        "tensor, one element": lambda m: m.randn(1),
+        "tensor, tails": lambda m: m.randn(333, 1001),
+        "tensor, transposed": lambda m: m.randn(100, 99).t(),
+        "tensor, odd address": lambda m: m.randn(4097)[1:],
+        "tensor, more than a chip holds": lambda m: m.randn(4097, 4096),
+        "tensor, fp32": lambda m: m.randn(129, 515, dtype=FP32),
+    }
+    for granularity, layouts in (("row", rows), ("tensor", tensors)):
+        for what, layout in layouts.items():
+            yield Call("fp8_quantize", what, quantised(layout, granularity))
+
+
+def _mxfp8_quantize() -> Iterator[Call]:
+    yield Call("mxfp8_quantize", "plain", lambda m: (m.randn(37, 96), None, "rceil", False))
+    yield Call("mxfp8_quantize", "plain, one row", lambda m: (m.randn(1, 32), None, "rceil", False))
+    yield Call("mxfp8_quantize", "plain, no row", lambda m: (m.randn(0, 64), None, "rceil", False))
+    yield Call("mxfp8_quantize", "plain, slice", lambda m: (m.randn(33, 288)[:, 96:192], None, "rceil", False))
+    yield Call("mxfp8_quantize", "plain, fp16 floor", lambda m: (m.randn(130, 160, dtype=FP16), None, "floor", False))
+    yield Call("mxfp8_quantize", "swizzled", lambda m: (m.randn(150, 96), None, "rceil", True))
+    yield Call("mxfp8_quantize", "swizzled weights", lambda m: (m.randn(3, 72, 160), None, "rceil", True))
+    yield Call("mxfp8_quantize", "swizzled, odd slice", lambda m: (m.randn(33, 289)[:, 1:161], None, "rceil", True))
+    yield Call("mxfp8_quantize", "groups", lambda m: (m.randn(301, 96, dtype=FP32), m.ends(290, 5), "floor", True))
+
+
+# ---- norms and activations -------------------------------------------------------------------------------------------
+
+def _rms_norm_quantize() -> Iterator[Call]:
+    def normed(
+        shape: Sequence[int], granularity: str = "row", *, residual: bool = True, norm: str = "cast mul",
+        dtype: torch.dtype = BF16, weight: torch.dtype = BF16, scales: int = 0, sliced: int = 0,
+    ) -> Callable[[Maker], Args]:  # fmt: skip
+        def make(m: Maker) -> Args:
+            wide = (*shape[:-1], shape[-1] + 2 * sliced)
+            x, other = (m.randn(*wide, dtype=dtype)[..., sliced : sliced + shape[-1]] for _ in range(2))
+            programs = ("rceil", "") if granularity == "mx" else ("", TORCHAO_PROGRAM) if granularity == "static" else (
+                TORCHAO_SCALE, TORCHAO_PROGRAM)  # fmt: skip
+            if granularity == "static" and not scales:
+                programs = ("", "f32 mul:32.0 max:-448.0 min:448.0")
+            made = [m.rand() * 0.02 for _ in range(scales)]
+            weights = m.rand(shape[-1], dtype=weight)
+            return x, other if residual else None, weights, 1e-6, norm, granularity, *programs, E4, made
+
+        return make
+
+    for cols in (64, 100, 1024, 4096, 16384, 20001):
+        yield Call("rms_norm_quantize", f"row, {cols} columns", normed((9, cols)), ROUNDED)
+    yield Call("rms_norm_quantize", "row, one row without a residual", normed((1, 1000), residual=False), ROUNDED)
+    yield Call("rms_norm_quantize", "row, no row", normed((0, 128)), ROUNDED)
+    yield Call("rms_norm_quantize", "row, slices", normed((3, 11, 72), sliced=8, residual=False), ROUNDED)
+    yield Call("rms_norm_quantize", "row, odd slices", normed((33, 129), sliced=1, residual=False), ROUNDED)
+    kinds = {"norm": "mul+1 cast", "dtype": FP32, "weight": FP32}
+    yield Call("rms_norm_quantize", "row, fp32", normed((9, 520), **kinds), ROUNDED)
+    for shape in ((9, 4096), (33, 100), (1, 7)):
+        yield Call("rms_norm_quantize", f"tensor, {list(shape)}", normed(shape, "tensor"), ROUNDED)
+    big = normed((8193, 2048), "tensor", residual=False)
+    yield Call("rms_norm_quantize", "tensor, more than a chip holds", big, ROUNDED)
+    for count in (0, 1, 3):
+        made = normed((9, 100 if count == 1 else 1024), "static", scales=count, residual=count > 0)
+        yield Call("rms_norm_quantize", f"static, {count} scales", made, ROUNDED)
+    yield Call("rms_norm_quantize", "mx", normed((9, 96), "mx"), ROUNDED)
+    yield Call("rms_norm_quantize", "mx, one row of 4 096", normed((1, 4096), "mx"), ROUNDED)
+
+
+def _act_mul_quantize() -> Iterator[Call]:
+    def gated(
+        rows: int, cols: int, granularity: str = "row", act: str = "silu", *, scales: int = 0, dtype: torch.dtype = BF16,
+        halves: bool = True,
+    ) -> Callable[[Maker], Args]:  # fmt: skip
+        def make(m: Maker) -> Args:
+            pair = m.randn(rows, 2 * cols, dtype=dtype).chunk(2, -1) if halves else [
+                m.randn(rows, cols, dtype=dtype) for _ in range(2)]  # fmt: skip
+            programs = ("rceil", "") if granularity == "mx" else ("", TORCHAO_PROGRAM) if granularity == "static" else (
+                TORCHAO_SCALE, TORCHAO_PROGRAM)  # fmt: skip
+            return *pair, act, granularity, *programs, E4, [m.rand() * 0.02 for _ in range(scales)]
+
+        return make
+
+    for cols in (64, 100, 3072, 16384, 20001):
+        yield Call("act_mul_quantize", f"row, {cols} columns, halves of a buffer", gated(9, cols), ROUNDED)
+    yield Call("act_mul_quantize", "row, one row", gated(1, 33, halves=False), ROUNDED)
+    yield Call("act_mul_quantize", "row, no row", gated(0, 128), ROUNDED)
+    yield Call("act_mul_quantize", "row, tanh", gated(9, 136, act="gelu_tanh"), ROUNDED)
+    yield Call("act_mul_quantize", "row, erf, fp32", gated(9, 136, act="gelu", dtype=FP32), ROUNDED)
+    yield Call("act_mul_quantize", "tensor", gated(9, 3072, "tensor"), ROUNDED)
+    yield Call("act_mul_quantize", "tensor, tails", gated(33, 101, "tensor"), ROUNDED)
+    yield Call("act_mul_quantize", "tensor, more than a chip holds", gated(8193, 2048, "tensor"), ROUNDED)
+    yield Call("act_mul_quantize", "static", gated(9, 100, "static", scales=1), ROUNDED)
+    yield Call("act_mul_quantize", "static, two scales", gated(9, 1024, "static", scales=2), ROUNDED)
+    yield Call("act_mul_quantize", "mx", gated(9, 96, "mx"), ROUNDED)
+
+
+def calls() -> Iterator[Call]:
+    yield from _fp8_downcast()
+    yield from _fp8_quantize()
+    yield from _mxfp8_quantize()
+    yield from _rms_norm_quantize()
+    yield from _act_mul_quantize()
