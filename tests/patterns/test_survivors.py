@@ -136,10 +136,8 @@ def test_two_versions_of_one_buffer_do_not_have_each_others_rows() -> None:
         halves = [torch.select_scatter(b, put(b.select(0, i), x, s), 0, i) for i, x in enumerate((k, v))]
         return [half.float() * 2 for half in halves]
 
-    given = cache(2, 64, 2, 64), rows(), rows(), SLOTS
-    check("downcast_fp8", store, *given, count=1)  # the other would be written over old rows that are still read
-    found, _ = run_compiled(store, given, rules={"downcast_fp8": "always"})
-    assert_all_same_bytes(found, run_copies(store, given))
+    # The first of the two would be written over old rows that are still to be read.
+    check("downcast_fp8", store, cache(2, 64, 2, 64), rows(), rows(), SLOTS, count=1)
 
 
 @pytest.mark.parametrize("what", ["scale", "slots", "both"])
