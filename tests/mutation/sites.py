@@ -188,12 +188,12 @@ class _Switches(ast.NodeTransformer):
         if not self.returns:
             return node
         matters = "false" if isinstance(node.op, ast.And) else "true"
-        plain = [copy.deepcopy(each) for each in node.values]
+        plain = [copy.deepcopy(each) for each in node.values]  # without switches: one mutant is active at a time
         sites = [self._site(each, "without", matters) for each in node.values]
         found: ast.expr = ast.BoolOp(node.op, [self._seen(site, self.visit(each)) for site, each in zip(sites, node.values)])
         for index, site in enumerate(sites):
             rest = plain[:index] + plain[index + 1 :]
-            found = self._either(site, rest[0] if len(rest) == 1 else ast.BoolOp(node.op, copy.deepcopy(rest)), found)
+            found = self._either(site, rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest), found)
         return found
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
