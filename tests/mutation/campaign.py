@@ -260,10 +260,10 @@ class Campaign:
         return found
 
     def _stands(self, known: Result, tests: list[str]) -> bool:
-        """Whether a result of another run holds: the test that killed is still there, or there are no more tests."""
+        """Whether a result of another run holds: the test that killed is still there, or all tests have run and are the same."""
         if known.status in ("killed", "golden", "hung"):
             return known.by.partition(" (")[0] in self.items
-        return known.status == "survived" and known.of == len(tests) and known.ran > 0
+        return known.status == "survived" and known.of == len(tests) == known.ran
 
     def _mutant(self, name: str, tests: list[str], send: Send) -> None:
         self.options.fresh(name)

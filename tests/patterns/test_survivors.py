@@ -945,3 +945,211 @@ def test_rows_of_experts_are_combined_as_eager_does(name: str) -> None:
     assert found.differs == []
     counts = [graph.counts().get("moe_combine", 0) for graph in found.graphs]
     assert sum(counts) or name not in ("weights", "hidden", "selected", "places_by_scatter", "places_by_sorting")
+
+
+# ---- chains ----------------------------------------------------------------------------------------------------------
+
+SCALE, DOUBLE = torch.tensor([[0.37]]), torch.tensor([[0.37]], dtype=torch.float64)
+
+CHAINS: dict[str, tuple[Callable[..., Any], int]] = {
+    "through_float64": (lambda x, s: (x.double() * 0.3).to(E4), 0),
+    "promoted_to_float64": (lambda x, s: (x * s.double()).to(E4), 0),
+    "rounded_from_float64": (lambda x, s: ((x.double() * 0.3).float() * s).to(E4), 1),
+    "through_integers": (lambda x, s: (x.float() * s).int().float().to(E4), 0),
+    "of_integers": (lambda x, s: (x.int().float() * s).to(E4), 1),
+    "scale_over_x": (lambda x, s: (s / x.float()).to(E4), 0),
+    "number_over_x": (lambda x, s: (0.3 / x.float()).to(E4), 1),
+    "five_scales": (lambda x, s: (x.float() * s / (s + 1) * (s + 2) / (s + 3) * (s + 4)).to(E4), 1),
+    "plus_a_number": (lambda x, s: (x.float() * s + 1.0).to(E4), 0),
+    "scale_of_columns": (lambda x, s: (x.float() * x[:1].float()).to(E4), 0),
+    "scale_of_elements": (lambda x, s: (x.float() * x.float()).to(E4), 0),
+    "bound_in_a_tensor": (lambda x, s: torch.minimum(x.float() * s, s * 9).to(E4), 1),
+    "narrowed_twice": (lambda x, s: ((x.float() * s).bfloat16().float() * 3).to(E4), 1),
+}
+
+
+@pytest.mark.parametrize("name", list(CHAINS))
+def test_chains_in_other_dtypes_and_orders(name: str) -> None:
+    fn, count = CHAINS[name]
+    check("fp8_downcast", fn, square() * 9 + 0.5, SCALE, count=count)
+
+
+@pytest.mark.parametrize("end", ["scaled", "viewed", "converted"])
+def test_values_of_a_chain_that_are_read_too(end: str) -> None:
+    def other(x: Any, s: Any) -> Any:
+        y = x.float() * s
+        y = {"scaled": lambda: y, "viewed": lambda: y.view(-1), "converted": lambda: y.bfloat16()}[end]()
+        return y.to(E4), y
+
+    found = check("fp8_downcast", other, square(), SCALE, count=0)
+    assert any("has a second user" in reason for reason in reasons(found, "fp8_downcast"))
+
+
+def test_a_narrowed_input_that_is_read_too() -> None:
+    def other(x: Any, s: Any) -> Any:
+        narrow = x.bfloat16()
+        return (narrow.float() * s).to(E4), narrow
+
+    check("fp8_downcast", other, torch.randn(32, 32), SCALE, count=1)
+
+
+def test_a_bound_that_is_nan() -> None:
+    fn = lambda x, s: (x.float() * s).clamp(max=float("nan")).to(E4)  # noqa: E731
+    refused("fp8_downcast", fn, square(), SCALE, reason="a bound or scale is NaN")
+
+
+def test_a_scale_that_is_a_symbolic_number() -> None:
+    found = check("fp8_downcast", lambda x: (x.float() * x.shape[0]).to(E4), square(), count=0, dynamic=True)
+    assert "scale is a symbolic number" in reasons(found, "fp8_downcast")
+
+
+@pytest.mark.parametrize("way", ["columns", "other_rows", "float64"])
+def test_maxima_that_have_the_shape_of_a_row_scale(way: str) -> None:
+    """Of a square x: a number a row, but not of that row; or of the row, in another way than the kernel's."""
+
+    def other(x: Any) -> Any:
+        s = {
+            "columns": lambda: x.abs().amax(0).unsqueeze(-1).float() / 448.0,
+            "other_rows": lambda: x.view(8, 4, 32).abs().amax(-1, keepdim=True).view(32, 1).float() / 448.0,
+            "float64": lambda: (x.abs().amax(-1, keepdim=True).double() / 448.0).float(),
+        }[way]()
+        return scaled(x, s)
+
+    found = check("fp8_quantize", other, square() * 9, count=0)
+    kernels = "a step of the scale is not one the kernel computes"
+    assert (kernels if way == "float64" else "amax granularity") in reasons(found, "fp8_quantize")
+
+
+# ---- stores of each sequence's rows ------------------------------------------------------------------------------------
+
+
+def positions(count: int = N) -> torch.Tensor:
+    return torch.arange(count) * 2
+
+
+def bf16_cache(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def a_mask() -> torch.Tensor:
+    mask = torch.zeros(2 * N, dtype=torch.bool)
+    mask[positions()] = True
+    return mask
+
+
+SEQUENCES: dict[str, tuple[Callable[..., Any], Any, str]] = {
+    "taken": (lambda c, k, at: c.index_copy_(2, at, k), positions(), ""),
+    "taken_by_index": (lambda c, k, at: torch.ops.aten.index_put_(c, [None, None, at], k), positions(), ""),
+    "by_a_mask": (lambda c, k, at: torch.ops.aten.index_put_(c, [None, None, at], k), a_mask(), "index layout"),
+    "of_two_dimensions": (
+        lambda c, k, at: torch.ops.aten.index_put_(c, [None, None, at.view(2, 4)], k.reshape(N, N, 2, 4, N)), positions(),
+        "index layout",
+    ),
+    "added": (lambda c, k, at: torch.ops.aten.index_put_(c, [None, None, at], k, True), positions(), "the store accumulates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SEQUENCES))
+def test_rows_of_each_sequence(name: str) -> None:
+    make, at, reason = SEQUENCES[name]
+
+    def store(x: Any, y: Any, cos: Any, sin: Any, c: Any, at: Any) -> Any:
+        q, k = rotated(x, cos, sin), rotated(y, cos, sin)
+        make(c, k, at)
+        return q
+
+    given = heads(), heads(), table(1, 1, N, N), table(1, 1, N, N), bf16_cache(N, N, 2 * N, N), at
+    if reason:
+        refused("qk_norm_rope_store", store, *given, reason=reason)
+    else:
+        check("qk_norm_rope_store", store, *given, count=1)
+
+
+@pytest.mark.parametrize("shape", [(1, N, N, N), (N, 1, N, N), (N, N, 1, N), (N, N, N)], ids=str)
+def test_rows_that_would_be_repeated_in_a_cache_of_sequences(shape: tuple[int, ...]) -> None:
+    y = heads(*shape) if len(shape) == 4 else heads(1, *shape)[0]
+    at = positions()
+
+    def store(x: Any, y: Any, cos: Any, sin: Any, c: Any, at: Any) -> Any:
+        q, k = rotated(x, cos, sin), rotated(y, cos[0, :, : shape[-2]], sin[0, :, : shape[-2]])
+        torch.ops.aten.index_put_(c, [None, None, at], k)
+        return q
+
+    given = heads(), y, table(1, 1, N, N), table(1, 1, N, N), bf16_cache(N, N, 2 * N, N), at
+    refused("qk_norm_rope_store", store, *given, reason="the stored rows broadcast")
+
+
+def test_rows_of_a_cache_made_in_the_graph() -> None:
+    def store(x: Any, y: Any, cos: Any, sin: Any, c: Any, at: Any) -> Any:
+        q, k = rotated(x, cos, sin), rotated(y, cos, sin)
+        return q, torch.ops.aten.index_put(c + 1, [None, None, at], k) * 2
+
+    given = heads(), heads(), table(1, 1, N, N), table(1, 1, N, N), bf16_cache(N, N, 2 * N, N), positions()
+    refused("qk_norm_rope_store", store, *given, reason="the cache is not a graph input")
+
+
+def test_rows_of_a_cache_whose_columns_are_apart() -> None:
+    def store(x: Any, y: Any, cos: Any, sin: Any, c: Any, at: Any) -> Any:
+        q, k = rotated(x, cos, sin), rotated(y, cos, sin)
+        c.index_copy_(2, at, k)
+        return q
+
+    apart = bf16_cache(N, N, N, 2 * N).transpose(2, 3)
+    given = heads(), heads(), table(1, 1, N, N), table(1, 1, N, N), apart, positions()
+    refused("qk_norm_rope_store", store, *given, reason="cache layout")
+
+
+def test_a_cache_whose_rows_are_not_contiguous() -> None:
+    def store(k: Any, kc: Any, s: Any) -> None:
+        kc[s] = quantise(k)
+
+    refused("downcast_fp8", store, rows(), cache(64, 64, 2).transpose(1, 2), SLOTS, reason="cache layout")
+
+
+# ---- more norms and rotations ------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_integers() -> None:
+    refused(
+        "rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS_OF_SQUARES)), square().float(), torch.arange(32),
+        reason="norm weight",
+    )  # fmt: skip
+
+
+def test_a_norm_of_a_vector() -> None:
+    check("rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS_OF_SQUARES)), square()[0], WEIGHT, count=0)
+
+
+def test_a_residual_in_bf16_of_what_is_fp32() -> None:
+    def other(x: Any, r: Any, w: Any) -> Any:
+        total = x + r
+        return *quantise_rows(norm(total, w, MEANS_OF_SQUARES)), total * 2
+
+    check("rms_norm_quantize", other, square().float(), square(1), WEIGHT.float(), count=1)
+
+
+def test_one_and_a_weight_added_in_bf16() -> None:
+    def gemma(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + w)).to(BF16))
+
+    found = inductor_ext.verify(gemma, square(), WEIGHT / 700, rules={"rms_norm_quantize": "always"}, end_to_end=False)
+    assert found.differs == []
+
+
+def test_a_rotation_of_what_was_rounded() -> None:
+    fn = lambda x, cos, sin: rotated(x.bfloat16(), cos, sin)  # noqa: E731
+    check("qk_norm_rope", fn, heads(dtype=torch.float32), table(1, 1, N, N), table(1, 1, N, N), count=1)
+
+
+def test_a_rotation_by_one_number() -> None:
+    check("qk_norm_rope", lambda x, cos: x * cos + turn_half(x) * 0.5, heads(), table(1, 1, N, N), count=0)
+
+
+def test_heads_of_a_symbolic_number_of_columns() -> None:
+    def other(x: Any, cos: Any, sin: Any) -> Any:
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+    given = heads(2, 3, 5, 16), table(1, 1, 5, 16), table(1, 1, 5, 16)
+    check("qk_norm_rope", other, *given, count=0, dynamic=True)
