@@ -260,7 +260,7 @@ class Campaign:
         return found
 
     def _stands(self, known: Result, tests: list[str]) -> bool:
-        """Whether a result of another run holds: the test that killed is still there, or all tests have run and are the same."""
+        """Whether a result of another run holds: the test that killed is still there, or all of as many have run."""
         if known.status in ("killed", "golden", "hung"):
             return known.by.partition(" (")[0] in self.items
         return known.status == "survived" and known.of == len(tests) == known.ran

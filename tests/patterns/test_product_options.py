@@ -90,3 +90,19 @@ def test_b_is_static_only_where_a_kernel_of_this_graph_lies_between(rule: str, m
     (line,) = [line for line in graph.after.splitlines() if f"inductor_ext.{op}." in line]
     found = re.search(r"torch.bfloat16, (?:True|False), (True|False), ", line)
     assert found is not None and found[1] == str(made == "a")
+
+
+@pytest.mark.parametrize("made", ["a", "nothing"])
+def test_weights_of_projections_are_static_only_where_a_kernel_lies_between(made: str) -> None:
+    example = registry.rule_named("scaled_mm_rope").matches[0]
+
+    def program(x: Any, s: Any, *rest: Any) -> Any:
+        return example.fn(quantise(x, s) if made == "a" else x, s, *rest)
+
+    def inputs() -> tuple[Any, ...]:
+        a, *rest = example.inputs("cuda")
+        return torch.empty_like(a, dtype=BF16) if made == "a" else a, *rest
+
+    (graph,) = explained(program, inputs, **example.modes("scaled_mm_rope")).graphs
+    (line,) = [line for line in graph.after.splitlines() if "inductor_ext.scaled_mm_rope." in line]
+    assert re.search(r"(True|False), (True|False), ", line.rpartition("torch.bfloat16, ")[2])[2] == str(made == "a")  # type: ignore[index]

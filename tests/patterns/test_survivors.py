@@ -1106,6 +1106,37 @@ def test_a_cache_whose_rows_are_not_contiguous() -> None:
     refused("downcast_fp8", store, rows(), cache(64, 64, 2).transpose(1, 2), SLOTS, reason="cache layout")
 
 
+@pytest.mark.parametrize("least", [-20, 0])
+def test_slots_of_k_that_count_from_the_end(least: int) -> None:
+    def store(x: Any, y: Any, cos: Any, sin: Any, c: Any, at: Any) -> Any:
+        q, k = rotated(x, cos, sin), rotated(y, cos, sin)
+        c[at + least] = k.transpose(1, 2).reshape(-1, N, N)
+        return q
+
+    tables = table(1, 1, N, N), table(1, 1, N, N)
+    given = heads(2, N, N, N), heads(2, N, N, N), *tables, bf16_cache(40, N, N), torch.arange(2 * N)
+    check("qk_norm_rope_store", store, *given, count=1)
+
+
+@pytest.mark.parametrize("spelling", ["cast", "mul"])
+def test_eps_of_a_norm_that_is_stored(spelling: str) -> None:
+    """Rows so small that eps decides."""
+
+    def store(x: Any, y: Any, cos: Any, sin: Any, w: Any, c: Any, at: Any) -> Any:
+        def normed(x: Any) -> Any:
+            h = x.float()
+            n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-4)
+            return w * n.to(x.dtype) if spelling == "cast" else (n * w.float()).to(x.dtype)
+
+        q, k = rotated(normed(x), cos, sin), rotated(normed(y), cos, sin)
+        c[at] = k.transpose(1, 2).reshape(-1, N, N)
+        return q
+
+    x, y = (heads(2, N, N, N) * 1e-3 for _ in "qk")
+    given = x, y, table(1, 1, N, N), table(1, 1, N, N), WEIGHT[:N], bf16_cache(40, N, N), torch.arange(2 * N)
+    check("qk_norm_rope_store", store, *given, count=1)
+
+
 # ---- more norms and rotations ------------------------------------------------------------------------------------------
 
 
