@@ -40,7 +40,7 @@ class Settings:
         "INDUCTOR_EXT_PREFILL_ONLY",
         "every sequence starts with an empty KV cache and nothing reads the cache afterwards, says the user: it is not written",
     )
-    checks: bool = _option(False, "INDUCTOR_EXT_CHECKS", "kernels check index ranges and raise (one host sync a call)")
+    checks: bool = _option(False, "INDUCTOR_EXT_CHECKS", "kernels check that slots lie in the cache, and raise (one host sync a call); on a CPU they always do")
     build: BuildMode = _option(  # noqa: RUF009 (a dataclasses.field)
         "compile",
         "INDUCTOR_EXT_BUILD",

@@ -171,10 +171,11 @@ def replace(match: Match) -> None:
 def _erase_with_users(node: Node) -> None:
     for user in list(node.users):
         _erase_with_users(user)
-    above = node.all_input_nodes
-    node.graph.erase_node(node)
-    for each in above:
-        erase_dead(each)
+    if not node._erased:  # with the last of its users
+        above = node.all_input_nodes
+        node.graph.erase_node(node)
+        for each in above:
+            erase_dead(each)
 
 
 def _assert_empty(graph: Graph, before: Node, data: _Data) -> None:

@@ -137,7 +137,7 @@ def _downcast_fp8(wrap: bool) -> Callable[[str], Args]:
         loc = _locs(device, tokens)
         if wrap:  # the same rows from the end; -1 is before the first, and what was past the end stays there
             loc = torch.where(loc < SLOTS, loc - SLOTS, loc)
-        return k, v, *caches, scale, scale, loc, STATIC, STATIC, E4, 1, 0, wrap
+        return k, v, *caches, scale, scale, loc, STATIC, STATIC, E4, 1, 0, wrap, False
 
     return make
 

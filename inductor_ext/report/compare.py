@@ -7,8 +7,11 @@ nodes behind it make of that beside what they made before: a difference there is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Node
 
 from inductor_ext import torch_compat
+from inductor_ext.calls import calls
 from inductor_ext.graph import copy_of
 from inductor_ext.report.explain import cloned
 
@@ -99,7 +103,7 @@ def rewrites(before: GraphModule, after: GraphModule, inputs: Any) -> Iterator[t
     known = _values(before, needed, inputs)
     interpreter = torch_compat.EagerInterpreter(after)
     made: dict[str, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _unwritten_is_nan():
         for node in after.graph.nodes:
             if node in new or node in edges:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: made[n.name] if n in new else known[n.name])
@@ -109,9 +113,17 @@ def rewrites(before: GraphModule, after: GraphModule, inputs: Any) -> Iterator[t
                 if node in new:
                     made[node.name] = value
                     continue
-                for was, now in zip(pytree.tree_leaves(known[node.name]), pytree.tree_leaves(value), strict=True):
+                for was, now in zip(_used(node, known[node.name]), _used(node, value), strict=True):
                     if isinstance(was, torch.Tensor):
                         yield node.name, was, now
+
+
+def _used(node: Node, value: Any) -> list[Any]:
+    """What of a node's value anything reads: attention also gives the state of a random generator, for instance."""
+    if not isinstance(value, (tuple, list)) or node.op == "output":
+        return pytree.tree_leaves(value)
+    items = {user.args[1] for user in node.users if calls(user, operator.getitem)}
+    return [each for index, each in enumerate(value) if index in items]
 
 
 def _changes(old: dict[str, Node], after: Graph) -> tuple[set[Node], set[Node]]:
@@ -137,9 +149,22 @@ def _values(module: GraphModule, needed: set[str], inputs: Any) -> dict[str, Any
                 known[n.name] = cloned(value) if any(_writes(user) for user in n.users) else value
             return value
 
-    with torch.no_grad():
+    with torch.no_grad(), _unwritten_is_nan():
         Recorder(module).run(*cloned(list(inputs)))
     return known
+
+
+@contextlib.contextmanager
+def _unwritten_is_nan() -> Iterator[None]:
+    """Memory that an operator does not write, as a grouped product's rows of no group, is alike in all versions."""
+    known = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # operators that are not deterministic say so
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(known[0], warn_only=known[1])
 
 
 def _writes(node: Node) -> bool:

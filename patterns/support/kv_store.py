@@ -119,12 +119,14 @@ def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node
     failure = _wrong(half, value)
     if failure is not None:
         return failure
-    if len(cast.users) > 1 or (value is not cast and len(value.users) > 1):
-        other = [user for user in cast.users if user is not scatter and user is not value]
-        return Failure(
-            cast, "the stored FP8 rows have a second user", "the store alone", describe(other[0] if other else value)
-        )
-    return half
+    below = scatter
+    while True:
+        other = next((user for user in value.users if user is not below), None)
+        if other is not None:
+            return Failure(cast, "the stored FP8 rows have a second user", "the store alone", describe(other))
+        if value is cast:
+            return half
+        value, below = value.args[0], value
 
 
 def _store(scatter: Node) -> Store | Failure | None:

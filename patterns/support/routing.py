@@ -51,7 +51,7 @@ def row_mask(node: Node) -> RowMask | None:
         return None
     condition, true, false = node.args
     shape, given = value_of(node).shape, value_of(condition).shape
-    if not isinstance(condition, Node) or len(shape) != len(given) or not known_equal(given[-1], 1):
+    if not isinstance(condition, Node) or not given or len(shape) != len(given) or not known_equal(given[-1], 1):
         return None
     if not same_sizes(given[:-1], shape[:-1]):
         return None

@@ -59,6 +59,7 @@ FUNCTIONS: dict[str, Function] = {
     "alpha": lambda x, y: torch.add(x * y, _turned(x) * y, alpha=2),
     "stored": lambda x, y: _stored(x, y),
     "stored_fp8": lambda x, y: _stored((x / 2).to(E4).view(torch.uint8), y),
+    "where": lambda x, y: (torch.where(x > y, x, 0), x.nan_to_num(), torch.where(x.sum() > 1, x, y)),
     "masked": lambda x, y: torch.where(x > y, x, 0).sum(-2),
     "joined": lambda x, y: torch.cat((x @ y.mT, y @ x.mT), -1),
     "attention": lambda x, y: torch.nn.functional.scaled_dot_product_attention(x, y, y),

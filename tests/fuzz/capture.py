@@ -1,0 +1,181 @@
+"""The post-grad graph of a program before the rules, after every rule that changed it, and after all of Inductor's passes.
+
+The whole of `compile_graph` runs but for code generation; Dynamo too only where a program asks for dynamic sizes. What
+Inductor calls the compiled graph is then a run of one of these versions, node by node, so that AOTAutograd's own handling of
+mutated and aliased inputs is around it as in a real run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch.utils._pytree as pytree
+
+from inductor_ext import passes, registry, settings, torch_compat
+from inductor_ext.backend import compile_graph
+from inductor_ext.graph import aten, copy_of, is_call, is_view, value_of
+from inductor_ext.report.events import GraphReport
+from inductor_ext.report.explain import cloned, compiled_with, run_passes
+from tests.fuzz.program import Loaded
+
+FINAL = "Inductor's passes after the rules"
+
+
+@dataclasses.dataclass
+class Version:
+    """One graph after ``rule``: "" before the first, `FINAL` after what Inductor does behind the rules (reinplacing)."""
+
+    rule: str
+    graph: torch.fx.GraphModule
+
+
+@dataclasses.dataclass
+class Ran:
+    """What one version did: its outputs, and the tensors it was given as it left them."""
+
+    outputs: list[torch.Tensor]
+    inputs: list[torch.Tensor]
+    error: str = ""
+
+
+@dataclasses.dataclass
+class Captured:
+    """One graph's versions, in order, and what the rules did."""
+
+    versions: list[Version]
+    report: GraphReport
+    runs: list[list[Ran]] = dataclasses.field(default_factory=list)  # one list (of all versions) for each time it was called
+
+
+class _Plain(torch.nn.Module):
+    """A function as a module with a flat tuple of tensors for outputs, which is all that Inductor needs."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any) -> tuple[Any, ...]:
+        return tuple(tensors(self.fn(*args)))
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Around any number of captures: a rule's exception is raised, and nothing is logged a graph."""
+    registry.ops(), registry.rules(), registry.define_lowerings()
+    torch_compat.trace_scaled_mm_v2()
+    loggers = [logging.getLogger(name) for name in ("torch", "inductor_ext")]
+    raising, levels = passes.RAISE, [logger.level for logger in loggers]
+    try:
+        passes.RAISE = True
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        passes.RAISE = raising
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def capture(program: Loaded, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], list[Captured]]:
+    """Compile ``program`` as far as its graphs, and give what runs all of their versions when it is called."""
+    found: list[Captured] = []
+    versions: list[Version] = []
+    reports: list[GraphReport] = []
+
+    def observe(rule: str, graph: torch.fx.Graph) -> None:
+        versions.append(Version(rule, torch.fx.GraphModule(graph.owning_module or {}, copy_of(graph))))
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any, **keywords: Any) -> Callable[..., Any]:
+        versions.clear()
+        run_passes(gm, example_inputs, **keywords)
+        graph = Captured([*versions, Version(FINAL, gm)], reports[-1])
+        found.append(graph)
+
+        def run(given: list[Any]) -> Any:
+            if len(graph.versions) > 2:
+                graph.runs.append([_run(version.graph, cloned(list(given))) for version in graph.versions[:-1]])
+            result, last = _run_last(graph.versions[-1].graph, given)
+            if graph.runs:
+                graph.runs[-1].append(last)
+            return result
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    chosen = settings.current(rules=dict(program.rules), build="defer", **dict(program.options))
+    if program.dynamic:
+        torch._dynamo.reset()
+        with compiled_with(chosen, program.fn, reports.append, inner_compile=inner, observer=observe, dynamic=True) as run:
+            pass
+        return run, found
+    with _without_caches():
+        made = compile_graph(
+            _Plain(program.fn),  # type: ignore[arg-type]
+            inputs,
+            chosen,
+            on_report=reports.append,
+            observer=observe,
+            inner_compile=inner,
+            inductor_options={"fx_graph_cache": False, "fx_graph_remote_cache": False},
+        )
+    return made, found
+
+
+@contextlib.contextmanager
+def _without_caches() -> Iterator[None]:
+    with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+        yield
+
+
+def _run(graph: torch.fx.GraphModule, given: Any) -> Ran:
+    try:
+        return _run_last(graph, given)[1]
+    except (RuntimeError, IndexError, ValueError) as error:
+        return Ran([], [], f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+def _run_last(graph: torch.fx.GraphModule, given: Any) -> tuple[Any, Ran]:
+    with torch.no_grad(), _nan_for_memory_not_written():
+        outputs = torch_compat.EagerInterpreter(graph).run(*given)
+    return outputs, Ran([_as_made(*each) for each in zip(_outputs(graph), outputs) if each[1] is not None], tensors(given))
+
+
+@contextlib.contextmanager
+def _nan_for_memory_not_written() -> Iterator[None]:
+    """A grouped product leaves the rows of no group as they were; they are NaN then in every version, and seen if read."""
+    kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+
+
+def _outputs(graph: torch.fx.GraphModule) -> list[Any]:
+    return list(graph.graph.output_node().args[0])
+
+
+def _as_made(node: Any, value: Any) -> Any:
+    """``value`` in the dtype that it was computed in: distances between bytes of floats would mean nothing."""
+    while is_view(node):
+        source = node.args[0]
+        if is_call(node, aten.view.dtype) and isinstance(value, torch.Tensor) and value.dim():
+            dtype = value_of(source).dtype
+            whole = value.shape[-1] * value.element_size() % dtype.itemsize == 0
+            return value.contiguous().view(dtype) if whole and value.numel() and not dtype.is_complex else value
+        node = source
+    return value

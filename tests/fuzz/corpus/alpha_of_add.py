@@ -1,0 +1,31 @@
+"""the alpha= of eps' addition is not read"""
+
+import torch
+
+from tests.fuzz.values import E4
+
+#: Still wrong.
+XFAIL = True
+
+
+def inputs():
+    x = torch.randn(32, 256).bfloat16()
+    w = torch.rand(256).bfloat16() + 0.5
+    return (
+        x,
+        w,
+    )
+
+
+def f(x, w):
+    h = x.float()
+    m = torch.add(h.pow(2).mean(-1, keepdim=True), 0.5, alpha=2)
+    y = (h * torch.rsqrt(m) * w).to(x.dtype)
+    a = y.abs().amax(-1, keepdim=True)
+    s = (a / 448.0).float()
+    z = (y.float() / s).clamp(-448.0, 448.0)
+    o = z.to(E4)
+    return (
+        o,
+        s,
+    )

@@ -1,0 +1,32 @@
+"""1 + w is rounded to bf16 in eager, and taken in fp32"""
+
+import torch
+
+from tests.fuzz.values import E4
+
+#: Still wrong.
+XFAIL = True
+
+
+def inputs():
+    x = torch.randn(32, 256).bfloat16()
+    w = (torch.randn(256) * 0.3).bfloat16()
+    return (
+        x,
+        w,
+    )
+
+
+def f(x, w):
+    h = x.float()
+    v = 1.0 + w
+    n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    y = (n * v).to(x.dtype)
+    a = y.abs().amax(-1, keepdim=True)
+    s = (a / 448.0).float()
+    z = (y.float() / s).clamp(-448.0, 448.0)
+    o = z.to(E4)
+    return (
+        o,
+        s,
+    )
