@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import os
 import re
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
 
     import pytest
 
-    from tests.mutation.campaign import Campaign, Options, State
+    from tests.mutation.campaign import TEST_LIMIT, Campaign, Options, State
 
     source_digest = registry.source_digest()
 
@@ -149,9 +150,13 @@ def main(arguments: Sequence[str]) -> int:
         changed=lambda: insertions.changed if probe.active in insertions.known else None,
     )
     # Kept in memory, what a test prints is each process's own.
-    given = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys", "--timeout=120"]
+    given = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys", f"--timeout={TEST_LIMIT}"]
     given += ["-k", options.select, *options.tests]
+    given_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     status = pytest.main(given, plugins=[Campaign(probe, plan)])
+    made_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # by tests/conftest.py, for all processes
+    if made_cache is not None and made_cache != given_cache:
+        shutil.rmtree(made_cache, ignore_errors=True)
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return int(status)
     results = {name: state.results[name] for name in chosen if name in state.results}

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import sys
 import time
@@ -129,7 +128,6 @@ class Campaign:
         finally:
             if self.options.out:
                 self.options.state.write(self.options.out)
-            shutil.rmtree(os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.devnull), ignore_errors=True)
         return True
 
     # ---- recording --------------------------------------------------------------------------------------------------
@@ -289,9 +287,9 @@ def _result(messages: list[dict[str, Any]], of: int) -> Result:
     if ends and ends[-1]["failed"] is not None:
         phase = "" if ends[-1]["failed"] == "call" else f" ({ends[-1]['failed']})"
         return Result("golden" if ends[-1]["golden"] else "killed", ends[-1]["test"] + phase, len(ends), of, seconds)
-    if len(begins) > len(ends):
-        return Result("hung", begins[-1], len(begins), of, seconds)
-    if messages and messages[-1].get("changed") == 0:
+    if not messages or "changed" not in messages[-1]:
+        return Result("hung", begins[-1] if begins else "its beginning", len(begins), of, seconds)
+    if messages[-1]["changed"] == 0:
         return Result("absent", "", len(ends), of, seconds)
     return Result("survived", "", len(ends), of, seconds)
 

@@ -187,6 +187,8 @@ class _Switches(ast.NodeTransformer):
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         if not self.returns:
             return node
+        if any(isinstance(each, ast.Constant) and isinstance(each.value, str) for each in node.values):
+            return self.generic_visit(node)  # what is said, not what is asked
         matters = "false" if isinstance(node.op, ast.And) else "true"
         plain = [copy.deepcopy(each) for each in node.values]  # without switches: one mutant is active at a time
         sites = [self._site(each, "without", matters) for each in node.values]

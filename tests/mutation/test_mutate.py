@@ -78,6 +78,11 @@ def test_ids_do_not_depend_on_lines_and_are_unique() -> None:
     assert ids == [site.id for site in found.sites] and len(set(ids)) == len(ids)
 
 
+def test_words_are_no_guards() -> None:
+    source = "def f(x):\n    said = x or 'nothing'\n    return said\n"
+    assert not instrument(source, "a.py").sites
+
+
 def test_examples_are_no_guards() -> None:
     source = "def f(x):\n    return x and 1\n\n# ---- examples ---\n\ndef g(x):\n    return x and 1\n"
     assert {site.id.split()[1] for site in instrument(source, "a.py").sites} == {"f:"}
