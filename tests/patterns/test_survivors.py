@@ -740,6 +740,7 @@ NEARLY_AMAX: dict[str, Callable[..., Any]] = {
     "of_halves": lambda x, y: x.view(32, 2, 16).abs().amax(-1, keepdim=True).expand(32, 2, 16).reshape(32, 32).float(),
     "of_pairs_of_rows": lambda x, y: x.view(16, 64).abs().amax(-1, keepdim=True).float().repeat_interleave(2, 0),
     "mean": lambda x, y: x.abs().mean(-1, keepdim=True).float(),
+    "constant_tensor_over_it": lambda x, y: torch.full((), 4.0) / x.abs().amax(-1, keepdim=True).float(),
 }
 
 
@@ -775,6 +776,14 @@ SPELLED_AMAX: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", list(SPELLED_AMAX))
 def test_maxima_of_rows_and_of_all(name: str) -> None:
     check("fp8_quantize", lambda x: scaled(x, SPELLED_AMAX[name](x)), square() * 9, count=1)
+
+
+def test_maxima_of_the_rows_of_a_transposed_tensor() -> None:
+    def turned(x: Any) -> Any:
+        y = x.t()
+        return scaled(y, y.abs().amax(-1, keepdim=True).float() / 448.0)
+
+    check("fp8_quantize", turned, square().t(), count=1)
 
 
 # ---- the same chain twice --------------------------------------------------------------------------------------------
