@@ -967,6 +967,8 @@ CHAINS: dict[str, tuple[Callable[..., Any], int]] = {
     "through_integers": (lambda x, s: (x.float() * s).int().float().to(E4), 0),
     "of_integers": (lambda x, s: (x.int().float() * s).to(E4), 1),
     "scale_over_x": (lambda x, s: (s / x.float()).to(E4), 0),
+    "scale_over_a_column": (lambda x, s: (s / x[:, :1].float()).to(E4), 0),
+    "scale_over_columns": (lambda x, s: (x[:1].float() / x[:, :1].float()).to(E4), 0),
     "number_over_x": (lambda x, s: (0.3 / x.float()).to(E4), 1),
     "five_scales": (lambda x, s: (x.float() * s / (s + 1) * (s + 2) / (s + 3) * (s + 4)).to(E4), 1),
     "plus_a_number": (lambda x, s: (x.float() * s + 1.0).to(E4), 0),
