@@ -17,7 +17,8 @@ import torch
 from inductor_ext import jit, registry, settings, torch_compat
 from inductor_ext.errors import StrictError
 from inductor_ext.report import store
-from inductor_ext.report.events import GraphReport
+from inductor_ext.report.events import GraphReport, Refusal
+from inductor_ext.report.shown import line
 from inductor_ext.settings import Settings
 
 log = logging.getLogger("inductor_ext")
@@ -81,10 +82,10 @@ def compile_graph(
     session = _Session(chosen, on_report)
     patches.update(inductor_options or {})
     previous = torch_compat.previous_post_grad_pass(patches)
-    patches["post_grad_custom_post_pass"] = RewritePass(chosen, previous, session.compiled, observer)
+    patches["post_grad_custom_post_pass"] = rewrite = RewritePass(chosen, previous, session.compiled, observer)
     before = store.snapshot()
     compiled = compile_fx(gm, example_inputs, inner_compile=inner_compile or compile_fx_inner, config_patches=patches)
-    session.finish(store.replayed(before))
+    session.finish(store.replayed(before, rewrite.report_keys))
     return cast(Callable[..., Any], compiled)
 
 
@@ -100,12 +101,8 @@ class _Session:
         self.reports.append(report)
         self._tell(report)
 
-    def finish(self, counted: list[GraphReport]) -> None:
-        known = [report.before for report in self.reports]
-        for report in counted:
-            if report.before in known:
-                known.remove(report.before)
-                continue
+    def finish(self, replayed: list[GraphReport]) -> None:
+        for report in replayed:
             self.reports.append(report)
             self._tell(report)
             self._load_kernels(report)
@@ -115,8 +112,7 @@ class _Session:
     def _tell(self, report: GraphReport) -> None:
         log.info("%s", report.summary())
         for refusal in report.refusals:
-            log.debug("%s: %s left alone: %s (wanted %s, found %s) %s", refusal.rule, refusal.node, refusal.reason,
-                      refusal.wanted, refusal.found, refusal.source)  # fmt: skip
+            log.debug("%s", line(f"{refusal.rule}: {_told(refusal)}"))
         _trace_artifact(report)
         if self.on_report:
             self.on_report(report)
@@ -131,7 +127,7 @@ class _Session:
         missing = [rule for rule, mode in self.chosen.rules.items() if mode != "off" and rule not in matched]
         if missing:
             misses = [miss for report in self.reports for miss in report.refusals if miss.rule in missing]
-            lines = [f"  {m.rule} at {m.node}: {m.reason}; wanted {m.wanted}, found {m.found} {m.source}" for m in misses]
+            lines = [line(f"  {miss.rule}: {_told(miss)}") for miss in misses]
             detail = "\n".join(lines) or "  no near miss either: the graph holds nothing like it"
             raise StrictError(f"strict=True: {', '.join(missing)} matched nothing in this graph\n{detail}")
 
@@ -145,6 +141,10 @@ def _split_options(mode: str | None, options: Any) -> tuple[dict[str, Any], dict
     own = {name: given.pop(name) for name in list(given) if name in OwnOptions}
     patches.update(given)
     return patches, own
+
+
+def _told(refusal: Refusal) -> str:
+    return f"{refusal.node} left alone: {refusal.reason} (wanted {refusal.wanted}, found {refusal.found}) {refusal.source}"
 
 
 def _trace_artifact(report: GraphReport) -> None:

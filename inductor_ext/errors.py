@@ -24,12 +24,16 @@ class ToolchainError(InductorExtError):
 
 
 class BuildError(InductorExtError):
-    """A kernel did not compile. ``first_error`` is the compiler's first error line, ``log`` the path of its full output."""
+    """A kernel did not compile. ``first_error`` is the compiler's first error line, ``log`` the path of its full output.
 
-    def __init__(self, message: str, *, first_error: str = "", log: str = "") -> None:
+    ``transient``: the same may work in a minute (a full disk, no memory, a time limit, a signal), so it is not remembered.
+    """
+
+    def __init__(self, message: str, *, first_error: str = "", log: str = "", transient: bool = False) -> None:
         super().__init__(message)
         self.first_error = first_error
         self.log = log
+        self.transient = transient
 
 
 class KernelUnavailable(InductorExtError):

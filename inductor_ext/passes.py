@@ -68,7 +68,7 @@ class RewritePass(_Base):
         self.on_report = on_report
         self.observer = observer
         self._report: GraphReport | None = None  # of the graph that is being compiled
-        self._report_key = ""
+        self.report_keys: list[str] = []  # of the reports of this pass, under which they are counted
         self._warned: set[tuple[str, str]] = set()
 
     def uuid(self) -> Any:
@@ -102,7 +102,8 @@ class RewritePass(_Base):
         report.after = graphs.text_of(graph)
         report.kernels = [spec.to_dict() for spec, module in kernels.items() if not isinstance(module, Exception)]
         report.seconds = time.perf_counter() - started
-        self._report, self._report_key = report, store.publish(report)
+        self._report = report
+        self.report_keys.append(store.publish(report))
         if self.on_report:
             self.on_report(report)
 
@@ -131,7 +132,7 @@ class RewritePass(_Base):
             self._report.autotuned.append(line)
             if kernel is not None and kernel.to_dict() not in self._report.kernels:
                 self._report.kernels.append(kernel.to_dict())
-            self._report_key = store.amend(self._report_key, self._report)
+            self.report_keys[-1] = store.amend(self.report_keys[-1], self._report)
 
     def _mode(self, rule: Rule) -> RuleMode:
         return self.settings.rules.get(rule.name, "auto")

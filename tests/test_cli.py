@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 import inductor_ext
 from inductor_ext import registry
 from inductor_ext.cli import app
-from inductor_ext.jit import Check
+from inductor_ext.jit import Check, KernelCache
 
 MODEL = """
 import torch
@@ -221,6 +221,52 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no kernels in" in invoke("cache", "list").stdout
     assert json.loads(invoke("cache", "list", "--json").stdout) == []
     assert "deleted 0 kernels" in invoke("cache", "clear").stdout
+
+
+EVIL = "\x1b]0;t\x07[red]x[/red]"
+
+
+def test_cache_clear_deletes_nothing_in_a_folder_that_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_CACHE_DIR", str(tmp_path))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "precious.log").write_text("")
+    said = invoke("cache", "clear", code=1).stderr
+    assert "INDUCTOR_EXT_CACHE_DIR: wanted a kernel cache" in said and "logs/precious.log" in said
+    assert (tmp_path / "logs" / "precious.log").exists()
+
+
+def test_cache_clear_names_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_CACHE_DIR", str(tmp_path / EVIL))
+    KernelCache(tmp_path / EVIL).make_writable()
+    (tmp_path / EVIL / EVIL.replace("/", "-")).write_text("")
+    shown = invoke("cache", "clear").stdout
+    assert "left alone" in shown and "\\x1b]0;t\\x07[red]x[-red]" in shown and "\x1b" not in shown
+
+
+def test_build_refuses_a_folder_that_holds_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho V1.2.3\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("INDUCTOR_EXT_NVCC", str(nvcc))
+    (tmp_path / "out" / "kernels").mkdir(parents=True)
+    (tmp_path / "out" / "kernels" / "gemm.cu").write_text("precious")
+    said = invoke("build", "fp8_downcast", "--arch", "sm_90a", "--out", str(tmp_path / "out"), code=1).stderr
+    assert said.count("holds kernels/gemm.cu and no file INDUCTOR_EXT") == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["kernels", "gemm.cu"]
+
+
+@pytest.mark.parametrize("command", [("cache", "list"), ("cache", "clear"), ("doctor",)])
+def test_paths_are_shown_not_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_CACHE_DIR", str(tmp_path / EVIL))
+    result = CliRunner().invoke(app, list(command))
+    assert "\x1b" not in result.output and "\x07" not in result.output
+    assert "\\x1b]0;t\\x07[red]x[/red]" in result.output.replace("\n", "").replace("│", "").replace(" ", "")
+
+
+def test_errors_are_shown_not_obeyed(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_EXT_RULES", f"{EVIL}=off")
+    said = invoke("explain", f"{script.name}:case", code=1).stderr
+    assert "\x1b" not in said and "[red]x[/red]" in said
 
 
 # ---- bench and clangd ------------------------------------------------------------------------------------------------

@@ -8,20 +8,15 @@ from typing import Any
 
 from inductor_ext.bench.chart import COLOURS, bars
 from inductor_ext.bench.tables import notes, tables
+from inductor_ext.report import html
 
 WIDTH, ROW, NAMES, LABELS = 1100, 34, 190, 330  # pixels: the drawing, a bar's row, left of the bars, right of them
 
 
 def page(result: Mapping[str, Any]) -> str:
-    import jinja2
-
-    import inductor_ext.report
-
-    folders = [Path(__file__).parent, Path(inductor_ext.report.__file__).parent]  # the style is the report's
-    loader = jinja2.FileSystemLoader(folders)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = bars(result)
-    return environment.get_template("page.html.j2").render(
+    folders = Path(__file__).parent, Path(html.__file__).parent  # the style is the report's
+    found: str = html.environment(*folders).get_template("page.html.j2").render(
         result=result,
         notes=notes(result),
         sections=tables(result),
@@ -31,6 +26,7 @@ def page(result: Mapping[str, Any]) -> str:
         height=ROW * len(shown),
         names=NAMES,
     )
+    return found
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

@@ -18,6 +18,7 @@ from inductor_ext.bench.workload import Workload, parse_lengths
 from inductor_ext.cli.common import parse_rules, stdout, table
 from inductor_ext.cli.demo import stages
 from inductor_ext.errors import SettingError
+from inductor_ext.report.shown import shown as spelt_out
 
 #: Texts and tokens a text of a step, by device: a GPU gets what the results in benchmarks/results were made with.
 BATCH, LENGTH = {"cuda": 14, "cpu": 4}, {"cuda": 512, "cpu": 64}
@@ -95,7 +96,7 @@ def model(
         page.write(result, html)
     _show(console, result)
     for path in filter(None, (json_path, png, html)):
-        console.print(Text(f"Written: {path}"), soft_wrap=True)
+        console.print(Text(f"Written: {spelt_out(path)}"), soft_wrap=True)
     if any(side["error"] for side in result["sides"]):
         raise typer.Exit(1)
 
@@ -133,4 +134,4 @@ def _show(console: Any, result: tables.Result) -> None:
         console.print(Text(note, style="yellow"), soft_wrap=True)
     for side in result["sides"]:
         if side["error"]:
-            console.print(Text.assemble((f"{side['name']} failed: ", "bold red"), side["error"]), soft_wrap=True)
+            console.print(Text.assemble((f"{side['name']} failed: ", "bold red"), spelt_out(side["error"])), soft_wrap=True)

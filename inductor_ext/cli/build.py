@@ -12,6 +12,7 @@ from inductor_ext import jit, registry, settings
 from inductor_ext.cli.common import op_named, stderr, stdout
 from inductor_ext.errors import BuildError, SettingError
 from inductor_ext.op import Op
+from inductor_ext.report.shown import line, shown
 
 
 def build(
@@ -42,9 +43,9 @@ def build(
     for error in failures.values():
         first = error.first_error if isinstance(error, BuildError) else ""
         detail = f"\n  {first}" if first not in str(error) else ""
-        console.print(Text.assemble(("error: ", "bold red"), f"{error}{detail}"), soft_wrap=True)
+        console.print(Text.assemble(("error: ", "bold red"), shown(f"{error}{detail}")), soft_wrap=True)
     built = sum(not isinstance(result, Exception) for result in results.values())
-    stdout().print(f"{built} of {len(results)} kernels are in {directory}", soft_wrap=True)
+    stdout().print(f"{built} of {len(results)} kernels are in {line(directory)}", soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from inductor_ext import registry, settings
 from inductor_ext.errors import InductorExtError, SettingError
+from inductor_ext.report.shown import shown
 from inductor_ext.report.text import WIDTH
 
 
@@ -26,20 +27,23 @@ class Group(TyperGroup):
             own = getattr(error, "inner_exception", error)  # torch.compile wraps what a backend raises
             if not isinstance(own, InductorExtError):
                 raise
-            stderr().print(Text.assemble(("error: ", "bold red"), str(own)), soft_wrap=True)
+            stderr().print(Text.assemble(("error: ", "bold red"), shown(own)), soft_wrap=True)
             raise typer.Exit(1) from None
 
 
 def stdout() -> Console:
-    """A console made when it is used, so that a redirected stdout is honoured; off a terminal it is wide."""
-    console = Console(highlight=False)
+    """A console made when it is used, so that a redirected stdout is honoured; off a terminal it is wide.
+
+    No text is markup: ``[red]`` in a path or a model's name is shown as it is.
+    """
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH
     return console
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

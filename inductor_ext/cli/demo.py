@@ -20,6 +20,7 @@ from inductor_ext.cli.common import stdout, table
 from inductor_ext.demo import Result
 from inductor_ext.report import html as report_html
 from inductor_ext.report.html import Section, verification_section
+from inductor_ext.report.shown import line
 
 TableData = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
@@ -67,7 +68,7 @@ def demo(
         console.print(CPU_NOTE, style="yellow")
     if json_path:
         json_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    console.print(Text.assemble("Report: ", (str(path), "bold")), soft_wrap=True)
+    console.print(Text.assemble("Report: ", (line(path), "bold")), soft_wrap=True)
     if not result.ok:
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from inductor_ext import jit
 from inductor_ext.cli.common import JsonOption, print_json, stdout, table
+from inductor_ext.report.shown import shown
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "yellow")}
 
@@ -24,11 +25,11 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"ok": not broken, "summary": verdict, "checks": [dataclasses.asdict(check) for check in checks]})
     else:
-        shown = table("", "check", "found", "to fix")
+        rows = table("", "check", "found", "to fix")
         for check in checks:
             mark, style = _MARKS[check.ok]
-            shown.add_row(Text(mark, style), Text(check.name), Text(check.found), Text(check.fix))
-        stdout().print(shown)
+            rows.add_row(Text(mark, style), *(Text(shown(each)) for each in (check.name, check.found, check.fix)))
+        stdout().print(rows)
         stdout().print(verdict, style="bold", soft_wrap=True)
     if broken:
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ import typer
 import inductor_ext
 from inductor_ext.cli.common import JsonOption, parse_rules, print_json, stderr, stdout
 from inductor_ext.cli.target import load
+from inductor_ext.report.shown import line
 
 
 def explain(
@@ -50,6 +51,6 @@ def explain(
             console.print(verification)
     if html:
         extra = [report_html.verification_section(verification)] if verification else None
-        stderr().print(f"report: {report_html.write(explanation, html, extra)}", soft_wrap=True)
+        stderr().print(f"report: {line(report_html.write(explanation, html, extra))}", soft_wrap=True)
     if verification and not verification.ok:
         raise typer.Exit(1)

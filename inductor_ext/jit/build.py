@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import logging
 import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from inductor_ext.errors import BuildError
-from inductor_ext.jit import headers
-from inductor_ext.jit.cache import BINARY, Entry, KernelCache
-from inductor_ext.jit.files import is_disk_full
+from inductor_ext.jit import binary, headers, process
+from inductor_ext.jit.cache import Entry, KernelCache
+from inductor_ext.jit.files import is_disk_full, read_regular, write_atomically
+from inductor_ext.jit.ours import BINARY, SOURCE
+from inductor_ext.jit.record import BINARY_LIMIT, Record
 from inductor_ext.jit.spec import JitSpec
 from inductor_ext.jit.toolchain import BASE_FLAGS, Toolchain
+from inductor_ext.report.shown import line, shown
 from inductor_ext.settings import Settings
 
 logger = logging.getLogger("inductor_ext.jit")
 
-_TRIES = 3  # when sources are edited while they compile
+_TRIES = 3  # when sources are edited, or the cache is deleted, while they compile
+_EDITED = "its sources changed"
 # collect2 only repeats that ld failed: what it could not find stands a line before
 _ERROR = re.compile(
     r"^(?!collect2).*(\berror\b\s*(#\S+)?\s*:|\bfatal\s*:|undefined reference|ld: cannot find"
@@ -40,8 +43,19 @@ _ERROR = re.compile(
     re.IGNORECASE,
 )
 
-_running: set[subprocess.Popen[str]] = set()
-_running_lock = threading.Lock()
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_KILLED = re.compile(r"\bKilled\b|signal 9\b|status 0x9\b")
+# What a compiler says when it was the machine's fault and not the source's: the same may work in a minute.
+_TRANSIENT = re.compile(
+    rf"{_DISK_FULL.pattern}|{_KILLED.pattern}|died due to signal|terminated by signal|out of memory|annot allocate memory"
+    r"|memory exhausted|bad_alloc|Too many open files|Resource temporarily unavailable|Stale file handle|Input/output error"
+    r"|Text file busy",
+    re.IGNORECASE,
+)
+
+
+class CacheFailed(BuildError):
+    """The folder that was built in was at fault, not the kernel or the compiler: another one may do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,53 +65,80 @@ class _Job:
     toolchain: Toolchain
     timeout_s: float
 
-    def failed(self, cause: str, *, output: str = "", command: list[str] | None = None, first: str = "") -> BuildError:
+    def failed(
+        self,
+        cause: str,
+        *,
+        output: str = "",
+        command: list[str] | None = None,
+        first: str = "",
+        transient: bool = False,
+        kind: type[BuildError] = BuildError,
+    ) -> BuildError:
         log = _write_log(self, command or [], output) if output else ""
         message = f"kernel {self.spec.name} ({self.spec.arch}) was not built with {self.toolchain.describe()}: {cause}"
         if log:
             message += f". Full output: {log}"
-        return BuildError(message, first_error=first or cause, log=log)
+        return kind(message, first_error=first or cause, log=log, transient=transient)
 
 
-def build(spec: JitSpec, cache: KernelCache, toolchain: Toolchain, settings: Settings) -> Entry:
-    """Compile and publish. The caller holds the lock of the spec's slot. Raises ``BuildError``."""
+def build(spec: JitSpec, cache: KernelCache, toolchain: Toolchain, settings: Settings) -> tuple[Entry, bytes]:
+    """Compile and publish: the entry and its bytes. The caller holds the lock of the spec's slot. Raises ``BuildError``."""
     job = _Job(spec, cache, toolchain, float(settings.build_timeout_s))
-    try:
-        for _ in range(_TRIES):
-            entry = _build_once(job)
-            if entry is not None:
-                return entry
+    why = _EDITED
+    for _ in range(_TRIES):
+        try:
+            built = _build_once(job)
+        except FileNotFoundError as error:  # somebody deleted the cache, or a part of it, meanwhile
+            why = f"{error.filename or error} was gone"
+            with contextlib.suppress(OSError):
+                cache.make_writable()
+        except OSError as error:
+            cause = _disk_full(cache.root) if is_disk_full(error) else f"{type(error).__name__}: {error}"
+            raise job.failed(cause, transient=True, kind=CacheFailed) from error
+        else:
+            if built is not None:
+                return built
+            why = _EDITED
             logger.info("%s: a source changed while it compiled; compiling again", spec.name)
-    except OSError as error:
-        if is_disk_full(error):
-            raise job.failed(_disk_full(cache.root)) from error
-        raise job.failed(f"{type(error).__name__}: {error}") from error
-    raise job.failed(f"its sources changed {_TRIES} times while it compiled; try again when they rest")
+    kind = BuildError if why == _EDITED else CacheFailed
+    raise job.failed(f"{line(why)} {_TRIES} times while it compiled", transient=True, kind=kind)
 
 
-def _build_once(job: _Job) -> Entry | None:
+def _build_once(job: _Job) -> tuple[Entry, bytes] | None:
     """One compile; None when a source was edited meanwhile. Raises ``BuildError`` and ``OSError``."""
     before = headers.snapshot()
     if not (headers.kernels_root() / job.spec.source).is_file():
         raise job.failed(f"its source {headers.kernels_root() / job.spec.source} does not exist")
     with job.cache.staging(job.spec) as stage:
         staged = stage / "entry"
-        staged.mkdir()
-        (staged / "kernel.cu").write_text(job.spec.translation_unit())
+        staged.mkdir(mode=0o700)
+        (staged / SOURCE).write_text(job.spec.translation_unit(), encoding="utf-8")
         started = time.perf_counter()
         command = _command(job, stage)
         _compile(job, command, stage)
         seconds = time.perf_counter() - started
-        read = headers.parse_depfile((stage / "kernel.d").read_text())
+        read = headers.parse_depfile(os.fsdecode(read_regular(stage / "kernel.d", 64 << 20)))
         hashes, packages = headers.collect((p for p in read if not p.startswith(str(stage))), job.toolchain)
         if any(before.get(name, hashes[name]) != hashes[name] for name in hashes):
             return None
-        _load_test(job, staged / BINARY)
-        made = {"nvcc": job.toolchain.nvcc_version, "host compiler": job.toolchain.host_version, "packages": packages}
-        record = {"made": made, "headers": hashes, "seconds": round(seconds, 2)}
-        entry = job.cache.publish(staged, job.spec, record)
+        code = read_regular(staged / BINARY, BINARY_LIMIT, links=False)
+        digest = hashlib.sha256(code).hexdigest()
+        _load_test(job, code, digest)
+        record = Record(
+            spec=job.spec,
+            nvcc=job.toolchain.nvcc_version,
+            host=job.toolchain.host_version,
+            packages=packages,
+            headers=hashes,
+            seconds=round(seconds, 2),
+            sha256=digest,
+            size=len(code),
+            created=time.time(),
+        )
+        entry = job.cache.publish(staged, record)
         logger.info("built %s in %.1f s: %s", job.spec.describe(), seconds, entry.path)
-        return entry
+        return entry, code if entry.record.sha256 == record.sha256 else entry.code()
 
 
 def _command(job: _Job, stage: Path) -> list[str]:
@@ -108,101 +149,49 @@ def _command(job: _Job, stage: Path) -> list[str]:
     for path in packages:
         command += ["-isystem", str(path)]
     command += ["-MD", "-MF", str(stage / "kernel.d"), *job.spec.flags]
-    return [*command, "-o", str(stage / "entry" / BINARY), str(stage / "entry" / "kernel.cu")]
+    return [*command, "-o", str(stage / "entry" / BINARY), str(stage / "entry" / SOURCE)]
 
 
 def _compile(job: _Job, command: list[str], stage: Path) -> None:
     """Run nvcc. Its intermediate files go to the stage too, so that a killed build leaves nothing elsewhere."""
-    code, output = _run(job, command, stage)
-    binary = stage / "entry" / BINARY
-    if code == 0 and binary.is_file():
-        return
-    first = first_error(output) or f"nvcc ended with status {code} and said nothing"
-    cause = first
-    if "No space left on device" in output or "Disk quota exceeded" in output:
-        cause = f"{first}: {_disk_full(stage)}"
-    elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) or re.search(r"\bKilled\b|signal 9|status 0x9\b", output):
-        cause = f"{first}: the compiler was killed, most often for memory; lower INDUCTOR_EXT_BUILD_JOBS"
-    raise job.failed(cause, output=output or first, command=command, first=first)
-
-
-def _run(job: _Job, command: list[str], stage: Path) -> tuple[int, str]:
-    """(exit status, output). nvcc starts other programs, so it gets a process group that can be stopped as one."""
-    with (stage / "output.txt").open("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=stage,
-            env={**os.environ, "TMPDIR": str(stage), "LC_ALL": "C"},
-            start_new_session=True,
-        )
-        with _running_lock:
-            _running.add(process)
+    with (stage / "output.txt").open("w+", encoding="utf-8", errors="replace") as file:
         try:
-            code = process.wait(job.timeout_s)
-        except subprocess.TimeoutExpired:
-            _stop(process)
-            output.seek(0)
+            code = process.run(command, file, job.timeout_s, cwd=stage, env={**os.environ, "TMPDIR": str(stage), "LC_ALL": "C"})
+        except process.TimedOut:
+            file.seek(0)
             cause = f"nvcc was stopped after {job.timeout_s:g} s (INDUCTOR_EXT_BUILD_TIMEOUT)"
-            raise job.failed(cause, output=output.read() or cause, command=command) from None
-        except BaseException:
-            _stop(process)
-            raise
-        finally:
-            with _running_lock:
-                _running.discard(process)
-        output.seek(0)
-        return code, output.read()
+            raise job.failed(cause, output=file.read() or cause, command=command, transient=True) from None
+        file.seek(0)
+        output = file.read()
+    if code == 0 and (stage / "entry" / BINARY).is_file():
+        return
+    if not (stage / "entry" / SOURCE).is_file():
+        raise FileNotFoundError(errno.ENOENT, "the cache was deleted while it was built into", str(stage))
+    said = first_error(output)
+    first = cause = said or f"nvcc ended with status {code} and said nothing"
+    if _DISK_FULL.search(output):
+        full = f"{first}: {_disk_full(stage)}"
+        raise job.failed(full, output=output, command=command, first=first, transient=True, kind=CacheFailed)
+    if code == 128 + signal.SIGKILL or _KILLED.search(output):
+        cause = f"{first}: the compiler was killed, most often for memory; lower INDUCTOR_EXT_BUILD_JOBS"
+    transient = code > 128 or not said or bool(_TRANSIENT.search(output))
+    raise job.failed(cause, output=output or first, command=command, first=first, transient=transient)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _load_test(job: _Job, binary: Path) -> None:
+def _load_test(job: _Job, code: bytes, digest: str) -> None:
     """Nothing is published that does not load. A machine that only builds may lack the driver."""
     try:
-        load(binary, job.spec)
+        binary.load(code, digest, job.spec)
     except BuildError as error:
         if "libcuda.so" not in error.first_error:
-            raise job.failed(f"it compiled but does not load: {error.first_error}", first=error.first_error) from error
-
-
-def stop_all() -> None:
-    """Stop every compiler that this process started: Ctrl-C reaches Python, not their process groups."""
-    with _running_lock:
-        running = list(_running)
-    for process in running:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def load(binary: Path, spec: JitSpec) -> Any:
-    """The binary as a ``tvm_ffi.Module`` with every export present. Raises ``BuildError``.
-
-    Modules stay loaded for the life of the process: unloading code that CUDA has registered is not safe.
-    """
-    import tvm_ffi  # first: binaries find libtvm_ffi's symbols in the process
-
-    try:
-        module = tvm_ffi.load_module(str(binary))
-        for name, _ in spec.exports:
-            module.get_function(name)
-    except Exception as error:  # tvm_ffi maps errors of dlopen to several classes
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BuildError(f"kernel {spec.name} ({spec.arch}) does not load: {first}", first_error=first) from error
-    return module
+            cause = f"it compiled but does not load: {error.first_error}"
+            raise job.failed(cause, first=error.first_error, transient=error.transient) from error
 
 
 def first_error(output: str) -> str:
     """The compiler's first error line, else its last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "")[:500]
+    lines = [shown(each.strip()) for each in output.splitlines() if each.strip()]
+    return next((each for each in lines if _ERROR.search(each)), lines[-1] if lines else "")[:500]
 
 
 def _disk_full(path: Path) -> str:
@@ -218,11 +207,11 @@ def _write_log(job: _Job, command: list[str], output: str) -> str:
     text = f"# {job.spec.describe()}\n# {job.toolchain.describe()}\n{shlex.join(command)}\n\n{output}"
     path = job.cache.root / "logs" / f"{job.cache.slot(job.spec)}.log"
     with contextlib.suppress(OSError):
-        path.write_text(text)
+        write_atomically(path, text)  # by a rename: what has the log's name, a link or a pipe, is not written through
         return str(path)
     with contextlib.suppress(OSError):
         handle, name = tempfile.mkstemp(prefix=f"inductor_ext-{job.spec.name}-", suffix=".log")
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
         return name
     return ""

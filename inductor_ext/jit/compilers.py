@@ -13,10 +13,13 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from inductor_ext.errors import ToolchainError
-from inductor_ext.jit.files import write_atomically
+from inductor_ext.jit import process
+from inductor_ext.jit.files import Folder, parse_json, read_regular, scratch, write_atomically
+from inductor_ext.jit.ours import is_marked
+from inductor_ext.report.shown import shown
 from inductor_ext.settings import Settings
 
 _PROBE_TIMEOUT_S = 60
@@ -72,17 +75,17 @@ def _ask(*command: str) -> str:
 
     Include variables are left out: they would be listed as the compiler's own directories.
     """
-    import subprocess
-
     env = {k: v for k, v in os.environ.items() if k not in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")}
-    how: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": _PROBE_TIMEOUT_S}
     try:
-        done = subprocess.run(command, env={**env, "LC_ALL": "C"}, **how)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ToolchainError(f"{command[0]} does not run: {error}. To fix: {INSTALL_NVCC}") from error
-    output = done.stdout + done.stderr
-    if done.returncode:
-        raise ToolchainError(f"`{shlex.join(command)}` failed ({done.returncode}): {output.strip()[-300:]}")
+        with scratch() as answer:
+            code = process.run(command, answer, _PROBE_TIMEOUT_S, env={**env, "LC_ALL": "C"})
+            answer.seek(0)
+            output = shown(answer.read())
+    except (OSError, process.TimedOut) as error:
+        why = error if isinstance(error, OSError) else f"it gave no answer in {_PROBE_TIMEOUT_S} s and was stopped"
+        raise ToolchainError(f"{command[0]} does not run: {why}. To fix: {INSTALL_NVCC}") from error
+    if code:
+        raise ToolchainError(f"`{shlex.join(command)}` failed ({code}): {output.strip()[-300:]}")
     return output
 
 
@@ -114,7 +117,8 @@ def _fingerprint(path: Path) -> str:
     stat = real.stat()
     parts.append(f"{real} {stat.st_mtime_ns} {stat.st_size}")
     if stat.st_size < 4096:
-        for word in sorted(set(re.findall(r"/[\w./+-]+", real.read_text(errors="replace")))):
+        script = read_regular(real, 4096).decode(errors="replace")
+        for word in sorted(set(re.findall(r"/[\w./+-]+", script))):
             named = Path(word)
             if named.is_file():
                 parts.append(f"{word} {named.stat().st_mtime_ns}")
@@ -145,14 +149,24 @@ class VersionMemo:
 
     def _read(self) -> dict[str, tuple[str, list[str]]]:
         try:
-            raw = json.loads(self.path.read_text())
-            return {str(k): (str(v[0]), [str(d) for d in v[1]]) for k, v in raw.items()}
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+            with Folder(self.path.parent) as root:
+                raw = parse_json(root.read(self.path.name, 1 << 20))
+        except (OSError, ValueError):
             return {}
+        return {key: (value[0], value[1]) for key, value in raw.items() if _is_answer(value)} if isinstance(raw, dict) else {}
 
     def _write(self, kept: dict[str, tuple[str, list[str]]]) -> None:
         newest = dict(list(kept.items())[-32:])
-        try:  # without the directory nothing is kept: a load creates none
-            write_atomically(self.path, json.dumps(newest, indent=1))
+        try:  # without the directory nothing is kept: a load creates none; nor in a folder that is not a cache
+            with Folder(self.path.parent) as root:
+                if is_marked(root):
+                    write_atomically(self.path, json.dumps(newest, indent=1))
         except OSError:
             return
+
+
+def _is_answer(value: object) -> bool:
+    """[version text, [include directory, …]]."""
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], list):
+        return False
+    return all(isinstance(text, str) for text in (value[0], *value[1]))

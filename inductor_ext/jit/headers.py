@@ -17,11 +17,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inductor_ext.jit.files import read_regular
+
 if TYPE_CHECKING:
     from inductor_ext.jit.toolchain import Toolchain
 
 PACKAGE, TVM_FFI, CUTLASS = "inductor-ext", "apache-tvm-ffi", "nvidia-cutlass"
 _OURS = "kernels:"
+_LARGEST = 256 << 20  # bytes of one header; a damaged record may name anything, /dev/zero or a pipe too
 _SOURCE_SUFFIXES = {".cuh", ".cu", ".h", ".hpp", ".hxx", ".inl", ".cpp"}
 
 
@@ -129,7 +132,7 @@ def changed(hashes: Mapping[str, str], packages: Mapping[str, str], *, shipped_o
         path = root / name.removeprefix(_OURS) if ours else Path(name)
         try:
             found = _sha256(path) if ours else _remembered_sha256(path)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a damaged record names what no file can be called
             if shipped_only and not ours:
                 continue
             return f"built from {name.removeprefix(_OURS)}, which is not here"
@@ -139,7 +142,7 @@ def changed(hashes: Mapping[str, str], packages: Mapping[str, str], *, shipped_o
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(path, _LARGEST)).hexdigest()
 
 
 _foreign: dict[tuple[str, int, int], str] = {}

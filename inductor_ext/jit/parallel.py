@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inductor_ext.errors import BuildError, InductorExtError
-from inductor_ext.jit.build import stop_all
-from inductor_ext.jit.cache import KernelCache
+from inductor_ext.jit.cache import SHIPPED, KernelCache
+from inductor_ext.jit.files import said
 from inductor_ext.jit.loader import build_into, load, try_load
+from inductor_ext.jit.process import stop_all
 from inductor_ext.jit.progress import Counter, Listener, terminal_line
 from inductor_ext.jit.spec import JitSpec
 from inductor_ext.jit.toolchain import find_toolchain
+from inductor_ext.report.shown import line
 from inductor_ext.settings import Settings, current
 
 logger = logging.getLogger("inductor_ext.jit")
@@ -66,7 +68,8 @@ def prebuild(
     """
     settings = settings or current()
     wanted = list(dict.fromkeys(specs))
-    cache = KernelCache(Path(directory).expanduser().absolute())
+    root = Path(directory).expanduser().absolute()
+    cache = KernelCache(root) if root == settings.cache_path() else KernelCache(root, mode=SHIPPED)
 
     def make(spec: JitSpec) -> Path:
         toolchain = find_toolchain(settings)
@@ -74,12 +77,18 @@ def prebuild(
             cache.make_writable()
         except OSError as error:
             raise BuildError(
-                f"the directory {cache.root} cannot be written: {error}", first_error=str(error)
+                f"the directory {line(root)} cannot be used: it {line(said(error))}", first_error=said(error)
             ) from error
-        return build_into(cache, spec, toolchain, settings).binary
+        return build_into(cache, spec, toolchain, settings)[0].binary
 
     results = _in_parallel(wanted, make, settings, on_progress, len(wanted))
-    cache.tidy()
+    if cache.is_ours():
+        cache.tidy()
+        try:
+            cache.write_manifest()
+        except OSError as error:
+            failed = BuildError(f"the manifest of {line(root)} cannot be written: {line(said(error))}", first_error=said(error))
+            return dict.fromkeys(wanted, failed)
     return results
 
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from inductor_ext.settings import ARCH
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-ARCH = re.compile(r"sm_(\d+[af]?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ class JitSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "exports", tuple((str(name), str(expr)) for name, expr in self.exports))
         object.__setattr__(self, "flags", tuple(self.flags))
+        for field in (self.name, self.source, self.arch, *self.flags):
+            if not isinstance(field, str):
+                raise ValueError(f"JitSpec: wanted text for name, source, arch and every flag, found {field!r}")
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"JitSpec.name: wanted letters, digits, '_', '-' and '.', found {self.name!r}")
         path = PurePosixPath(self.source)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from inductor_ext.errors import InductorExtError, SettingError, ToolchainError
 from inductor_ext.jit import compilers, headers
-from inductor_ext.jit.spec import ARCH
+from inductor_ext.jit.files import said
 from inductor_ext.settings import Settings, current
 
 # NDEBUG: CUTLASS asserts inside its barriers, and a kernel that may call __assertfail gets its wgmma serialised (ptxas C7510).
@@ -56,12 +55,9 @@ def current_arch(settings: Settings | None = None) -> str | None:
     """Exact target of the current GPU (``sm_90a``), or ``settings.arch``; None without a GPU.
 
     From compute capability 9.0 on the arch-specific target is taken: wgmma, TMA and tcgen05 need it.
-    Raises ``SettingError`` when ``settings.arch`` is not a target name.
     """
     settings = settings or current()
     if settings.arch:
-        if not ARCH.fullmatch(settings.arch):
-            raise SettingError(f"INDUCTOR_EXT_ARCH: wanted something like sm_90a, found {settings.arch!r}")
         return settings.arch
     import torch
 
@@ -117,10 +113,15 @@ class Check:
 
 def diagnose(settings: Settings | None = None) -> list[Check]:
     """Everything a build or a load depends on, each with what was found and how to fix it. Never raises."""
-    settings = settings or current()
+    results = []
+    try:
+        settings = settings or current()
+    except SettingError as error:  # doctor is for broken machines: a wrong variable must not hide what else is wrong
+        settings = Settings()
+        fix = "correct or unset the variable; the lines below are about the defaults"
+        results.append(Check("settings", False, str(error), fix))
     checks = [_check_nvcc, _check_host, _check_tvm_ffi, _check_cutlass, _check_torch, _check_gpu]
     checks += [_check_cache_dir, _check_free_disk, _check_prebuilt]
-    results = []
     for check in checks:
         try:
             results.append(check(settings))
@@ -180,14 +181,14 @@ def _check_gpu(settings: Settings) -> Check:
 
 
 def _check_cache_dir(settings: Settings) -> Check:
+    from inductor_ext.jit.cache import KernelCache
+
     path = settings.cache_path()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        KernelCache(path).make_writable()
     except OSError as error:
         fix = "set INDUCTOR_EXT_CACHE_DIR to a directory you can write; until then each process builds for itself"
-        return Check("cache directory", False, f"{path}: {error.strerror}", fix)
+        return Check("cache directory", False, f"{path}: {said(error)}", fix)
     return Check("cache directory", True, f"{path}, writable")
 
 
@@ -205,8 +206,12 @@ def _check_prebuilt(settings: Settings) -> Check:
 
     if not settings.prebuilt_dir:
         return Check("prebuilt directory", None, "not set")
-    path = Path(settings.prebuilt_dir).expanduser()
-    entries = KernelCache(path, prebuilt=True).entries()
+    path = settings.prebuilt_path()
+    cache = KernelCache(path, prebuilt=True)
+    if reason := cache.refusal():
+        fix = "make it with `inductor-ext build`; nobody but its owner (you or root) may be able to write there"
+        return Check("prebuilt directory", False, f"{path} {reason}", fix)
+    entries = cache.entries()
     if not entries:
         what = "holds no kernels" if path.is_dir() else "is not a directory"
         return Check("prebuilt directory", False, f"{path} {what}", "make it with `inductor-ext build`")

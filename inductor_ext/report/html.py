@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from inductor_ext import settings
 from inductor_ext.report import text
 from inductor_ext.report.events import GraphReport
+from inductor_ext.report.shown import shown
 
 if TYPE_CHECKING:
     from inductor_ext.report.explain import Explanation
@@ -42,11 +43,7 @@ def write(explanation: Explanation, path: str | Path, extra: Sequence[Section] |
 
 def page(explanation: Explanation, extra: Sequence[Section] = ()) -> str:
     """The HTML text itself."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(_TEMPLATE).render(
+    found: str = environment(Path(__file__).parent).get_template(_TEMPLATE).render(
         explanation=explanation,
         counts=explanation.counts(),
         rewrites=text.rows(explanation.rewrites),
@@ -59,6 +56,19 @@ def page(explanation: Explanation, extra: Sequence[Section] = ()) -> str:
         versions=versions(),
         settings=_settings(),
     )
+    return found
+
+
+def environment(*folders: Path) -> Any:
+    """Templates of ``folders`` in which every value is text: markup is escaped, control characters are spelt out."""
+    import jinja2
+    from markupsafe import Markup
+
+    def text_of(value: Any) -> Any:
+        return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    loader = jinja2.FileSystemLoader(folders)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=text_of)
 
 
 def verification_section(found: Verification) -> Section:

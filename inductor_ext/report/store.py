@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch._dynamo.utils import counters
 
+from inductor_ext.jit.files import make_folder, parse_json, read_regular, said, write_atomically
+from inductor_ext.jit.spec import JitSpec
 from inductor_ext.report.events import GraphReport
+from inductor_ext.report.shown import line
 
 log = logging.getLogger("inductor_ext")
 
 _PREFIX = "inductor_ext.report."
+_LIMIT = 256 << 20  # bytes; the graph of a large model has a few million characters
 
 
 def publish(report: GraphReport) -> str:
@@ -41,7 +44,7 @@ def amend(key: str, report: GraphReport) -> str:
 
 def _keep(report: GraphReport) -> str:
     text = json.dumps(report.to_dict(), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+    digest = _digest(text)
     _write(digest, text)
     counters["inductor"][_PREFIX + digest] += 1
     return _PREFIX + digest
@@ -52,40 +55,48 @@ def snapshot() -> Counter[str]:
     return Counter({key: count for key, count in counters["inductor"].items() if key.startswith(_PREFIX)})
 
 
-def replayed(before: Counter[str]) -> list[GraphReport]:
-    """Reports whose keys were counted since ``before``: of graphs compiled now and of graphs that came from a cache."""
+def replayed(before: Counter[str], made: Iterable[str] = ()) -> list[GraphReport]:
+    """Reports whose keys were counted since ``before`` and not ``made`` by a compile since: those that caches gave back."""
     reports = []
-    for key, count in (snapshot() - before).items():
+    for key, count in (snapshot() - before - Counter(made)).items():
         report = _read(key.removeprefix(_PREFIX))
         if report is not None:
             reports.extend([report] * count)
     return reports
 
 
-def _directory() -> Path:
+def _path(digest: str) -> Path:
+    """Raises ``OSError`` where Inductor's cache cannot be made, ``KeyError`` where torch finds no name for the user."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return Path(cache_dir()) / "inductor_ext" / "reports"
+    return Path(cache_dir()) / "inductor_ext" / "reports" / f"{digest}.json"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _write(digest: str, text: str) -> None:
-    path = _directory() / f"{digest}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError as error:
-        log.warning("the report of this compile is not kept for later cache hits: %s", error)
+        path = _path(digest)
+        make_folder(path.parent, 0o700)
+        write_atomically(path, text)
+    except (OSError, KeyError) as error:
+        log.warning("the report of this compile is not kept for later cache hits: %s", line(error))
 
 
 def _read(digest: str) -> GraphReport | None:
-    path = _directory() / f"{digest}.json"
+    """The report that was kept under ``digest``: what has that digest is what was kept, whoever could write there since."""
     try:
-        report = GraphReport.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        log.warning("the report of a cached graph cannot be read (%s); rewrites are right, explain is incomplete", error)
+        text = read_regular(_path(digest), _LIMIT, links=False).decode()
+        if _digest(text) != digest:
+            raise ValueError("it is not what was written")
+        report = GraphReport.from_dict(parse_json(text.encode()))
+        for kernel in report.kernels:
+            JitSpec.from_dict(kernel)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # one of another version has other fields
+        reason = said(error) if isinstance(error, OSError) else error
+        log.warning("the report of a cached graph cannot be read (%s); rewrites are right, explain is incomplete", line(reason))
         return None
     report.cached = True
     return report

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inductor_ext.report.events import Refusal, Rewrite
+from inductor_ext.report.shown import line, shown
 
 if TYPE_CHECKING:
     from inductor_ext.moe.quantize import MoEReport
@@ -43,7 +44,7 @@ class Row:
     @property
     def where(self) -> str:
         """The first node's name, and how many more there are."""
-        return self.nodes[0] + (f" +{self.count - 1}" if self.count > 1 else "")
+        return line(self.nodes[0]) + (f" +{self.count - 1}" if self.count > 1 else "")
 
 
 def rows(events: Iterable[Rewrite | Refusal]) -> list[Row]:
@@ -66,13 +67,13 @@ def render(report: Any, width: int = WIDTH) -> str:
 
 def renderable(explanation: Explanation) -> RenderableType:
     """A summary line a graph, a table of rewrites, one of near misses, and what to try when nothing was found."""
-    parts: list[RenderableType] = [Text(graph.summary(), "bold") for graph in explanation.graphs]
+    parts: list[RenderableType] = [_text(graph.summary(), "bold") for graph in explanation.graphs]
     if explanation.rewrites:
         parts.append(_rewrites(explanation.rewrites))
     if explanation.refusals:
         parts.append(_near_misses(explanation.refusals))
     if not explanation.rewrites:
-        parts.append(Text("\n".join(["What to try:", *(f"  - {line}" for line in advice(explanation))])))
+        parts.append(_text("\n".join(["What to try:", *(f"  - {each}" for each in advice(explanation))])))
     return Group(*parts)
 
 
@@ -80,8 +81,8 @@ def diff(lines: str) -> Text:
     """A unified diff in colours; print it with ``soft_wrap=True``, so that no line is cut."""
     styles = {"+": "green", "-": "red", "@": "magenta"}
     found = Text()
-    for line in lines.splitlines(keepends=True):
-        found.append(line, styles.get(line[:1], ""))
+    for each in re.split("(?<=\n)", lines):
+        found.append(shown(each), styles.get(each[:1], ""))
     return found
 
 
@@ -108,6 +109,11 @@ def advice(explanation: Explanation) -> list[str]:
     ]
 
 
+def _text(value: object, style: str = "") -> Text:
+    """Every cell and every line goes through here: no character that a user gave is obeyed by a terminal."""
+    return Text(shown(value), style)
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_lines=True)
     for column in columns:
@@ -116,7 +122,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _where(row: Row) -> Text:
-    place = Text(row.event.source or "no source line known")
+    place = Text(line(row.event.source) or "no source line known")
     return place.append(f"\nnode {row.where}", "dim")
 
 
@@ -125,7 +131,7 @@ def _rewrites(events: list[Rewrite]) -> Table:
     for row in rows(events):
         event: Rewrite = row.event
         now = f"{event.kernel}\n{event.detail}" if event.kernel else event.detail
-        table.add_row(str(row.count), Text(event.rule), _where(row), Text(now), Text(event.why))
+        table.add_row(str(row.count), _text(event.rule), _where(row), _text(now), _text(event.why))
     return table
 
 
@@ -133,8 +139,8 @@ def _near_misses(events: list[Refusal]) -> Table:
     table = _table(f"Near misses ({len(events)})", "×", "rule", "where", "reason", "wanted and found")
     for row in rows(events):
         event: Refusal = row.event
-        facts = Text.assemble(("wanted ", "dim"), event.wanted, ("\nfound  ", "dim"), event.found)
-        table.add_row(str(row.count), Text(event.rule), _where(row), Text(event.reason), facts)
+        facts = Text.assemble(("wanted ", "dim"), shown(event.wanted), ("\nfound  ", "dim"), shown(event.found))
+        table.add_row(str(row.count), _text(event.rule), _where(row), _text(event.reason), facts)
     return table
 
 
@@ -143,7 +149,7 @@ def verification(found: Verification) -> RenderableType:
     if found.ok:
         verdict = Text("verify: every rewrite agrees with what it replaced", "bold green")
     elif found.differs:
-        verdict = Text(f"verify: {', '.join(found.differs)} differs from what it replaced", "bold red")
+        verdict = _text(f"verify: {', '.join(found.differs)} differs from what it replaced", "bold red")
     else:
         verdict = Text("verify: each rewrite agrees, but the compiled model is further from eager than stock is", "bold red")
     parts: list[RenderableType] = [verdict]
@@ -178,7 +184,7 @@ def _checks(found: Verification) -> Table:
             f"{check.max_abs:.3g}",
             result,
         )
-        table.add_row(*map(Text, cells), style=None if check.ok else "red")
+        table.add_row(*map(_text, cells), style=None if check.ok else "red")
     return table
 
 
@@ -189,20 +195,20 @@ def quantized_moe(report: MoEReport) -> RenderableType:
     if report.weights:
         sizes = f"{report.bytes_before / 2**20:,.2f} → {report.bytes_after / 2**20:,.2f} MiB"
         summary += f"; relative error {report.error:.3%}, {sizes}"
-    parts: list[RenderableType] = [Text(summary, "bold")]
+    parts: list[RenderableType] = [_text(summary, "bold")]
     if report.weights:
         errors = "relative error", "largest error", "largest weight"
         table = _table("Quantised", "weight", "shape", *errors, "MiB before → after")
         for weight in report.weights:
             sizes = f"{weight.bytes_before / 2**20:,.2f} → {weight.bytes_after / 2**20:,.2f}"
             numbers = f"{weight.error:.3%}", f"{weight.max_error:.3g}", f"{weight.max_weight:.3g}"
-            table.add_row(*map(Text, (weight.name, str(list(weight.shape)), *numbers, sizes)))
+            table.add_row(*map(_text, (line(weight.name), str(list(weight.shape)), *numbers, sizes)))
         table.show_lines = False
         parts.append(table)
     if report.skipped:
         table = _table("Left alone", "weight", "reason", "wanted", "found")
         for skipped in report.skipped:
-            table.add_row(*map(Text, (skipped.name, skipped.reason, skipped.wanted, skipped.found)))
+            table.add_row(*map(_text, (line(skipped.name), skipped.reason, skipped.wanted, skipped.found)))
         table.show_lines = False
         parts.append(table)
     return Group(*parts)

@@ -138,7 +138,8 @@ def _granularity(amax: Node, chain: Chain) -> str | Failure:
         return Failure(amax, "amax granularity", wanted, f"dimensions {dims} of {taken.dim()}")
     if not same_sizes(taken.shape, chain.input_value().shape):
         return Failure(amax, "amax granularity", wanted, f"{list(taken.shape)} scaled as {list(chain.input_value().shape)}")
-    if _permutes(amax.args[0], chain.x) != [view for view in chain.pre_views if is_call(view, aten.permute.default)]:
+    scaled = [view for view in chain.pre_views if is_call(view, aten.permute.default)]
+    if [each.args[1] for each in _permutes(amax.args[0], chain.x)] != [each.args[1] for each in scaled]:
         return Failure(amax, "amax granularity", wanted, "rows of a permuted view of what is scaled")
     return "row"
 

@@ -28,7 +28,7 @@ CHUNK = 50
 #: Seconds for what hypothesis takes back, and compiles for what is left out of the text.
 SHRINK_S, REDUCE = 20.0, 150
 #: How many faults of one rule and kind are minimised, if what was done to their programs differs: they may be two faults.
-EACH = 3
+EACH = 6
 
 #: A fault's rule and kind, and what had been done to the program it was seen in.
 Key = tuple[str, str, str]

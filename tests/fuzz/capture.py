@@ -21,7 +21,9 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import passes, registry, settings, torch_compat
 from inductor_ext.backend import compile_graph
-from inductor_ext.graph import aten, copy_of, is_call, is_view, value_of
+from inductor_ext.calls import aten, is_call
+from inductor_ext.graph import copy_of, value_of
+from inductor_ext.memory import is_view
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.explain import cloned, compiled_with, run_passes
 from tests.fuzz.program import Loaded
@@ -44,6 +46,7 @@ class Ran:
     outputs: list[torch.Tensor]
     inputs: list[torch.Tensor]
     error: str = ""
+    values: list[torch.Tensor] = dataclasses.field(default_factory=list)  # outputs in the dtype that they were computed in
 
 
 @dataclasses.dataclass
@@ -104,11 +107,12 @@ def capture(program: Loaded, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any
         run_passes(gm, example_inputs, **keywords)
         graph = Captured([*versions, Version(FINAL, gm)], reports[-1])
         found.append(graph)
+        made_in = _made_in(graph.versions[0].graph)
 
         def run(given: list[Any]) -> Any:
             if len(graph.versions) > 2:
-                graph.runs.append([_run(version.graph, cloned(list(given))) for version in graph.versions[:-1]])
-            result, last = _run_last(graph.versions[-1].graph, given)
+                graph.runs.append([_run(version.graph, made_in, cloned(list(given))) for version in graph.versions[:-1]])
+            result, last = _run_last(graph.versions[-1].graph, made_in, given)
             if graph.runs:
                 graph.runs[-1].append(last)
             return result
@@ -141,17 +145,18 @@ def _without_caches() -> Iterator[None]:
         yield
 
 
-def _run(graph: torch.fx.GraphModule, given: Any) -> Ran:
+def _run(graph: torch.fx.GraphModule, made_in: list[torch.dtype | None], given: Any) -> Ran:
     try:
-        return _run_last(graph, given)[1]
+        return _run_last(graph, made_in, given)[1]
     except (RuntimeError, IndexError, ValueError) as error:
         return Ran([], [], f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
-def _run_last(graph: torch.fx.GraphModule, given: Any) -> tuple[Any, Ran]:
+def _run_last(graph: torch.fx.GraphModule, made_in: list[torch.dtype | None], given: Any) -> tuple[Any, Ran]:
     with torch.no_grad(), _nan_for_memory_not_written():
         outputs = torch_compat.EagerInterpreter(graph).run(*given)
-    return outputs, Ran([_as_made(*each) for each in zip(_outputs(graph), outputs) if each[1] is not None], tensors(given))
+    values = [_as(dtype, each) for dtype, each in zip(made_in, outputs, strict=True) if isinstance(each, torch.Tensor)]
+    return outputs, Ran(tensors(outputs), tensors(given), values=values)
 
 
 @contextlib.contextmanager
@@ -165,17 +170,20 @@ def _nan_for_memory_not_written() -> Iterator[None]:
         torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
 
 
-def _outputs(graph: torch.fx.GraphModule) -> list[Any]:
-    return list(graph.graph.output_node().args[0])
+def _made_in(graph: torch.fx.GraphModule) -> list[torch.dtype | None]:
+    """For each output that is bytes of something else, its dtype: distances between bytes of floats would mean nothing."""
+    found: list[torch.dtype | None] = []
+    for node in graph.graph.output_node().args[0]:
+        dtype = None
+        while is_view(node):
+            dtype = value_of(node.args[0]).dtype if is_call(node, aten.view.dtype) else dtype
+            node = node.args[0]
+        found.append(dtype)
+    return found
 
 
-def _as_made(node: Any, value: Any) -> Any:
-    """``value`` in the dtype that it was computed in: distances between bytes of floats would mean nothing."""
-    while is_view(node):
-        source = node.args[0]
-        if is_call(node, aten.view.dtype) and isinstance(value, torch.Tensor) and value.dim():
-            dtype = value_of(source).dtype
-            whole = value.shape[-1] * value.element_size() % dtype.itemsize == 0
-            return value.contiguous().view(dtype) if whole and value.numel() and not dtype.is_complex else value
-        node = source
-    return value
+def _as(dtype: torch.dtype | None, value: torch.Tensor) -> torch.Tensor:
+    if dtype is None or dtype.is_complex or not value.dim() or not value.numel():
+        return value
+    whole = value.shape[-1] * value.element_size() % dtype.itemsize == 0
+    return value.contiguous().view(dtype) if whole and value.dtype is not dtype else value

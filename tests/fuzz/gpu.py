@@ -6,6 +6,7 @@ out: what it is drawn from (programs of chains, dtypes, head sizes) is a small s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,14 +23,16 @@ def kernels_of(options: dict[str, Any], graphs: int, families: Sequence[str], mo
     """Collect what the programs of a campaign would call, build up to ``most`` of it, and say what there is."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("device: wanted a CUDA GPU, found none; with --device cpu the references run")
-    wanted: dict[jit.JitSpec, None] = {}
+    asked: dict[str, list[list[jit.JitSpec]]] = {family: [] for family in families}
 
-    def collect(_family: str, _program: Program, outcome: Outcome) -> None:
-        specs = specs_of(outcome)
-        if len(wanted.keys() | set(specs)) <= most:
-            wanted.update(dict.fromkeys(specs))
+    def collect(family: str, _program: Program, outcome: Outcome) -> None:
+        asked[family].append(specs_of(outcome))
 
     Campaign(**{**options, "minimise": False}, dry=True, on_program=collect).run(graphs, families)
+    wanted: dict[jit.JitSpec, None] = {}
+    for specs in (specs for turn in itertools.zip_longest(*asked.values(), fillvalue=[]) for specs in turn):
+        if len(wanted.keys() | set(specs)) <= most:  # families by turns: none takes all kernels
+            wanted.update(dict.fromkeys(specs))
     built = jit.prepare(list(wanted), settings.current())
     failed = {spec: module for spec, module in built.items() if isinstance(module, Exception)}
     for spec, error in failed.items():

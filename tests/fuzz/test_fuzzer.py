@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inductor_ext import registry
-from inductor_ext.graph import aten, is_call
+from inductor_ext.calls import aten, is_call
 from inductor_ext.rule import Match
 from tests.fuzz.campaign import Campaign
 from tests.fuzz.capture import prepared

@@ -200,13 +200,17 @@ def test_what_the_cache_tells_about_itself(lab):
     assert cache.path(entry.key) == entry.path and cache.size > entry.bytes
     with pytest.raises(KeyError):
         cache.path("nothing")
-    assert cache.clear() == 1 and cache.entries() == []
+    assert cache.clear() == (1, []) and cache.entries() == []
 
 
-def test_leftovers_of_killed_builds_go_after_a_day(lab):
-    for name, age in (("old", 25 * 3600), ("young", 3600)):
-        path = lab.cache / "tmp" / name
-        path.mkdir(parents=True)
-        os.utime(path, (time.time() - age,) * 2)
+def test_leftovers_of_killed_builds_go_after_two_days_and_nothing_else_does(lab):
+    cache, day = KernelCache(lab.cache), 24 * 3600
+    cache.make_writable()
+    for name, age in (("old", 3 * day), ("young", day)):
+        with cache.staging(lab.spec(name=name)) as stage:
+            stage = stage.rename(stage.parent / name)  # as if the process had died
+        os.utime(stage, (time.time() - age,) * 2)
+    (lab.cache / "tmp/somebodys").mkdir()
+    os.utime(lab.cache / "tmp/somebodys", (0, 0))
     load(lab.spec(), lab.settings)
-    assert [p.name for p in (lab.cache / "tmp").iterdir()] == ["young"]
+    assert sorted(p.name for p in (lab.cache / "tmp").iterdir()) == ["somebodys", "young"]

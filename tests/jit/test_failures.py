@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import shutil
 import signal
 import tempfile
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from inductor_ext.errors import BuildError
-from inductor_ext.jit import KernelCache, build, forget, headers, load, prebuild, prepare, try_load
+from inductor_ext.jit import KernelCache, build, find_toolchain, forget, headers, load, prebuild, prepare, process, try_load
 
 PROCESSES = 16
 SIXTEEN = f"""
@@ -141,6 +143,184 @@ def test_a_compiler_killed_for_memory_gets_the_advice(lab):
         load(lab.spec(), lab.settings)
 
 
+# ---- what is remembered of a failure -----------------------------------------------------------------------------------------
+
+TRANSIENT = {
+    "killed": "echo 'nvcc error   : cicc died due to signal 9 (Kill signal)'; exit 9",
+    "killed itself": "kill -KILL $$",
+    "crashed": "kill -SEGV $$",
+    "memory": "echo 'virtual memory exhausted: Cannot allocate memory'; exit 1",
+    "out of memory": "echo 'cc1plus: out of memory allocating 65536 bytes'; exit 1",
+    "disk": "echo 'kernel.ii: fatal error: error writing: No space left on device'; exit 1",
+    "quota": "echo 'x: Disk quota exceeded'; exit 1",
+    "descriptors": "echo 'sh: 1: Cannot open x: Too many open files'; exit 1",
+    "silent": "exit 3",
+    "time": "sleep 5",
+}
+
+
+@pytest.mark.parametrize("cause", TRANSIENT)
+def test_a_transient_failure_is_tried_again_at_the_next_call(lab, cause):
+    lab.fake_nvcc(before=TRANSIENT[cause])
+    with pytest.raises(BuildError) as caught:
+        load(lab.spec(), lab.settings.replace(build_timeout_s=1))
+    assert caught.value.transient
+    assert KernelCache(lab.cache).failure_since(lab.spec(), 0.0, "") is None
+    assert list((lab.cache / "failed").iterdir()) == []
+    lab.nvcc.write_text(lab.nvcc.read_text().replace(TRANSIENT[cause], ""))  # sources and versions as before
+    assert load(lab.spec(), lab.settings)["run"]() == 41
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO])
+def test_an_error_of_the_system_is_not_remembered(lab, monkeypatch, number):
+    def fails(*args, **options):
+        raise OSError(number, "no")
+
+    find_toolchain(lab.settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(process.subprocess, "Popen", fails)
+        with pytest.raises(BuildError):
+            load(lab.spec(), lab.settings)
+    assert load(lab.spec(), lab.settings)["run"]() == 41
+
+
+def test_a_failure_is_forgotten_after_an_hour(lab, monkeypatch):
+    lab.fake_nvcc(before="echo 'x.cuh(1): error: expected a thing'; exit 1")
+    clock = time.monotonic
+    for seconds, compiles in ((0, 1), (3000, 1), (4000, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda seconds=seconds: clock() + seconds)
+            with pytest.raises(BuildError, match="expected a thing"):
+                load(lab.spec(), lab.settings)
+        assert lab.compiles() == compiles
+
+
+@pytest.mark.parametrize(("age", "believed"), [(1, True), (3500, True), (3700, False), (-60, False), (float("nan"), False)])
+def test_a_note_is_believed_for_an_hour_and_never_of_the_future(lab, monkeypatch, age, believed):
+    cache, now = KernelCache(lab.cache), time.time()
+    cache.make_writable()
+    monkeypatch.setattr(time, "time", lambda: now - age)
+    cache.note_failure(lab.spec(), {"message": "m", "first_error": "f", "log": "", "state": "s"})
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert (cache.failure_since(lab.spec(), 0.0, "s") is not None) is believed
+    assert cache.failure_since(lab.spec(), 0.0, "another") is None
+
+
+# ---- directories that cannot be used, or go away -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["", "tmp", "locks", "kernels", "failed", "INDUCTOR_EXT"])
+def test_a_cache_that_is_deleted_while_the_process_lives_is_made_again(lab, gone):
+    load(lab.spec(), lab.settings)
+    path = lab.cache / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert load(lab.spec(name="other"), lab.settings)["run"]() == 41
+    assert "other" in {entry.name for entry in KernelCache(lab.cache).entries()}
+
+
+@pytest.mark.parametrize("left", ["kernels", "locks", "logs", "failed", "tmp"])
+def test_what_is_left_of_a_cache_that_was_deleted_meanwhile_is_taken_again(lab, left, caplog):
+    """A process that waits for a lock makes its folder again, so that nothing but this is there afterwards."""
+    load(lab.spec(), lab.settings)
+    for path in lab.cache.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    forget()
+    assert load(lab.spec(), lab.settings)["run"]() == 41
+    assert len(KernelCache(lab.cache).entries()) == 1 and not caplog.records
+
+
+def test_a_cache_that_is_deleted_while_others_wait_for_its_lock_is_whole_again(lab):
+    lab.fake_nvcc(before=f"[ -e {lab.path}/once ] || {{ touch {lab.path}/once; rm -rf {lab.cache}; sleep 0.5; }}")
+    code = "import os; os.umask(0o002)" + SIXTEEN.replace("\n    ", "\n")
+    assert lab.output(code).splitlines()[-1] == str([0] * PROCESSES)
+    assert "cannot be used" not in lab.output('print(load(spec, settings)["run"]())')
+    (entry,) = KernelCache(lab.cache).entries()
+    assert entry.damage() is None
+
+
+@pytest.mark.parametrize("gone", ["cache", "cache/tmp"])
+def test_a_cache_that_is_deleted_while_it_is_built_into_is_made_again(lab, gone):
+    lab.fake_nvcc(before=f"[ -e {lab.path}/once ] || {{ touch {lab.path}/once; rm -rf {lab.path}/{gone}; }}")
+    assert load(lab.spec(), lab.settings)["run"]() == 41
+    assert len(KernelCache(lab.cache).entries()) == 1
+
+
+def test_the_private_cache_too_is_made_again(lab, caplog, monkeypatch):
+    lab.cache.write_text("a file")
+    (lab.path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(lab.path / "temporary"))
+    load(lab.spec(), lab.settings)
+    for path in (lab.path / "temporary").iterdir():
+        shutil.rmtree(path)
+    assert load(lab.spec(name="other"), lab.settings)["run"]() == 41
+    assert [record.levelname for record in caplog.records if record.name == "inductor_ext.jit"] == ["WARNING"]
+
+
+def test_a_disk_that_fills_up_costs_one_warning_and_a_private_build(lab, caplog, monkeypatch):
+    lab.fake_nvcc(before=f'case "$*" in *{lab.cache}*) echo "x: No space left on device"; exit 1;; esac')
+    monkeypatch.setattr(tempfile, "tempdir", str(lab.path))
+    with caplog.at_level(logging.WARNING, "inductor_ext.jit"):
+        assert load(lab.spec(), lab.settings)["run"]() == 41
+        assert load(lab.spec(name="other"), lab.settings)["run"]() == 41
+    (record,) = caplog.records
+    assert str(lab.cache) in record.getMessage() and "No space left on device" in record.getMessage()
+    _nothing_published(lab)
+
+
+def test_the_private_directory_is_private(lab):
+    lab.cache.write_text("a file")
+    (lab.path / "temporary").mkdir()
+    code = """
+        import os
+        os.umask(0)
+        load(spec, settings)
+        print([oct(path.stat().st_mode & 0o777) for path in Path(os.environ["TMPDIR"]).glob("inductor_ext-*")])
+    """
+    assert lab.output(code, env={"TMPDIR": str(lab.path / "temporary")}).splitlines()[-1] == "['0o700']"
+
+
+def test_a_relative_cache_stays_where_it_was_first_used(lab):
+    code = """
+        import os
+        from inductor_ext.settings import current
+        os.environ["INDUCTOR_EXT_CACHE_DIR"] = "relative"
+        chosen = current(nvcc=settings.nvcc)
+        load(spec, chosen)
+        os.mkdir("elsewhere"); os.chdir("elsewhere")
+        from inductor_ext.jit import forget
+        forget()
+        print(try_load(spec, current(nvcc=settings.nvcc))["run"](), current().cache_path() == chosen.cache_path())
+    """
+    assert lab.output(code) == "41 True"
+    assert (lab.path / "relative/kernels").is_dir() and list((lab.path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a name")
+def test_a_user_without_a_home_and_a_name_has_a_cache(lab):
+    for path in [lab.path, *lab.path.parents]:
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o055)
+    (lab.path / "temporary").mkdir()
+    (lab.path / "temporary").chmod(0o1777)
+    lab.path.joinpath("calls").touch()
+    lab.path.joinpath("calls").chmod(0o666)
+    code = """
+        import filelock, os, platformdirs, tvm_ffi  # this Python may be closed to others
+        import rich.console
+        from inductor_ext.jit import build, headers
+        for name in ("inductor-ext", "apache-tvm-ffi", "nvidia-cutlass"): headers.package_version(name)
+        headers.tvm_ffi_includes = lambda: [Path("/nowhere")]
+        headers.cutlass_include = lambda: None
+        del os.environ["HOME"]
+        os.setgid(54321); os.setuid(54321)
+        settings = settings.replace(cache_dir="")
+        print(load(spec, settings)["run"](), settings.cache_path())
+    """
+    wanted = f"41 {lab.path}/temporary/inductor_ext-54321"
+    assert lab.output(code, env={"TMPDIR": str(lab.path / "temporary"), "XDG_CACHE_HOME": ""}) == wanted
+
+
 def test_a_cache_that_cannot_be_written_costs_one_warning_and_a_private_build(lab, caplog):
     lab.cache.write_text("a file where the directory should be; permission bits mean nothing to root\n")
     with caplog.at_level(logging.WARNING, "inductor_ext.jit"):
@@ -207,7 +387,7 @@ def test_the_loser_of_a_race_takes_the_winners_entry(lab, monkeypatch):
     assert load(lab.spec(), lab.settings)["run"]() == 41
     monkeypatch.undo()
     (entry,) = KernelCache(lab.cache).entries()
-    assert entry.record["created"] == winner.record["created"]
+    assert entry.record.created == winner.record.created
 
 
 def test_ctrl_c_during_prepare_stops_the_compilers(lab):

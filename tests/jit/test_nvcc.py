@@ -42,9 +42,9 @@ def test_real_nvcc_for_hopper_and_blackwell(lab):
         assert modules[spec]["answer"](1) == 7
     for entry in KernelCache(lab.cache).entries():
         ours = {"kernels:answer/tiny.cuh", "kernels:include/common.h", "kernels:include/device_only.h"}
-        assert set(entry.record["headers"]) == ours  # the toolkit, libstdc++ and tvm-ffi are covered by versions
-        assert entry.record["made"]["packages"][headers.TVM_FFI] == headers.package_version(headers.TVM_FFI)
-        assert entry.record["made"]["nvcc"] == toolchain.nvcc_version
+        assert set(entry.record.headers) == ours  # the toolkit, libstdc++ and tvm-ffi are covered by versions
+        assert entry.record.packages[headers.TVM_FFI] == headers.package_version(headers.TVM_FFI)
+        assert entry.record.nvcc == toolchain.nvcc_version
     (lab.kernels / "include/device_only.h").write_text("// edited\n")
     forget()
     assert try_load(specs[0], settings) is None

@@ -8,6 +8,7 @@ import pytest
 
 from inductor_ext.errors import SettingError, ToolchainError
 from inductor_ext.jit import (
+    KernelCache,
     build_jobs,
     current_arch,
     diagnose,
@@ -59,7 +60,7 @@ def test_an_nvcc_that_does_not_run_is_reported_with_its_words(lab):
 
 
 def test_versions_are_asked_once_and_again_when_the_compiler_changes(lab):
-    lab.cache.mkdir()
+    KernelCache(lab.cache).make_writable()
     find_toolchain(lab.settings)
     assert "V99.1.1" in (lab.cache / "toolchain.json").read_text()
     lab.fake_nvcc(version=22)
@@ -158,12 +159,14 @@ def test_doctor_reports_every_part_and_never_raises(lab, monkeypatch):
     ]
     assert checks["nvcc"].ok and "99.1.1" in checks["nvcc"].found
     assert checks["cache directory"].ok and str(lab.cache) in checks["cache directory"].found
-    broken = lab.without_compiler.replace(cache_dir=str(lab.nvcc), prebuilt_dir=str(lab.path / "nothing"), arch="bad")
+    broken = lab.without_compiler.replace(cache_dir=str(lab.nvcc), prebuilt_dir=str(lab.path / "nothing"))
     checks = {check.name: check for check in diagnose(broken)}
     assert checks["nvcc"].ok is None and checks["nvcc"].fix
     assert checks["cache directory"].ok is False and "INDUCTOR_EXT_CACHE_DIR" in checks["cache directory"].fix
     assert checks["prebuilt directory"].ok is False
-    assert any(check.ok is False and "sm_90a" in check.found for check in checks.values())
+    monkeypatch.setenv("INDUCTOR_EXT_ARCH", "hopper")
+    first = diagnose()[0]
+    assert first.name == "settings" and first.ok is False and "INDUCTOR_EXT_ARCH: wanted something like sm_90a" in first.found
 
 
 def test_editor_settings_name_every_kernel_and_include(lab):

@@ -4,9 +4,6 @@ import torch
 
 from tests.fuzz.values import E4, codes
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     k = torch.randn(3, 2, 16).bfloat16()

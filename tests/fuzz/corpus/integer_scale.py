@@ -5,9 +5,6 @@ import torch.nn.functional as F
 
 from tests.fuzz.values import E4
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     x = torch.randn(4, 64).bfloat16() * 5

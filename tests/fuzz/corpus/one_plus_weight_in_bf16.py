@@ -4,9 +4,6 @@ import torch
 
 from tests.fuzz.values import E4
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     x = torch.randn(32, 256).bfloat16()

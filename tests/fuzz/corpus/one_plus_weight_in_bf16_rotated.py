@@ -4,9 +4,6 @@ import torch
 
 RULES = {"qk_norm_rope": "always"}
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     q = torch.randn(2, 9, 256).bfloat16()

@@ -4,9 +4,6 @@ import torch
 
 RULES = {"qk_norm_rope": "always", "qk_norm_rope_store": "always"}
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     qkv = torch.randn(2, 6, 128).bfloat16()

@@ -4,9 +4,6 @@ import torch
 
 from tests.fuzz.values import E4, codes
 
-#: Still wrong.
-XFAIL = True
-
 
 def inputs():
     k = torch.randn(5, 2, 8).bfloat16()
