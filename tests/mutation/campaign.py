@@ -240,7 +240,8 @@ class Campaign:
     def _reaching(self) -> dict[str, list[tuple[float, bool, str]]]:
         """(seconds, golden, test) of every mutant that a test may notice.
 
-        Of a module that has changed since (``stale``) a new guard is taken to be reached where another of its function was.
+        Of a module that has changed since (``stale``), a guard that no test of a file was seen to reach, since it may be new, is
+        taken to be reached where another of its function was.
         """
         options = self.options
         wanted, found = set(options.mutants), {}
@@ -249,11 +250,13 @@ class Campaign:
             functions.setdefault(name.partition(": ")[0], []).append(name)
         for entry in options.state.recorded.values():
             now = {name for name, digest in entry["sources"].items() if options.modules.digests.get(name) == digest}
+            known = {site for _, _, seen in entry["tests"].values() for site in seen}
+            maybe_new = {name for name in wanted - known if options.files[name] not in {*now, ""}}
             for test, (seconds, golden, seen) in entry["tests"].items():
                 if test not in self.items:
                     continue
                 near = {name for site in seen for name in functions.get(site.partition(": ")[0], ())}
-                for name in wanted.intersection(seen) | {each for each in near if options.files[each] not in {*now, ""}}:
+                for name in wanted.intersection(seen) | (near & maybe_new):
                     found.setdefault(name, []).append((seconds, golden, test))
         return found
 
