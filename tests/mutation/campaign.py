@@ -240,8 +240,8 @@ class Campaign:
     def _reaching(self) -> dict[str, list[tuple[float, bool, str]]]:
         """(seconds, golden, test) of every mutant that a test may notice.
 
-        Of a module that has changed since (``stale``), a guard that no test of a file was seen to reach may be new, and is taken
-        to be reached where another of its function was.
+        Of a module that has changed since (``stale``), a guard that no test of a file was seen to reach may be new. It is
+        taken to be reached where another of its function was.
         """
         options = self.options
         wanted, found = set(options.mutants), {}
