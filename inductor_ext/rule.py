@@ -106,6 +106,7 @@ class Rule:
     ``environment`` says what else than the graph and the settings its guard asks, such as libraries that are installed: a graph
     that was compiled in another environment is not taken from Inductor's caches. ``drops_writes``: inputs that the graph wrote
     to may be left as they were, since the user has said that nothing reads them; `verify` does not compare those then.
+    ``differs_unread``: a rewrite changes elements that nothing reads; `verify` then looks at the graph's results alone.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Rule:
     tolerance: float = TOLERANCE
     environment: Callable[[], tuple[str, ...]] = tuple
     drops_writes: bool = False
+    differs_unread: bool = False
     matches: tuple[Example, ...] = ()
     near_misses: tuple[Example, ...] = ()
 

@@ -225,6 +225,7 @@ RULE = Rule(
     anchors=anchors,
     guard=guard,
     replace=replace,
+    differs_unread=True,
     matches=(
         Example("around_the_first_matmul", _mlp, _inputs, count=2),
         Example("whole_layer", _whole, _inputs, count=2, before=(("moe_combine", "always"),)),  # which takes the third mask

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import inductor_ext
 from inductor_ext import registry
 from inductor_ext.report.explain import Explanation, cloned
-from inductor_ext.report.verify import TOLERANCE, Verification
+from inductor_ext.report.verify import Verification
 from inductor_ext.rule import Example, Rule
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
@@ -37,6 +37,8 @@ def _examples(kind: str) -> list[Any]:
 MATCHES, NEAR_MISSES = _examples("matches"), _examples("near_misses")
 #: Inductor's own code for the rest of such a graph need not give eager's bytes: rsqrt and silu are its own.
 WITH_PRODUCER = {"norm_forced", "three_users_of_one_norm"}
+#: Of ‖a - b‖ / ‖b‖ of a whole compiled graph: Inductor's code for the rest keeps fp32 where eager mode rounds to bf16.
+COMPILED = 1e-2
 #: What is replaced rounds once more than the op.
 ROUNDED_TWICE = {"fp8_rows", "fp8_rows_by_128"}
 
@@ -122,7 +124,7 @@ def test_compiled_match_gives_the_result_of_eager(rule: Rule, example: Example) 
         return
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert float((a.double() - b.double()).norm()) <= TOLERANCE * float(b.double().norm())
+        assert float((a.double() - b.double()).norm()) <= COMPILED * float(b.double().norm())
 
 
 @pytest.mark.parametrize(("rule", "example"), MATCHES)

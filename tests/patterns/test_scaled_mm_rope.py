@@ -18,7 +18,6 @@ from inductor_ext.kernels.scaled_mm_rope import op as scaled_mm_rope
 from inductor_ext.kernels.scaled_mm_rope.op import DEFAULT, EXACT, HEAD_DIM
 from inductor_ext.patterns.qk_norm_rope import _rope
 from inductor_ext.report.explain import Explanation
-from inductor_ext.rule import TOLERANCE
 from tests.patterns.test_scaled_mm_model import Linear, needs_rowwise
 from tests.support import scaled_tables as tables
 from tests.support.compiled import Recorder, run_compiled
@@ -137,7 +136,7 @@ def test_the_compiled_model_is_that_of_two_launches() -> None:
     (stock, _), _ = run_compiled(run, (tokens,), rules=dict.fromkeys([rule.name for rule in registry.rules()], "off"))
     eager = run(tokens).float()
     distance = [float((each.float() - eager).norm() / eager.norm()) for each in (found, stock)]
-    assert distance[0] <= 2 * distance[1] + TOLERANCE, distance
+    assert distance[0] <= 2 * distance[1] + 1e-2, distance
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------------
