@@ -1,0 +1,211 @@
+"""What is nearly RMSNorm before a quantisation: refused, or values as near as the rule promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import inductor_ext
+from tests.support.nearly import BF16, WEIGHT, check, quantise_rows, reasons, refused, square
+
+# ---- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+def norm(x: Any, w: Any, mean: Callable[[Any], Any], eps: float = 1e-6) -> Any:
+    h = x.float()
+    return w * (h * torch.rsqrt(mean(h) + eps)).to(x.dtype)
+
+
+#: What is nearly the mean of a row's squares; of a square x, so that shapes tell nothing.
+MEANS: dict[str, Callable[[Any], Any]] = {
+    "of_columns": lambda h: h.pow(2).mean(0, keepdim=True),
+    "without_keepdim": lambda h: h.pow(2).mean(-1),
+    "of_all": lambda h: h.pow(2).mean((0, 1), keepdim=True),
+    "of_cubes": lambda h: h.pow(3).mean(-1, keepdim=True),
+    "of_another": lambda h: (h + 1).pow(2).mean(-1, keepdim=True),
+    "of_products": lambda h: (h * h.t()).mean(-1, keepdim=True),
+    "of_products_with_another": lambda h: (h.t() * h).mean(-1, keepdim=True),
+    "of_absolute_values": lambda h: h.abs().mean(-1, keepdim=True),
+    "sum": lambda h: h.pow(2).sum(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("mean", list(MEANS))
+def test_what_is_nearly_a_mean_of_squares_is_no_norm(mean: str, dtype: torch.dtype) -> None:
+    given = square().abs().to(dtype), WEIGHT.to(dtype)
+    check("rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS[mean])), *given, count=0)
+
+
+def test_means_of_squares() -> None:
+    for spelled in (lambda h: h.pow(2).mean(-1, keepdim=True), lambda h: (h * h).mean(1, keepdim=True)):
+        check("rms_norm_quantize", lambda x, w, spelled=spelled: quantise_rows(norm(x, w, spelled)), square(), WEIGHT, count=1)
+
+
+def test_a_norm_of_something_else_times_x_is_no_norm() -> None:
+    def other(x: Any, y: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows(w * (y.float() * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(BF16))
+
+    check("rms_norm_quantize", other, square(), square(1), WEIGHT, count=0)
+
+
+@pytest.mark.parametrize("end", ["bf16", "fp32", "gemma"])
+@pytest.mark.parametrize("what", ["sum", "difference", "quotient"])
+def test_what_is_not_times_rsqrt_is_no_norm(what: str, end: str) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        factor = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        n = {"sum": lambda: h + factor, "difference": lambda: h - factor, "quotient": lambda: h / factor}[what]()
+        return quantise_rows(w * n.to(x.dtype) if end != "gemma" else (n * (1 + w.float())).to(x.dtype))
+
+    x, w = (square().float(), WEIGHT.float()) if end == "fp32" else (square(), WEIGHT)
+    check("rms_norm_quantize", other, x, w, count=0)
+
+
+@pytest.mark.parametrize("end", ["bf16", "fp32", "gemma"])
+@pytest.mark.parametrize("what", ["sum", "quotient", "negated", "magnitude"])
+def test_what_is_not_times_a_weight_is_no_norm(what: str, end: str) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        n = n if end == "gemma" else n.to(x.dtype)
+        y = {"sum": lambda: n + w, "quotient": lambda: n / w, "negated": lambda: w * -n, "magnitude": lambda: w * n.abs()}
+        return quantise_rows(y[what]().to(x.dtype))
+
+    x, w = (square().float(), WEIGHT.float()) if end == "fp32" else (square(), WEIGHT)
+    check("rms_norm_quantize", other, x, w, count=0)
+
+
+@pytest.mark.parametrize("between", [torch.float16, torch.bfloat16])
+def test_a_norm_that_is_rounded_in_another_way(between: torch.dtype) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return quantise_rows(w * n.to(between).float())
+
+    check("rms_norm_quantize", other, square().float(), WEIGHT.float(), count=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_into_another_dtype_is_not_the_kernels(dtype: torch.dtype) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * w.float()).to(dtype))
+
+    found = check("rms_norm_quantize", other, square(), WEIGHT, count=0)
+    assert dtype is torch.float32 or "norm dtype" in reasons(found, "rms_norm_quantize")
+
+
+@pytest.mark.parametrize("weight", [WEIGHT[:1], WEIGHT.double()], ids=["of_one_element", "float64"])
+def test_a_weight_that_the_kernel_does_not_take(weight: torch.Tensor) -> None:
+    def other(x: Any, w: Any) -> Any:
+        return quantise_rows(norm(x, w, MEANS_OF_SQUARES).to(BF16))
+
+    check("rms_norm_quantize", other, square(), weight, count=0)
+
+
+def test_a_normalised_value_that_is_read_too() -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return *quantise_rows(w * n), n * 2
+
+    refused("rms_norm_quantize", other, square(), WEIGHT, reason="a step of the norm has a second user")
+
+
+def test_square_roots_and_reciprocals_are_no_rsqrt() -> None:
+    for root in (torch.sqrt, torch.reciprocal):
+
+        def other(x: Any, w: Any, root: Any = root) -> Any:
+            h = x.float()
+            return quantise_rows(w * (h * root(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(BF16))
+
+        check("rms_norm_quantize", other, square(), WEIGHT, count=0)
+
+
+def test_rsqrt_of_a_product_is_no_norm() -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows(w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) * 1.5)).to(BF16))
+
+    check("rms_norm_quantize", other, square(), WEIGHT, count=0)
+
+
+@pytest.mark.parametrize("alpha", [2, 0.5, -1])
+def test_a_residual_times_a_number_is_not_the_kernels(alpha: float) -> None:
+    """The sum is made before the kernel then, and read by it."""
+
+    def scaled(x: Any, r: Any, w: Any) -> Any:
+        total = torch.add(x, r, alpha=alpha)
+        return *quantise_rows(norm(total, w, MEANS_OF_SQUARES)), total * 2
+
+    check("rms_norm_quantize", scaled, square(), square(1), WEIGHT, count=1)
+
+
+MEANS_OF_SQUARES = lambda h: h.pow(2).mean(-1, keepdim=True)  # noqa: E731
+
+
+@pytest.mark.parametrize("other", ["row", "column", "fp32", "number"])
+def test_a_residual_unlike_x_is_not_the_kernels(other: str) -> None:
+    added = {"row": square(1)[:1], "column": square(1)[:, :1].contiguous(), "fp32": square(1).float(), "number": 3}[other]
+
+    def scaled(x: Any, w: Any, r: Any) -> Any:
+        total = (x + r).to(x.dtype) if other != "fp32" else (x.float() + r).bfloat16()
+        return *quantise_rows(norm(total, w, MEANS_OF_SQUARES)), total * 2
+
+    check("rms_norm_quantize", scaled, square(), WEIGHT, added, count=1)
+
+
+@pytest.mark.parametrize("weight", ["per_row", "fp32", "square", "number"])
+def test_a_weight_that_is_not_one_number_a_column(weight: str) -> None:
+    given = {"per_row": WEIGHT[:, None], "fp32": WEIGHT.float(), "square": square(1), "number": 1.5}[weight]
+    found = inductor_ext.verify(
+        lambda x, w: quantise_rows(norm(x, w, MEANS_OF_SQUARES).bfloat16()),
+        square(), given, rules={"rms_norm_quantize": "always"}, end_to_end=False,
+    )  # fmt: skip
+    assert found.differs == []
+
+
+@pytest.mark.parametrize("one", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("where", ["fp32", "bf16", "subtracted"])
+def test_what_is_added_to_a_weight(one: float, where: str) -> None:
+    def gemma(x: Any, w: Any) -> Any:
+        h = x.float()
+        made = {"fp32": lambda: one + w.float(), "bf16": lambda: (one + w).float(), "subtracted": lambda: w.float() - one}
+        shifted = made[where]()
+        return quantise_rows((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * shifted).to(BF16))
+
+    found = inductor_ext.verify(gemma, square(), WEIGHT / 7, rules={"rms_norm_quantize": "always"}, end_to_end=False)
+    assert found.differs == [] and len(found.checks) >= (one == 1.0 and where == "fp32")
+
+
+def test_a_weight_of_integers() -> None:
+    refused(
+        "rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS_OF_SQUARES)), square().float(), torch.arange(32),
+        reason="norm weight",
+    )  # fmt: skip
+
+
+def test_a_norm_of_a_vector() -> None:
+    check("rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, MEANS_OF_SQUARES)), square()[0], WEIGHT, count=0)
+
+
+def test_a_residual_in_bf16_of_what_is_fp32() -> None:
+    def other(x: Any, r: Any, w: Any) -> Any:
+        total = x + r
+        return *quantise_rows(norm(total, w, MEANS_OF_SQUARES)), total * 2
+
+    check("rms_norm_quantize", other, square().float(), square(1), WEIGHT.float(), count=1)
+
+
+def test_one_and_a_weight_added_in_bf16() -> None:
+    def gemma(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + w)).to(BF16))
+
+    found = inductor_ext.verify(gemma, square(), WEIGHT / 700, rules={"rms_norm_quantize": "always"}, end_to_end=False)
+    assert found.differs == []
