@@ -143,7 +143,8 @@ def to_cpp(
 
     ``operands[i]`` is the dtype of operand i on the device, or None for an operand that the host reads and passes as a
     constant: those are numbered after all numbers of the call's programs. Numbers are numbered from ``first_const``. With
-    ``fp8`` the result is cast to it, and the clamps that the cast makes itself are left out.
+    ``fp8`` the kernel casts the result to it by the hardware's cast, and the clamps that this makes itself are left out: only
+    for a kernel that is `saturated`, which one that casts for two programs is only if both are.
     """
     parts, const = [], first_const
     host_const = first_const + len(constants(text))

@@ -274,6 +274,10 @@ def _two_indices(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any)
     kc[slots % 4, slots % 16] = _quantise(k, ks)
 
 
+def _strided_slots(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    kc[slots[::2]] = _quantise(k[:8], ks)
+
+
 def _head_scale(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
     kc[slots] = _quantise(k, ks * torch.ones(1, 8, 1, device=k.device))
 
@@ -294,6 +298,7 @@ NEAR_MISSES = (
     Example("producer_is_pointwise", _sin, _inputs(64, 8, 64), reason="Inductor fuses this store into its producer for free"),
     Example("rows_that_stock_stores_faster", _direct, _many, reason="stock stores this many rows faster"),
     Example("accumulate", _accumulate, _inputs(64, 8, 64, dtype=torch.uint8), reason="the store accumulates"),
+    Example("strided_slots", _strided_slots, _inputs(64, 8, 64), reason="index layout"),
     Example("two_index_tensors", _two_indices, _inputs(4, 16, 8, 64), reason="index layout"),
     Example("scale_a_head", _head_scale, _inputs(64, 8, 64), reason="scale layout"),
     Example("rows_used_again", _used_again, _inputs(64, 8, 64), reason="the stored FP8 rows have a second user"),

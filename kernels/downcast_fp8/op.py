@@ -65,6 +65,8 @@ def _check(
         raise ValueError(f"downcast_fp8: wanted at most {steps.MAX_CONSTS} numbers in both programs together, found {numbers}")
     if loc is not None and (loc.dim() != 1 or loc.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"downcast_fp8: loc: wanted a 1-d int32 or int64 tensor, found {loc.dtype} {tuple(loc.shape)}")
+    if loc is not None and not loc.is_contiguous():
+        raise ValueError(f"downcast_fp8: loc: wanted a contiguous tensor, found strides {tuple(loc.stride())}")
     if loc is not None and loc.shape[0] != k.shape[0]:
         raise ValueError(f"downcast_fp8: loc: wanted one index for each of k's {k.shape[0]} rows, found {loc.shape[0]}")
 
@@ -133,14 +135,15 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     k_dtype, dtype, k_program, v_program, k_scale, v_scale, loc = key
     v_or_k = v_program if v_program is not None else k_program
     v_scale = v_scale if v_program is not None else k_scale
-    saturated = steps.saturated(k_program, dtype) and steps.saturated(v_or_k, dtype)
+    saturated = steps.saturated(k_program, dtype) and steps.saturated(v_or_k, dtype)  # one cast for both
+    cast = dtype if saturated else None
     types = ", ".join(
         (
             steps.CPP_TYPES[k_dtype],
             steps.CPP_FP8[dtype],
             str(saturated).lower(),
-            steps.to_cpp(k_program, k_dtype, (k_scale,), fp8=dtype),
-            steps.to_cpp(v_or_k, k_dtype, (v_scale,), 0 if v_program is None else len(steps.constants(k_program)), dtype),
+            steps.to_cpp(k_program, k_dtype, (k_scale,), fp8=cast),
+            steps.to_cpp(v_or_k, k_dtype, (v_scale,), 0 if v_program is None else len(steps.constants(k_program)), cast),
             "int32_t" if loc == torch.int32 else "int64_t",
         )
     )

@@ -98,6 +98,8 @@ def _check(
         return
     if loc.dim() != 1 or loc.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{NAME}: loc: wanted a 1-d int32 or int64 tensor, found {loc.dtype} {tuple(loc.shape)}")
+    if not loc.is_contiguous():
+        raise ValueError(f"{NAME}: loc: wanted a contiguous tensor, found strides {tuple(loc.stride())}")
     tokens = k.shape[0] * k.shape[1] if k_cache.shape[0] == 1 else k.shape[1]
     if loc.shape[0] != tokens:
         raise ValueError(f"{NAME}: loc: wanted one index for each of {tokens} tokens, found {loc.shape[0]}")
@@ -136,12 +138,13 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     v_program = "" if v_program is None else v_program
     programs = ("inductor_ext::Steps<>", "inductor_ext::Steps<>")
     fp8 = cache_dtype if cache_dtype in steps.CPP_FP8 else None
-    if fp8 is not None:
-        programs = (
-            steps.to_cpp(k_program, dtype, (k_scale,), fp8=fp8),
-            steps.to_cpp(v_program, k_dtype, (v_scale,), first, fp8) if v_program else "inductor_ext::Steps<>",
-        )
     saturated = fp8 is not None and all(steps.saturated(each, fp8) for each in (k_program, v_program or k_program))
+    if fp8 is not None:
+        cast = fp8 if saturated else None  # one cast for both
+        programs = (
+            steps.to_cpp(k_program, dtype, (k_scale,), fp8=cast),
+            steps.to_cpp(v_program, k_dtype, (v_scale,), first, cast) if v_program else "inductor_ext::Steps<>",
+        )
     types = ", ".join(
         (
             *(steps.CPP_TYPES[each] for each in (k_dtype, weight_dtype or k_dtype, table_dtype, dtype)),

@@ -113,9 +113,9 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
         if len(indices) != 1 or not isinstance(indices[0], Node):
             return Failure(scatter, "index layout", "one index tensor, on dimension 0", str(indices))
         index = value_of(indices[0])
-        if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-            found = f"{index.dtype} {list(index.shape)}"
-            return Failure(scatter, "index layout", "a 1-d int32 or int64 index", found)
+        if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not packed(index):
+            found = f"{index.dtype} {list(index.shape)} strides {list(index.stride())}"
+            return Failure(scatter, "index layout", "a 1-d int32 or int64 index, contiguous", found)
         rows: tuple[Node | None, Any, Any] = (indices[0], 1, 0)
         count = index.shape[0]
     elif is_call(scatter, aten.copy.default):
@@ -138,6 +138,11 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
         found = f"{describe(value)} into {list(target_shape)}"
         return Failure(scatter, "the stored rows broadcast", "[T, …] rows of the cache's own trailing sizes", found)
     return value, *rows
+
+
+def packed(index: torch.Tensor) -> bool:
+    """Whether indices of one dimension lie one after the other, as kernels read them."""
+    return known_equal(index.stride(0), 1) or known_equal(index.shape[0], 1)
 
 
 def _is_index_put(node: Node) -> bool:

@@ -146,6 +146,8 @@ def _store_by_sequence(scatter: Node) -> Store | Failure | None:
         return Failure(scatter, "the store accumulates", "accumulate=False", "accumulate=True")
     if value_of(at).dtype not in (torch.int32, torch.int64):
         return Failure(scatter, "index layout", "int32 or int64 indices", describe(at))
+    if not cache_store.packed(value_of(at)):
+        return Failure(scatter, "index layout", "contiguous indices", f"strides {list(value_of(at).stride())}")
     if root.op != "placeholder":
         return Failure(scatter, "the cache is not a graph input", "a buffer or argument of the model", describe(root))
     cache, rows = value_of(root), value_of(value)

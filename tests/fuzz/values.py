@@ -67,6 +67,8 @@ def sdpa(
         or 0 in (*q.shape, *k.shape)
     ):
         raise ValueError(f"sdpa: wanted [B, H, S, D] alike, found {[list(each.shape) for each in (q, k, v)]}")
+    if q.is_cuda and any(each.stride(-1) != 1 or each.data_ptr() % 16 for each in (q, k, v)):
+        raise ValueError("sdpa: wanted unit stride and 16 bytes' alignment, without which cuDNN fails or ends the process")
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)[0]
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, 0.0, causal)[0]

@@ -177,11 +177,11 @@ def _cache(slots: int, heads: int = 8, dim: int = 128) -> torch.Tensor:
     return torch.randint(1, 120, (slots, heads, dim), dtype=U8, device="cuda").view(E4)
 
 
-def _check_store(locs: torch.Tensor | None, k: Any, v: Any, kc: Any, vc: Any, **more: Any) -> None:
+def _check_store(locs: torch.Tensor | None, k: Any, v: Any, kc: Any, vc: Any, v_program: str = "", **more: Any) -> None:
     scales = torch.tensor(0.5, device="cuda"), torch.tensor([0.25], device="cuda")
     copies = kc.clone(), None if vc is None else vc.clone()
     program = STATIC.format(448.0)
-    args = (*scales, locs, program, program, E4)
+    args = (*scales, locs, program, v_program or program, E4)
     ops.downcast_fp8(k, v, kc, vc, *args, **more)
     defaults = {"mult": 1, "offset": 0, "wrap": False, **more}
     op_named("downcast_fp8").reference(k, v, *copies, *args, *defaults.values())
@@ -201,6 +201,12 @@ def test_store(tokens: int, heads: int, dim: int, dtype: torch.dtype, index: tor
     k, v = _rows(tokens, heads, dim, dtype), _rows(tokens, heads, dim, dtype)
     _check_store(locs, k, v, _cache(slots, heads, dim), _cache(slots, heads, dim))
     _check_store(locs, k, None, _cache(slots, heads, dim), None, wrap=True)
+
+
+def test_store_of_v_that_is_clamped_past_the_range() -> None:
+    """Before torch 2.13 what is past 448 becomes NaN, of V alone: one cast serves both, and K is clamped before it."""
+    locs, k, v = torch.arange(40, device="cuda"), _rows(40, 8, 128) * 1e4, _rows(40, 8, 128) * 1e4
+    _check_store(locs, k, v, _cache(64, 8, 128), _cache(64, 8, 128), STATIC.format(57344.0))
 
 
 def test_store_never_writes_outside() -> None:

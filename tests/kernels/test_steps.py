@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inductor_ext import torch_compat
 from inductor_ext.kernels import steps
+from inductor_ext.kernels.downcast_fp8 import op as downcast_fp8
+from inductor_ext.kernels.qk_norm_rope_store import op as qk_norm_rope_store
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 
@@ -229,3 +231,32 @@ def test_what_a_program_needs() -> None:
 def test_programs_that_no_kernel_takes(text: str, operands: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         steps.check_program("op", text, operands)
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_one_cast_for_two_programs_leaves_out_no_clamp_that_it_does_not_make(
+    monkeypatch: pytest.MonkeyPatch, saturates: bool
+) -> None:
+    """V is clamped past the range, so that the cast must give NaN there as PyTorch's does before 2.13: K, which is clamped
+    to the range, needs its clamps then. Found by random programs on a GPU: K was NaN too."""
+    monkeypatch.setattr(torch_compat, "e4m3fn_saturates", lambda: saturates)
+    narrow, wide = (f"f32 div:s0 max:-{limit} min:{limit}" for limit in (448.0, 57344.0))
+    stored = (torch.bfloat16, E4, narrow, wide, torch.float32, torch.float32, torch.int64)
+    rotated = (
+        torch.bfloat16,
+        None,
+        torch.bfloat16,
+        "",
+        torch.bfloat16,
+        E4,
+        narrow,
+        wide,
+        torch.float32,
+        torch.float32,
+        torch.int64,
+    )
+    for op, key in ((downcast_fp8, stored), (qk_norm_rope_store, rotated)):
+        ((_, both),) = op.exports(key)
+        alone = op.exports(tuple(narrow if each is wide else each for each in key))[0][1]
+        clamps = [text.count("::Max<") + text.count("::Min<") for text in (both, alone)]
+        assert clamps == ([2, 0] if saturates else [4, 0]), both
