@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import inductor_ext
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
+from tests.support.fakegpu import fake_cuda_inputs
 
 E4 = torch.float8_e4m3fn
 ROTATED = {"qk_norm_rope": "always", "qk_norm_rope_store": "always"}
@@ -163,3 +167,16 @@ def test_a_slot_out_of_range_is_an_error_as_in_eager_mode(slot: int, checks: boo
         store(k, cache, torch.tensor([1, slot, 3]))
     with pytest.raises(IndexError, match=f"wanted rows in .0, 64., found {slot if slot > 0 else slot + 64} for token 1"):
         run_compiled(store, (k, cache, torch.tensor([1, slot, 3])), checks=checks)
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_checks_reach_the_launch_on_a_gpu(checks: bool) -> None:
+    def store(k: Any, cache: Any, at: Any) -> None:
+        cache.view(-1, 2, 16)[at] = _quantise(k)
+
+    with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
+        k = torch.empty(3, 2, 16, dtype=torch.bfloat16, device="cuda")
+        cache, at = torch.empty(4, 16, 2, 16, dtype=E4, device="cuda"), torch.arange(3, device="cuda")
+        found = inductor_ext.explain(store, k, cache, at, options={"checks": checks})
+    assert found.counts() == {"downcast_fp8": 1}
+    assert f"check={checks}," in found.graphs[0].after
