@@ -464,9 +464,9 @@ def test_deferred_kernels_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert "fp8_downcast" in _on_fake_cuda(build="defer")[0]
 
 
-def test_caches_that_are_off_are_no_reason_to_warn(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_are_off_are_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
     """Inductor then works in a folder of its own, and nothing is there behind it."""
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     x, s = torch.randn(8, 16).bfloat16(), torch.tensor(0.5)
-    torch.compile(lambda x, s: (x.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), backend="inductor_ext")(x, s)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(lambda x, s: (x.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), backend="inductor_ext")(x, s)
     assert not [record for record in caplog.records if record.name == "inductor_ext" and record.levelname == "WARNING"]

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from inductor_ext import registry, settings
-from inductor_ext.calls import CONVERT, aten
+from inductor_ext.calls import CONVERT, aten, calls
 from inductor_ext.graph import copy_of
 from inductor_ext.passes import RewritePass
 from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
@@ -202,7 +202,15 @@ def changed(captured: Captured, change: Change) -> GraphModule | None:
             FakeTensorProp(module, captured.fake_mode).propagate_dont_convert_inputs(*values)
     except Exception:
         return None
-    return module
+    return None if any(map(_reads_past_its_operands, graph.nodes)) else module
+
+
+def _reads_past_its_operands(node: Node) -> bool:
+    """Whether attention gets other shapes than it takes: PyTorch's for a CPU does not look at them, and reads what is there."""
+    if not calls(node, aten._scaled_dot_product_flash_attention_for_cpu.default):
+        return False
+    q, k, v = (each.meta["val"].shape for each in node.args[:3])
+    return len(q) != 4 or q[:2] != k[:2] or k != v or q[3] != k[3]
 
 
 def rewritten(module: GraphModule, modes: dict[str, Any], **options: Any) -> tuple[GraphModule, dict[str, int]]:
