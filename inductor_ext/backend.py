@@ -17,7 +17,7 @@ import torch
 from inductor_ext import jit, registry, settings, torch_compat
 from inductor_ext.errors import StrictError
 from inductor_ext.report import store
-from inductor_ext.report.events import GraphReport, Refusal
+from inductor_ext.report.events import GraphReport
 from inductor_ext.report.shown import line
 from inductor_ext.settings import Settings
 
@@ -112,7 +112,8 @@ class _Session:
     def _tell(self, report: GraphReport) -> None:
         log.info("%s", report.summary())
         for refusal in report.refusals:
-            log.debug("%s", line(f"{refusal.rule}: {_told(refusal)}"))
+            told = f"{refusal.rule}: {refusal.node} left alone: {refusal.reason} (wanted {refusal.wanted}, found {refusal.found})"
+            log.debug("%s", line(f"{told} {refusal.source}"))
         _trace_artifact(report)
         if self.on_report:
             self.on_report(report)
@@ -127,7 +128,7 @@ class _Session:
         missing = [rule for rule, mode in self.chosen.rules.items() if mode != "off" and rule not in matched]
         if missing:
             misses = [miss for report in self.reports for miss in report.refusals if miss.rule in missing]
-            lines = [line(f"  {miss.rule}: {_told(miss)}") for miss in misses]
+            lines = [line(f"  {m.rule} at {m.node}: {m.reason}; wanted {m.wanted}, found {m.found} {m.source}") for m in misses]
             detail = "\n".join(lines) or "  no near miss either: the graph holds nothing like it"
             raise StrictError(f"strict=True: {', '.join(missing)} matched nothing in this graph\n{detail}")
 
@@ -141,10 +142,6 @@ def _split_options(mode: str | None, options: Any) -> tuple[dict[str, Any], dict
     own = {name: given.pop(name) for name in list(given) if name in OwnOptions}
     patches.update(given)
     return patches, own
-
-
-def _told(refusal: Refusal) -> str:
-    return f"{refusal.node} left alone: {refusal.reason} (wanted {refusal.wanted}, found {refusal.found}) {refusal.source}"
 
 
 def _trace_artifact(report: GraphReport) -> None:
