@@ -112,8 +112,8 @@ class _Session:
     def _tell(self, report: GraphReport) -> None:
         log.info("%s", report.summary())
         for refusal in report.refusals:
-            told = f"{refusal.rule}: {refusal.node} left alone: {refusal.reason} (wanted {refusal.wanted}, found {refusal.found})"
-            log.debug("%s", line(f"{told} {refusal.source}"))
+            told = f"{refusal.reason} (wanted {refusal.wanted}, found {refusal.found}) {refusal.source}"
+            log.debug("%s", line(f"{refusal.rule}: {refusal.node} left alone: {told}"))
         _trace_artifact(report)
         if self.on_report:
             self.on_report(report)
