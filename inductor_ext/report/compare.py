@@ -103,7 +103,7 @@ def rewrites(before: GraphModule, after: GraphModule, inputs: Any) -> Iterator[t
     known = _values(before, needed, inputs)
     interpreter = torch_compat.EagerInterpreter(after)
     made: dict[str, Any] = {}
-    with torch.no_grad(), _unwritten_is_nan():
+    with torch.no_grad(), unwritten_is_nan():
         for node in after.graph.nodes:
             if node in new or node in edges:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: made[n.name] if n in new else known[n.name])
@@ -149,13 +149,13 @@ def _values(module: GraphModule, needed: set[str], inputs: Any) -> dict[str, Any
                 known[n.name] = cloned(value) if any(_writes(user) for user in n.users) else value
             return value
 
-    with torch.no_grad(), _unwritten_is_nan():
+    with torch.no_grad(), unwritten_is_nan():
         Recorder(module).run(*cloned(list(inputs)))
     return known
 
 
 @contextlib.contextmanager
-def _unwritten_is_nan() -> Iterator[None]:
+def unwritten_is_nan() -> Iterator[None]:
     """Memory that an operator does not write, as a grouped product's rows of no group, is alike in all versions."""
     known = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():

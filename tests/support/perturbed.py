@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from inductor_ext import registry, settings
 from inductor_ext.calls import CONVERT, aten, calls
 from inductor_ext.graph import copy_of
 from inductor_ext.passes import RewritePass
+from inductor_ext.report.compare import unwritten_is_nan
 from inductor_ext.report.explain import cloned, compiled_with, copied, run_passes
 from tests.support.equal import different
 
@@ -234,15 +234,11 @@ def run(module: GraphModule, inputs: list[Any]) -> list[torch.Tensor] | None:
     What an operator does not write (rows of no expert) is NaN, so that it can be told from what it does.
     """
     copies = cloned(inputs)
-    known = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), unwritten_is_nan():
             outputs = torch.fx.Interpreter(module).run(*copies)
     except Exception:
         return None
-    finally:
-        torch.use_deterministic_algorithms(known[0], warn_only=known[1])
     return [each for each in pytree.tree_leaves((outputs, copies)) if isinstance(each, torch.Tensor)]
 
 
@@ -254,10 +250,3 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> tuple[int, float]:
     mask = different(found, wanted) & written
     gap, norm = (found.double() - wanted.double())[mask].norm(), wanted.double()[written].norm()
     return int(mask.sum()), float((gap / norm if norm else gap).nan_to_num(nan=float("inf")))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
