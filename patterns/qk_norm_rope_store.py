@@ -286,7 +286,7 @@ def _dying(k: Half) -> set[Node]:
     """What of k's way into the cache goes with the store, nothing else reading it."""
     inner = [] if k.chain is None else [*k.chain.inner, k.chain.cast]
     value, path = kv_store.stored_value(k.scatter), {*inner, *k.input_views}
-    while value is not k.x:  # views as bytes, too
+    while value is not (k.x if k.chain is None else k.chain.cast):  # views as bytes, too
         path.add(value)
         value = value.args[0]
     dead = {k.scatter}

@@ -12,7 +12,7 @@ def different(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     assert a.dtype == b.dtype and a.shape == b.shape, f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
     if a.device != b.device:  # both on a GPU are compared there: hundreds of megabytes, in some tests
         a, b = a.cpu(), b.cpu()
-    a, b = a.detach().contiguous(), b.detach().contiguous()
+    a, b = (t.detach().clone(memory_format=torch.contiguous_format) for t in (a, b))  # one element may have any stride
     if not a.numel():
         return torch.zeros(a.shape, dtype=torch.bool, device=a.device)
     one, two = (t.reshape(-1).view(torch.uint8).reshape(t.numel(), t.element_size()) for t in (a, b))
