@@ -24,6 +24,7 @@ from inductor_ext.backend import compile_graph
 from inductor_ext.calls import aten, is_call
 from inductor_ext.graph import copy_of, value_of
 from inductor_ext.memory import is_view
+from inductor_ext.report.compare import unwritten_is_nan
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.explain import cloned, compiled_with, run_passes
 from tests.fuzz.program import Loaded
@@ -153,21 +154,10 @@ def _run(graph: torch.fx.GraphModule, made_in: list[torch.dtype | None], given: 
 
 
 def _run_last(graph: torch.fx.GraphModule, made_in: list[torch.dtype | None], given: Any) -> tuple[Any, Ran]:
-    with torch.no_grad(), _nan_for_memory_not_written():
+    with torch.no_grad(), unwritten_is_nan():
         outputs = torch_compat.EagerInterpreter(graph).run(*given)
     values = [_as(dtype, each) for dtype, each in zip(made_in, outputs, strict=True) if isinstance(each, torch.Tensor)]
     return outputs, Ran(tensors(outputs), tensors(given), values=values)
-
-
-@contextlib.contextmanager
-def _nan_for_memory_not_written() -> Iterator[None]:
-    """A grouped product leaves the rows of no group as they were; they are NaN then in every version, and seen if read."""
-    kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
 
 
 def _made_in(graph: torch.fx.GraphModule) -> list[torch.dtype | None]:
