@@ -29,6 +29,7 @@ _STORES = (
     aten.index_copy.default,
     aten.slice_scatter.default,
     aten.select_scatter.default,
+    aten.as_strided_scatter.default,
     aten.scatter.src,
     aten.copy.default,
 )

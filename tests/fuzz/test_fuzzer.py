@@ -13,7 +13,7 @@ from inductor_ext.rule import Match
 from tests.fuzz.campaign import Campaign
 from tests.fuzz.capture import prepared
 from tests.fuzz.check import check
-from tests.fuzz.compare import overlap
+from tests.fuzz.compare import both_nan, overlap
 from tests.fuzz.program import Program, loaded, pruned
 from tests.fuzz.reduce import reduced
 from tests.support.rules import plant, wrong_rule
@@ -113,3 +113,9 @@ def test_reduced_keeps_what_fails() -> None:
 def test_overlap_is_of_elements(one: object, two: object, shared: bool) -> None:
     x = torch.randn(4, 6)
     assert overlap(one(x), two(x)) is shared  # type: ignore[operator]
+
+
+def test_a_nan_in_a_cache_of_bytes_has_no_sign() -> None:
+    old, new = torch.tensor([127, 255, 3, 127], dtype=torch.uint8), torch.tensor([255, 127, 3, 126], dtype=torch.uint8)
+    assert both_nan(old, new).tolist() == [True, True, False, False]
+    assert not both_nan(old.int(), new.int()).any()

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import pickle
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -55,7 +56,7 @@ def run(
     options: dict[str, Any], graphs: int, families: Sequence[str], jobs: int, tell: Callable[[str, int, Result], None]
 ) -> Result:
     """``options`` are `Campaign`'s. ``tell`` gets a family, how many programs it has had since, and all there is so far."""
-    pending, total = tasks(graphs, families)[::-1], Result()
+    pending, total, started = tasks(graphs, families)[::-1], Result(), time.perf_counter()
     workers = [_Worker(options) for _ in range(min(jobs, len(pending)))]
     for worker in workers:
         worker.give(pending.pop(), frozenset())
@@ -83,6 +84,7 @@ def run(
                 worker.end()
                 worker.task = None
         workers = [worker for worker in workers if worker.task is not None]
+    total.seconds = time.perf_counter() - started
     return total
 
 
@@ -101,7 +103,6 @@ def _died(worker: _Worker, total: Result) -> None:
 def merge(total: Result, more: Result) -> None:
     total.graphs += more.graphs
     total.sampled += more.sampled
-    total.seconds = max(total.seconds, more.seconds)
     total.cpu_seconds += more.cpu_seconds
     for name in ("discarded", "rewrites", "refusals"):
         counter: Counter[str] = getattr(total, name)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inductor_ext
+from inductor_ext import memory
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
 from tests.support.fakegpu import fake_cuda_inputs
@@ -180,3 +181,13 @@ def test_checks_reach_the_launch_on_a_gpu(checks: bool) -> None:
         found = inductor_ext.explain(store, k, cache, at, options={"checks": checks})
     assert found.counts() == {"downcast_fp8": 1}
     assert f"check={checks}," in found.graphs[0].after
+
+
+def test_a_version_by_strides_lies_in_its_input() -> None:
+    # PyTorch writes into inputs that are views of one tensor by as_strided_scatter on that tensor
+    graph = torch.fx.Graph()
+    base, rows = graph.placeholder("base"), graph.placeholder("rows")
+    stored = graph.call_function(torch.ops.aten.as_strided_scatter.default, (base, rows, [2, 8], [8, 1], 16))
+    view = graph.call_function(torch.ops.aten.as_strided.default, (stored, [4, 8], [8, 1], 0))
+    assert memory.written_input(view) is base
+    assert memory.read_by_another_name([view], [base]) is view
