@@ -104,6 +104,11 @@ def _quantised(device: str, *, k: int = 64, ends: tuple[int, ...] = (3, 3, 10, 1
     return torch.randn(12, k, device=device).bfloat16(), weight, _offs(device, *ends)
 
 
+def _offset(x: torch.Tensor) -> torch.Tensor:
+    """``x``, one element behind the beginning of its memory."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
 def _product(x: Any, w: Any, offs: Any) -> torch.Tensor:
     return torch._grouped_mm(x, w.transpose(-2, -1), offs)
 
@@ -159,6 +164,7 @@ NEAR_MISSES = (
     _near("batched", "what the groups divide", lambda x, w, o: torch._grouped_mm(x.view(4, 3, -1), w.transpose(-2, -1))),
     _near("summed_over_n", "the weight is quantised along N", lambda x, w, o: torch._grouped_mm(x[:, :48], w, o)),
     _near("columns", "x is not row-major", lambda x, w, o: _product(x[:8].t().contiguous().t(), w, o)),
+    _near("between_16_bytes", "x is not row-major", _product, lambda d: (_offset(*_quantised(d)[:1]), *_quantised(d)[1:])),
 )
 
 RULE = Rule(

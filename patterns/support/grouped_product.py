@@ -63,10 +63,11 @@ def unfit(found: Grouped) -> Failure | None:
         return Failure(found.node, "K is not a multiple of 32", "a multiple of 32", f"K {w.shape[2]} of {describe(found.w)}")
     if x.dtype not in (*X_DTYPES, mx.DATA):
         return Failure(found.node, "dtype of x", "bfloat16, float16 or float8_e4m3fn", describe(found.x))
-    pitch = x.stride(0) * x.element_size()
-    if not known_equal(x.stride(1), 1) or not known_equal(pitch % 16, 0):
+    pitch, begin = (elements * x.element_size() for elements in (x.stride(0), x.storage_offset()))
+    if not known_equal(x.stride(1), 1) or not known_equal(pitch % 16, 0) or not known_equal(begin % 16, 0):
         wanted = "unit stride along K, and rows at multiples of 16 bytes"
-        return Failure(found.node, "x is not row-major", wanted, f"{describe(found.x)} strides {list(x.stride())}")
+        strides = f"{describe(found.x)} strides {list(x.stride())} offset {x.storage_offset()}"
+        return Failure(found.node, "x is not row-major", wanted, strides)
     if offs.dtype is not torch.int32 or not offs.is_contiguous():
         return Failure(found.node, "offs", f"int32 [{w.shape[0]}], contiguous", describe(found.offs))
     return None

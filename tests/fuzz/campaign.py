@@ -181,7 +181,7 @@ class Campaign:
         found.program = reduced(found.program, lambda each: self._shows(each, found.fault), REDUCE)
         again = [fault for fault in self._faults(found.program) if fault.signature == found.fault.signature]
         found.fault = again[0] if again else found.fault
-        if self.device == "cpu":
+        if self.device == "cpu" or found.fault.rule == FINAL:
             through = self._faults(found.program, through_inductor=True)
             found.compiled = "; ".join(map(str, through)) or "as close to eager as stock"
             if found.fault.rule == FINAL and not through:  # Inductor's passes do as much to the graph without our rules
