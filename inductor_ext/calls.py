@@ -8,6 +8,7 @@ reader cannot take ``add(a, b, alpha=2)`` for ``a + b``. Which ones callers look
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,16 @@ def is_call(node: Any, *targets: Any) -> bool:
         if value is not default and value != default:
             return False
     return True
+
+
+def calling(*targets: Any) -> Callable[[Graph], list[Node]]:
+    """What finds every node of a graph that `is_call` of one of ``targets``, in the graph's order: a rule's anchors."""
+
+    def find(graph: Graph) -> list[Node]:
+        found = [node for target in targets for node in graph.find_nodes(op="call_function", target=target)]
+        return [node for node in sorted(found) if is_call(node, *targets)]
+
+    return find
 
 
 @functools.cache

@@ -19,8 +19,9 @@ from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from inductor_ext import graph as graphs
-from inductor_ext import jit, registry, torch_compat
+from inductor_ext import jit, plan, registry, torch_compat
 from inductor_ext.calls import by_position
+from inductor_ext.miss import DEVICE, Miss
 from inductor_ext.op import device_of
 from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport, Refusal, Rewrite
@@ -108,23 +109,28 @@ class RewritePass(_Base):
             self.on_report(report)
 
     def _rewrite(self, graph: Graph, report: GraphReport) -> dict[jit.JitSpec, Any]:
-        """Apply all rules; those that fail half-way are left out, from the beginning. The kernels that were asked for."""
-        kernels = self._prepare_kernels(graph)
-        restore = graphs.snapshot(graph)
+        """Apply all rules, then have the kernels of what they made, all together; those kernels, with their modules.
+
+        Where a rule fails half-way, or a kernel cannot be had, all rules run again on the graph as it was, without them.
+        """
+        kernels: dict[jit.JitSpec, Any] = {}
         failures: list[_RuleError] = []
+        restore = graphs.snapshot(graph)
         while True:
             rules = [rule for rule in self._rules() if all(rule is not failure.rule for failure in failures)]
             try:
                 for rule in rules:
                     self._apply(rule, graph, report, kernels)
-                return kernels
+                needed = plan.kernels_of(graph, jit.current_arch(self.settings))
+                if not self._lack(needed, kernels):
+                    return {spec: kernels.get(spec) for spec in needed}
             except _RuleError as failure:
                 failures.append(failure)
-                restore()
-                if self.observer:
-                    self.observer("", graph)
-                report.rewrites.clear()
-                report.refusals[:] = [each.failure for each in failures]
+            restore()
+            if self.observer:
+                self.observer("", graph)
+            report.rewrites.clear()
+            report.refusals[:] = [each.failure for each in failures]
 
     def add_autotuned(self, line: str, kernel: jit.JitSpec | None) -> None:
         """Inductor's autotuner, which runs after this pass, chose between kernels: ``kernel``, if one of ours has won."""
@@ -142,23 +148,17 @@ class RewritePass(_Base):
 
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
-    def _prepare_kernels(self, graph: Graph) -> dict[jit.JitSpec, Any]:
-        """Build or load, in parallel and before the graph changes, every kernel that the rules would call."""
-        specs: dict[jit.JitSpec, None] = {}
-        for rule in self._rules():
-            context = Context(rule.name, self._mode(rule), self.settings)
-            for anchor in self._anchors(rule, graph, context):
-                found = self._guarded(rule, anchor, context)
-                if isinstance(found, Match):
-                    specs.update(dict.fromkeys(self._specs(found.calls)))
-        if not specs or self.settings.build == "defer":
-            return dict.fromkeys(specs)
-        kernels = jit.prepare(list(specs), self.settings)
-        if self.settings.build == "require":  # asked for: no cold build and no stock operators behind one's back
-            for module in kernels.values():
-                if isinstance(module, Exception):
-                    raise module
-        return kernels
+    def _lack(self, needed: list[jit.JitSpec], kernels: dict[jit.JitSpec, Any]) -> bool:
+        """Build or load what is not in ``kernels`` yet, in parallel, and say whether a rewrite has to do without one of it."""
+        unknown = [spec for spec in needed if spec not in kernels]
+        if not unknown or self.settings.build == "defer":
+            return False
+        made = jit.prepare(unknown, self.settings)
+        kernels.update(made)
+        lacking = [module for module in made.values() if isinstance(module, Exception)]
+        if lacking and self.settings.build == "require":  # asked for: no cold build and no stock operators behind one's back
+            raise lacking[0]
+        return bool(lacking)
 
     def _specs(self, calls: tuple[Call, ...]) -> list[jit.JitSpec]:
         """The kernels of calls on a CUDA device; the reference needs none."""
@@ -169,26 +169,22 @@ class RewritePass(_Base):
                 found += made.op.specs(made.args, arch)
         return found
 
-    def _missing(self, match: Match, context: Context, kernels: dict[jit.JitSpec, Any]) -> Refusal | None:
-        """A refusal when the device or a failed build rules a match out."""
+    def _check_kernels(self, match: Match, kernels: dict[jit.JitSpec, Any]) -> None:
+        """Miss where the device or a failed build rules a match out."""
         for made in match.calls:
             device = device_of(made.args)
             if device.type not in ("cpu", "cuda"):
-                return context.refuse(match.node, "device", wanted="cuda or cpu", found=str(device))
+                raise Miss(DEVICE, match.node, "cuda or cpu", str(device))
             if device.type == "cuda" and made.op.kernel is not None:
                 have, need = torch.cuda.get_device_capability(device), made.op.kernel.min_capability
                 if have < need:
                     wanted = f"compute capability {need[0]}.{need[1]} or later"
-                    return context.refuse(match.node, "device", wanted=wanted, found=f"{have[0]}.{have[1]}")
-        if self.settings.build == "defer":
-            return None
+                    raise Miss(DEVICE, match.node, wanted, f"{have[0]}.{have[1]}")
+        if not any(isinstance(module, Exception) for module in kernels.values()):
+            return
         for spec in self._specs(match.calls):
-            if spec not in kernels:
-                kernels.update(jit.prepare([spec], self.settings))
-            if isinstance(kernels[spec], Exception):
-                wanted = f"kernel {spec.describe()}"
-                return context.refuse(match.node, "kernel not available", wanted=wanted, found=str(kernels[spec]))
-        return None
+            if isinstance(kernels.get(spec), Exception):
+                raise Miss("kernel not available", match.node, f"kernel {spec.describe()}", str(kernels[spec]))
 
     # ---- one rule ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +193,7 @@ class RewritePass(_Base):
         before = len(report.rewrites)
 
         def run(graph: Graph) -> None:
-            for anchor in self._anchors(rule, graph, context):
+            for anchor in self._anchors(rule, graph):
                 if not anchor._erased:
                     self._visit(rule, context, anchor, report, kernels)
 
@@ -209,73 +205,87 @@ class RewritePass(_Base):
             name = f"inductor_ext.{rule.name}"
             GraphTransformObserver(owner, name, subsystem="post_grad_passes").apply_graph_pass(run)
         if len(report.rewrites) > before:
-            with self._contained(rule, graph.output_node(), context):
+            with self._contained(rule, graph.output_node()):
                 graph.lint()
             if self.observer:
                 self.observer(rule.name, graph)
 
     def _visit(self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
-        found = self._guarded(rule, anchor, context)
-        if isinstance(found, Match):
-            found = _unfit(found, context) or self._missing(found, context, kernels) or found
+        def fits(match: Match) -> None:
+            _check_arguments(match)
+            self._check_kernels(match, kernels)
+
+        found = self._guarded(rule, anchor, context, fits)
         if isinstance(found, Refusal):
             report.refusals.append(found)
         elif found is not None:
             op_names = "+".join(made.op.name for made in found.calls)
             where = source_line(found.node), module_path(found.node)
             event = Rewrite(rule.name, found.node.name, where[0], op_names, found.detail, found.why, where[1])
-            with self._contained(rule, anchor, context):
+            with self._contained(rule, anchor):
                 rule.replace(found)
             report.rewrites.append(event)
 
     # ---- errors in rules --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _contained(self, rule: Rule, anchor: Node, context: Context) -> Iterator[None]:
+    def _contained(self, rule: Rule, anchor: Node) -> Iterator[None]:
         """Around what changes the graph: `_rewrite` goes back to before the first rule, and leaves this one out."""
         try:
             yield
         except Exception as error:
             if RAISE:
                 raise
-            raise _RuleError(rule, self._failure(rule, anchor, context, error)) from error
+            raise _RuleError(rule, self._failure(rule, anchor, error)) from error
 
-    def _anchors(self, rule: Rule, graph: Graph, context: Context) -> list[Node]:
+    def _anchors(self, rule: Rule, graph: Graph) -> list[Node]:
         try:
             return list(rule.anchors(graph))
         except Exception as error:
             if RAISE:
                 raise
-            self._failure(rule, graph.output_node(), context, error)
+            self._failure(rule, graph.output_node(), error)
             return []
 
-    def _guarded(self, rule: Rule, anchor: Node, context: Context) -> Match | Refusal | None:
+    def _guarded(
+        self, rule: Rule, anchor: Node, context: Context, check: Callable[[Match], None] = lambda match: None
+    ) -> Match | Refusal | None:
+        """What ``rule`` says of ``anchor``: the one place where a `Miss` becomes a near miss."""
         try:
-            return rule.guard(anchor, context)
+            match = rule.guard(anchor, context)
+            if match is not None:
+                check(match)
+            return match
+        except Miss as miss:
+            return _refusal(rule, miss)
         except Exception as error:
             if RAISE:
                 raise
-            return self._failure(rule, anchor, context, error)
+            return self._failure(rule, anchor, error)
 
-    def _failure(self, rule: Rule, anchor: Node, context: Context, error: Exception) -> Refusal:
+    def _failure(self, rule: Rule, anchor: Node, error: Exception) -> Refusal:
         """The refusal for a rule's own exception, and one warning."""
         found = f"{type(error).__name__}: {error}"[:300]
         if (rule.name, found) not in self._warned:
             self._warned.add((rule.name, found))
             log.warning("the rule %s failed, which is an error in it, and is left out: %s", rule.name, found)
             log.debug("where the rule %s failed", rule.name, exc_info=error)
-        return context.refuse(anchor, "the rule failed", wanted="a rule without errors; please report this one", found=found)
+        return _refusal(rule, Miss("the rule failed", anchor, "a rule without errors; please report this one", found))
 
 
-def _unfit(match: Match, context: Context) -> Refusal | None:
-    """A refusal where an op would not take its arguments: a graph may hold what its own operators refuse when they run."""
+def _refusal(rule: Rule, miss: Miss) -> Refusal:
+    node = miss.node
+    return Refusal(rule.name, node.name, source_line(node), miss.reason, miss.wanted, miss.found, module_path(node))
+
+
+def _check_arguments(match: Match) -> None:
+    """Miss where an op would not take its arguments: a graph may hold what its own operators refuse when they run."""
     for made in match.calls:
         try:
             made.op.fake(*made.args)
         except (TypeError, ValueError) as error:
             wanted = f"arguments that {made.op.name} takes"
-            return context.refuse(match.node, "the op does not take these arguments", wanted=wanted, found=str(error))
-    return None
+            raise Miss("the op does not take these arguments", match.node, wanted, str(error)) from None
 
 
 def _next_name() -> str:

@@ -1,11 +1,11 @@
 """What a rewrite rule is: where to look, a guard, a replacement, and its own examples.
 
-A rule looks at *anchors*, single nodes such as every cast to FP8. For each anchor its guard answers one of three things:
+A rule looks at *anchors*, single nodes such as every cast to FP8. For each anchor its guard does one of three things:
 
-* ``None``: this is not the rule's business (an int8 cast, say);
-* a `Refusal`: it is nearly a match; the refusal says which condition failed first, what was wanted and what was found;
-* a `Match`: it will be rewritten. The match lists the op calls the replacement needs, so that their kernels can be built
-  before the graph is touched, and carries whatever the replacement wants to know in ``data``.
+* it gives ``None``: this is not the rule's business (an int8 cast, say);
+* it raises a `Miss`: it is nearly a match; the miss says which condition failed first, what was wanted and what was found;
+* it gives a `Match`: it will be rewritten. The match lists the op calls the replacement needs, so that their kernels can be
+  had, and carries whatever the replacement wants to know in ``data``.
 
 Guards never change the graph. They read ``node.meta["val"]``, the fake tensor of every node.
 """
@@ -22,7 +22,6 @@ import torch
 from torch.fx import Graph, Node
 
 from inductor_ext.op import Op
-from inductor_ext.report.events import Refusal
 from inductor_ext.settings import RuleMode, Settings
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -71,15 +70,12 @@ class Context:
     def forced(self) -> bool:
         return self.mode == "always"
 
-    def refuse(self, node: Node, reason: str, *, wanted: str, found: str) -> Refusal:
-        return Refusal(self.rule, node.name, source_line(node), reason, wanted, found, module_path(node))
-
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A function, and the inputs it is compiled with, that a rule matches or, when ``reason`` is set, nearly matches.
 
-    ``inputs(device)`` makes the arguments. ``reason`` is the expected `Refusal.reason`; ``options`` are (name, value) pairs.
+    ``inputs(device)`` makes the arguments. ``reason`` is the expected `Miss.reason`; ``options`` are (name, value) pairs.
     ``before`` are the modes of other rules, such as have to run before it.
     """
 
@@ -112,7 +108,7 @@ class Rule:
     name: str
     doc: str
     anchors: Callable[[Graph], Iterable[Node]]
-    guard: Callable[[Node, Context], Match | Refusal | None]
+    guard: Callable[[Node, Context], Match | None]
     replace: Callable[[Match], None]
     exact: bool = True
     cost: str = ""

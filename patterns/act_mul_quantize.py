@@ -22,15 +22,16 @@ from torch.fx import Node
 from inductor_ext.calls import aten, is_call
 from inductor_ext.graph import call, describe, same_sizes, value_of
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
+from inductor_ext.miss import INPUT_LAYOUT, Miss, no_other_users
 from inductor_ext.patterns.support import fp8_chain, quantisation
 from inductor_ext.patterns.support.expression import Expression
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4 = torch.float8_e4m3fn
 _EXPRESSIONS = {name: Expression(fn) for name, fn in ACTIVATIONS.items()}
 
 
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     chain = quantisation.trace(node)
     if chain is None:
         return None
@@ -38,21 +39,13 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     if traced is None:
         return None
     act, gate, up, inner = traced
-    for step in inner:
-        other = next((user for user in step.users if user is not chain.x and user not in inner), None)
-        if other is not None:
-            wanted = "the product with up only"
-            return context.refuse(step, "a step of the activation has a second user", wanted=wanted, found=describe(other))
+    no_other_users(inner, {chain.x, *inner}, "a step of the activation", "the product with up only")
     found = quantisation.parse(chain, context)
-    if isinstance(found, Refusal):
-        return found
     for each in (gate, up):
         if not fp8_chain.collapses_to_rows(value_of(each)):
             strides = f"{describe(each)} strides {list(value_of(each).stride())}"
-            return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
-    misplaced = quantisation.misplaced(found, min(found.nodes), context)
-    if misplaced is not None:
-        return misplaced
+            raise Miss(INPUT_LAYOUT, node, "rows of one pitch and unit stride", strides)
+    quantisation.check_place(found, min(found.nodes))
     made = Call(OP, (value_of(gate), value_of(up), act, *torch.fx.map_arg(found.arguments, value_of)))
     return Match(node, (made,), f"{act}, {found.detail}", found.why, (found, (gate, up, act, *found.arguments)))
 

@@ -12,14 +12,14 @@ cuDNN and torch's own flash attention are called as PyTorch's operators; any oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext.graph import describe, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.support import attention, attention_mask, attention_plan
 from inductor_ext.patterns.support.attention_examples import (
     H,
@@ -35,25 +35,18 @@ from inductor_ext.patterns.support.attention_examples import (
 )
 from inductor_ext.patterns.support.attention_mask import Band
 from inductor_ext.patterns.support.attention_plan import Source
-from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return attention.calls(graph)
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = attention.parse(node)
-    refused = attention_plan.unsupported(found, (Source(found.k), Source(found.v)), context)
-    if refused is not None:
-        return refused
+    attention_plan.check(found, (Source(found.k), Source(found.v)))
     band = Band(right=0) if found.causal else Band()
     if found.bias is not None:
-        allowed = attention_mask.read(found.bias)
-        if isinstance(allowed, Failure):
-            return context.refuse(node, allowed.reason, wanted=allowed.wanted, found=allowed.found)
-        band = band.and_(allowed)
+        try:
+            band = band.and_(attention_mask.read(found.bias))
+        except Miss as miss:
+            raise miss.at(node) from None
     k, v = attention.before_repeat(found.k), attention.before_repeat(found.v)
     if (
         not known_equal(value_of(k).shape[1], value_of(v).shape[1])
@@ -63,8 +56,8 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
         k, v = found.k, found.v  # as they are repeated
     gains = [gain for gain, there in (("no mask", found.bias is not None), ("K and V as they are", k is not found.k)) if there]
     if not gains and not context.forced:
-        return context.refuse(node, "nothing to gain", wanted="a mask, or repeated heads of K and V", found=describe(node))
-    return attention_plan.match(found, Source(k), Source(v), band, context, ", ".join(gains) or "forced")
+        raise Miss("nothing to gain", node, "a mask, or repeated heads of K and V", describe(node))
+    return attention_plan.match(found, Source(k), Source(v), band, ", ".join(gains) or "forced")
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -140,7 +133,7 @@ def _packed(device: str) -> tuple[torch.Tensor, ...]:
 RULE = Rule(
     name="causal_attention",
     doc="attention with a mask of positions, and K and V repeated for GQA → without either, by the fastest library there is",
-    anchors=anchors,
+    anchors=attention.calls,
     guard=guard,
     replace=attention_plan.replace,
     exact=False,

@@ -10,19 +10,18 @@ a partner is rewritten on its own. Negative indices count from the end, as they 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import is_call
+from inductor_ext.calls import calling
 from inductor_ext.graph import describe, is_opaque, value_of
 from inductor_ext.kernels.downcast_fp8.op import OP
+from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, fused
 from inductor_ext.patterns.support import cache_store, kv_store
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.kv_store import Half
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4 = torch.float8_e4m3fn
 
@@ -41,43 +40,24 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, *cache_store.SCATTERS)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     half = kv_store.trace(node)
     if half is None:
         return None
-    if isinstance(half, Failure):
-        return context.refuse(half.node, half.reason, wanted=half.wanted, found=half.found)
     partner = kv_store.partner(half)
     halves = [half] if partner is None else [partner, half]
     if partner is None and kv_store.follower(half) is not None:
         return None  # the pair is matched at its second store
     if kv_store.insertion_point(halves) is None:
-        return context.refuse(
-            node,
-            "the old rows are read after the new ones",
-            wanted="every read of the cache as it was before any read of it as it becomes",
-            found=describe(half.store.root),
-        )
+        raise Miss(OLD_ROWS_READ_LATE, node, kv_store.OLD_ROWS_FIRST, describe(half.store.root))
     if not context.forced and all(h.store.direct for h in halves) and not all(is_opaque(h.x) for h in halves):
         fusible = next(h for h in halves if not is_opaque(h.x))
-        return context.refuse(
-            node,
-            "Inductor fuses this store into its producer for free",
-            wanted="a graph input, a GEMM, attention or another opaque kernel as producer, or a cache behind a view",
-            found=describe(fusible.x),
-        )
+        wanted = "a graph input, a GEMM, attention or another opaque kernel as producer, or a cache behind a view"
+        raise Miss(fused("store", "producer"), node, wanted, describe(fusible.x))
     tokens = _hint(half.input_value().shape[0])
     if not context.forced and half.store.loc is not None and all(h.store.direct for h in halves) and _stock_wins(tokens):
-        return context.refuse(
-            node,
-            "stock stores this many rows faster",
-            wanted=f"at most {STOCK_WINS[0]} or at least {STOCK_WINS[1]} rows, or a cache behind a view",
-            found=f"{tokens} rows",
-        )
+        wanted = f"at most {STOCK_WINS[0]} or at least {STOCK_WINS[1]} rows, or a cache behind a view"
+        raise Miss("stock stores this many rows faster", node, wanted, f"{tokens} rows")
     why = "forced" if context.forced else "stock copies caches that are behind a view"
     if not context.forced and all(h.store.direct for h in halves):
         why = f"its input comes from {describe(halves[0].x)}"
@@ -301,14 +281,14 @@ NEAR_MISSES = (
     Example("strided_slots", _strided_slots, _inputs(64, 8, 64), reason="index layout"),
     Example("two_index_tensors", _two_indices, _inputs(4, 16, 8, 64), reason="index layout"),
     Example("scale_a_head", _head_scale, _inputs(64, 8, 64), reason="scale layout"),
-    Example("rows_used_again", _used_again, _inputs(64, 8, 64), reason="the stored FP8 rows have a second user"),
+    Example("rows_used_again", _used_again, _inputs(64, 8, 64), reason="what is stored in FP8 has a second user"),
     Example("cache_made_in_graph", _new_cache, _inputs(64, 8, 64), reason="the cache is not a graph input"),
 )
 
 RULE = Rule(
     name="downcast_fp8",
     doc="K and V scaled, clamped, cast to FP8 and stored into their caches → one launch",
-    anchors=anchors,
+    anchors=calling(*cache_store.SCATTERS),
     guard=guard,
     replace=replace,
     matches=MATCHES,

@@ -9,39 +9,31 @@ is left alone unless the rule is forced: an extern kernel has to read from memor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext.graph import call, describe, value_of
 from inductor_ext.kernels.fp8_downcast.op import OP
+from inductor_ext.miss import INPUT_LAYOUT, Miss
 from inductor_ext.patterns.support import fp8_chain, profit
 from inductor_ext.patterns.support.dynamic_scale import amax_above
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     chain = fp8_chain.trace(node)
-    if isinstance(chain, fp8_chain.Failure):
-        return context.refuse(chain.node, chain.reason, wanted=chain.wanted, found=chain.found)
     if any(amax_above(operand, chain.x) is not None for operand in chain.operands):
         return None  # a dynamic scale: fp8_quantize's business
     x = chain.input_value()
     rows = ":r" in chain.program
     if not (fp8_chain.collapses_to_rows(x) or (not rows and fp8_chain.is_dense(x))):
         wanted = "rows of one pitch and unit stride" if rows else "a dense tensor, or rows of one pitch and unit stride"
-        return context.refuse(node, "input layout", wanted=wanted, found=f"{describe(chain.x)} strides {list(x.stride())}")
-    unprofitable = profit.refusal(node, chain.x, context)
-    if unprofitable is not None:
-        return unprofitable
+        raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
+    profit.check(node, chain.x, context)
     arguments = (x, [value_of(operand) for operand in chain.operands], chain.program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
     return Match(node, (Call(OP, arguments),), f"{chain.program} → {chain.dtype}", why, chain)
@@ -163,7 +155,7 @@ NEAR_MISSES = (
 RULE = Rule(
     name="fp8_downcast",
     doc="scale-clamp-cast with static scales → one fused kernel",
-    anchors=anchors,
+    anchors=fp8_chain.casts,
     guard=guard,
     replace=replace,
     matches=MATCHES,

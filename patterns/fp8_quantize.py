@@ -10,50 +10,42 @@ with what produces x.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext.calls import aten
 from inductor_ext.graph import call, describe, erase_dead, index_of, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.fp8_quantize.op import OP
+from inductor_ext.miss import INPUT_LAYOUT, SEVERAL_SCALES, TOO_MANY_NUMBERS, Miss, found_or_none
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
-    chain = fp8_chain.trace(node)
-    if isinstance(chain, fp8_chain.Failure):
+def guard(node: Node, context: Context) -> Match | None:
+    chain = found_or_none(fp8_chain.trace, node)
+    if chain is None:
         return None  # fp8_downcast reports why it is no chain
     dynamic = [operand for operand in chain.operands if dynamic_scale.amax_above(operand, chain.x) is not None]
     if not dynamic:
         return None
     if len(chain.operands) != 1:
         found = ", ".join(map(describe, chain.operands))
-        return context.refuse(node, "more than one scale", wanted="one dynamic scale", found=found)
+        raise Miss(SEVERAL_SCALES, node, "one dynamic scale", found)
     scale = dynamic_scale.trace(chain, dynamic[0])
-    if isinstance(scale, fp8_chain.Failure):
-        return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
     x = chain.input_value()
     if not (fp8_chain.collapses_to_rows(x) if scale.granularity == "row" else fp8_chain.is_dense(x)):
         wanted = "rows of one pitch and unit stride" if scale.granularity == "row" else "a dense tensor"
-        return context.refuse(node, "input layout", wanted=wanted, found=f"{describe(chain.x)} strides {list(x.stride())}")
+        raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
     program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
     numbers = len(steps.constants(scale.program, program))
     if numbers > steps.MAX_CONSTS:
-        return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
-    unprofitable = profit.refusal(node, chain.x, context)
-    if unprofitable is not None:
-        return unprofitable
+        raise Miss(TOO_MANY_NUMBERS, node, f"at most {steps.MAX_CONSTS}", str(numbers))
+    profit.check(node, chain.x, context)
     arguments = (x, scale.granularity, scale.program, program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
     detail = f"{scale.granularity}: scale = {scale.program or 'amax'}; {program} → {chain.dtype}"
@@ -174,7 +166,7 @@ NEAR_MISSES = (
         "two_scales",
         lambda x, t: _scaled_by(x, x.abs().amax(-1, keepdim=True), t),
         lambda d: (_x(d), torch.tensor(2.0, device=d)),
-        reason="more than one scale",
+        reason="several scales in one chain",
     ),
     Example("strided_rows", lambda x: _row(x[:, ::2]), _one, reason="input layout"),
 )
@@ -189,7 +181,7 @@ def _scaled_by(x: torch.Tensor, amax: torch.Tensor, also: Any = None) -> Any:
 RULE = Rule(
     name="fp8_quantize",
     doc="amax, scale, clamp, cast with a dynamic scale → one fused kernel",
-    anchors=anchors,
+    anchors=fp8_chain.casts,
     guard=guard,
     replace=replace,
     matches=MATCHES,

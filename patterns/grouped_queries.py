@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,10 +28,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from inductor_ext import torch_compat
 from inductor_ext.calls import aten
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
+from inductor_ext.miss import DROPOUT, LOG_SUM_EXP, Miss
 from inductor_ext.patterns.support import attention, has_run
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_examples import HKV, H, S, heads, repeated, sdpa
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 #: GPUs on which decoding steps were measured with it and without.
 MEASURED = frozenset({"sm_90a"})
@@ -55,11 +55,7 @@ class _Plan:
         return [batch, shared, count // shared, width]
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return attention.calls(graph)
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = attention.parse(node)
     q = value_of(found.q)
     if not known_equal(q.shape[2], 1):
@@ -67,41 +63,36 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     k, v = attention.before_repeat(found.k), attention.before_repeat(found.v)
     if k is found.k or v is found.v:
         return None
-    refused = _unsupported(found, k, v, context)
-    if refused is not None:
-        return refused
-    refused = has_run.refusal(node, context, q.device, MEASURED, has_run.NOT_MEASURED)
-    if refused is not None:
-        return refused
+    _check(found, k, v)
+    has_run.check(node, context, q.device, MEASURED, has_run.NOT_MEASURED)
     plan = _Plan(found, k, v)
     batch, shared, count, width = plan.shape
     if q.device.type == "cuda" and not context.forced and not statically_known_true(batch * shared >= LEAST_HEADS):
         wanted = f'{LEAST_HEADS} heads of K and V in all sequences, or rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, "few heads are faster repeated", wanted=wanted, found=f"{batch} × {shared}")
+        raise Miss("few heads are faster repeated", node, wanted, f"{batch} × {shared}")
     detail = f"{batch} × {count} queries of {shared} heads of {width}, {found.kernel}"
     return Match(node, (), detail, f"K and V are read once, not {count} times", plan)
 
 
-def _unsupported(found: Attention, k: Node, v: Node, context: Context) -> Refusal | None:
+def _check(found: Attention, k: Node, v: Node) -> None:
     node, q = found.node, value_of(found.q)
     one, two = value_of(k), value_of(v)
     if found.others or found.output is None:
         other = ", ".join(map(describe, found.others)) or "no use of the output"
-        return context.refuse(node, "log-sum-exp is used", wanted="inference: the output alone", found=other)
+        raise Miss(LOG_SUM_EXP, node, "inference: the output alone", other)
     if found.causal:  # PyTorch's causal mask begins at the first key: one query sees that one alone
-        return context.refuse(node, "causal, with one query", wanted="a mask, or none", found="is_causal=True")
+        raise Miss("causal, with one query", node, "a mask, or none", "is_causal=True")
     if found.dropout:
-        return context.refuse(node, "dropout", wanted="0", found=str(found.dropout))
+        raise Miss(DROPOUT, node, "0", str(found.dropout))
     heads_known = isinstance(q.shape[1], int) and isinstance(one.shape[1], int) and known_equal(one.shape[1], two.shape[1])
     if not heads_known or one.stride(-1) != 1 or two.stride(-1) != 1:
         found_here = f"{describe(k)} and {describe(v)}, strides {list(one.stride())} and {list(two.stride())}"
-        return context.refuse(node, "K and V before they are repeated", wanted="as many heads, unit stride", found=found_here)
+        raise Miss("K and V before they are repeated", node, "as many heads, unit stride", found_here)
     if found.bias is not None:
         bias = value_of(found.bias)
         alike = bias.dim() < 4 or known_equal(bias.shape[1], 1) or bias.stride(1) == 0
         if not alike:
-            return context.refuse(node, "heads have masks of their own", wanted="one for all", found=describe(found.bias))
-    return None
+            raise Miss("heads have masks of their own", node, "one for all", describe(found.bias))
 
 
 def replace(match: Match) -> None:
@@ -172,7 +163,7 @@ def _several(device: str) -> tuple[torch.Tensor, ...]:
 RULE = Rule(
     name="grouped_queries",
     doc="attention of one query a sequence: heads that share K and V are queries of one head, and neither is repeated",
-    anchors=anchors,
+    anchors=attention.calls,
     guard=guard,
     replace=replace,
     exact=False,

@@ -13,20 +13,19 @@ In mode "auto" only from `LEAST_TOP_K` rows a token on: with fewer, the kernel w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import CONVERT, arguments, aten, is_call
+from inductor_ext.calls import CONVERT, arguments, aten, calling, is_call
 from inductor_ext.graph import call, constant_of, describe, erase_dead, is_opaque, is_reshape, known_equal, same_sizes, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.moe_combine.op import HAS_RUN, MAX_TOP_K, OP
+from inductor_ext.miss import INPUT_DTYPE, INPUT_LAYOUT, Miss, no_other_users
 from inductor_ext.patterns.support import has_run, routing
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 #: Rows of a token from which on the kernel was faster than Inductor's code for the same lines (H200, 4096 tokens: 1.09 times
 #: with 5, 4.5 with 8; benchmarks/results/h200/moe_combine.json), and its speed below.
@@ -54,19 +53,11 @@ class Combine:
     inner: list[Node] = dataclasses.field(default_factory=list)  # what only the sum may read
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten.sum.dim_IntList)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = trace(node)
     if found is None:
         return None
-    if isinstance(found, Failure):
-        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
-    refused = _unsupported(found, context)
-    if refused is not None:
-        return refused
+    _check(found, context)
     y, top_k = value_of(found.y), value_of(found.view).shape[1]
     parts = [f"{top_k} of {y.shape[1]}"]
     parts += ["weights"] if found.weights is not None else []
@@ -74,19 +65,19 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     return Match(found.result, (Call(OP, _fakes(found)),), ", ".join(parts), "each row is read once", found)
 
 
-def trace(node: Node) -> Combine | Failure | None:
+def trace(node: Node) -> Combine | None:
     """The sum ``node`` as a combination of gathered rows; None where no rows are gathered."""
     found = _walk(node)
-    if not isinstance(found, Combine):
-        return found
+    if found is None:
+        return None
     dims, keepdim = (arguments(node)[name] for name in ("dim", "keepdim"))
     if [dim % 3 for dim in dims] != [1] or keepdim:
         shown = f"{list(dims)}{', keepdim' if keepdim else ''}"
-        return Failure(node, "the sum is not over a token's rows", "dimension 1 of [T, k, H], not kept", shown)
+        raise Miss("the sum is not over a token's rows", node, "dimension 1 of [T, k, H], not kept", shown)
     return found
 
 
-def _walk(node: Node) -> Combine | Failure | None:
+def _walk(node: Node) -> Combine | None:
     at: Any = node.args[0]
     found = Combine(node, node, at, at, at, torch.float32)
     gathered, product = False, None
@@ -126,18 +117,14 @@ def _walk(node: Node) -> Combine | Failure | None:
         return None
     if narrowed is not None:
         reason = "a value is rounded between the rows and their sum"
-        return Failure(narrowed, reason, "converts to float32 only", describe(narrowed))
+        raise Miss(reason, narrowed, "converts to float32 only", describe(narrowed))
     found.view, found.y = view, at
     found.product = product or value_of(at).dtype
     for weights, is_sorted in weighted:
         found.weights, found.weights_sorted = weights, is_sorted
     for mask, is_sorted in masked:
         found.ids, found.ids_sorted, found.experts = mask.ids, is_sorted, mask.experts
-    for each in found.inner:
-        other = [user for user in each.users if user is not node and user not in found.inner]
-        if other:
-            reason = "a step between the rows and their sum has a second user"
-            return Failure(each, reason, "the sum only", describe(other[0]))
+    no_other_users(found.inner, {node, *found.inner}, "a step between the rows and their sum", "the sum only")
     if value_of(node).dtype is torch.float32 and len(node.users) == 1:
         (user,) = node.users
         if is_call(user, CONVERT) and user.args[1] in steps.TOKEN_OF_DTYPE:
@@ -175,27 +162,27 @@ def _weights(node: Node) -> tuple[Node, Node] | None:
     return None
 
 
-def _unsupported(found: Combine, context: Context) -> Refusal | None:
+def _check(found: Combine, context: Context) -> None:
     y, top_k = value_of(found.y), value_of(found.view).shape[1]
     node = found.result
     if y.dtype not in steps.TOKEN_OF_DTYPE:
-        return context.refuse(node, "input dtype", wanted="bfloat16, float16 or float32", found=str(y.dtype))
+        raise Miss(INPUT_DTYPE, node, "bfloat16, float16 or float32", str(y.dtype))
     if not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
-        return context.refuse(node, "rows of a token", wanted=f"a number from 1 to {MAX_TOP_K}", found=str(top_k))
+        raise Miss("rows of a token", node, f"a number from 1 to {MAX_TOP_K}", str(top_k))
     for dtype in (y.dtype, value_of(found.result).dtype):
         if dtype not in steps.TOKEN_OF_DTYPE:
             wanted = "bfloat16, float16 or float32"
-            return context.refuse(node, "dtype of the rows or of their sum", wanted=wanted, found=str(dtype))
+            raise Miss("dtype of the rows or of their sum", node, wanted, str(dtype))
     if not known_equal(y.stride(1), 1):
         strides = f"{describe(found.y)} strides {list(y.stride())}"
-        return context.refuse(node, "input layout", wanted="rows of unit stride", found=strides)
+        raise Miss(INPUT_LAYOUT, node, "rows of unit stride", strides)
     if not context.forced and not is_opaque(found.y):
         wanted = "a graph input, a grouped matmul or another opaque kernel as producer"
-        return context.refuse(node, "Inductor computes the rows where it reads them", wanted=wanted, found=describe(found.y))
+        raise Miss("Inductor computes the rows where it reads them", node, wanted, describe(found.y))
     if not context.forced and top_k < LEAST_TOP_K:
         wanted = f'{LEAST_TOP_K} or more, or rules={{"{context.rule}": "always"}}: the kernel had {SPEED_BELOW}'
-        return context.refuse(node, "Inductor's code was faster with so few rows of a token", wanted=wanted, found=str(top_k))
-    return has_run.refusal(node, context, y.device, HAS_RUN)
+        raise Miss("Inductor's code was faster with so few rows of a token", node, wanted, str(top_k))
+    has_run.check(node, context, y.device, HAS_RUN)
 
 
 def _fakes(found: Combine) -> tuple[Any, ...]:
@@ -313,7 +300,7 @@ def _match(name: str, fn: Any, inputs: Any = _inputs, **rest: Any) -> Example:
 RULE = Rule(
     name="moe_combine",
     doc="the experts' rows back in the tokens' order, weighted and summed → one kernel",
-    anchors=anchors,
+    anchors=calling(aten.sum.dim_IntList),
     guard=guard,
     replace=replace,
     exact=False,

@@ -12,46 +12,42 @@ That a masked row is past ``offs[-1]`` is read from the graph: mask and group en
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import RESHAPES, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.moe_combine.op import OP as COMBINE
 from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.support import routing
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.routing import RowMask
 from inductor_ext.patterns.support.same import in_order
-from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Context, Example, Match, Rule
 
 #: Where the group ends are among the arguments of the matmuls, whose rows are the first argument's.
 _GROUPED = {aten._grouped_mm.default: 2}
 _SLICES = {aten.slice.Tensor: 1, aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.select.int: 1, aten.unbind.int: 1}
+_READ = "a masked row is read"
 _REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default}
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten.where.self)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     mask = routing.row_mask(node)
     if mask is None or value_of(node).dim() != 2:
         return None
-    readers, failure = _readers(node, mask)
+    readers, other = _readers(node)
     if not readers:
         return None  # a mask of something else
     if routing.sorted_ids(mask.ids) is None:
         reason, wanted = "the ids of the mask are not sorted", "the values of an ascending sort"
-        return context.refuse(node, reason, wanted=wanted, found=describe(mask.ids))
+        raise Miss(reason, node, wanted, describe(mask.ids))
+    if other is not None:
+        raise Miss(_READ, node, "operators that take each row by itself, then a grouped matmul", describe(other))
     for reader in readers:
-        failure = failure or _reads(reader, mask)
-    if failure is not None:
-        return context.refuse(failure.node, failure.reason, wanted=failure.wanted, found=failure.found)
+        _check(reader, mask)
     named = ", ".join(reader.name for reader in readers)
     return Match(node, (), f"rows of experts from {mask.experts} on", f"read by {named} only, which skip them", mask.kept)
 
@@ -61,11 +57,11 @@ def replace(match: Match) -> None:
     erase_dead(match.node)
 
 
-def _readers(node: Node, mask: RowMask) -> tuple[list[Node], Failure | None]:
+def _readers(node: Node) -> tuple[list[Node], Node | None]:
     """The matmuls and combinations that what is made of ``node``'s rows ends in, and the first other use of them."""
     rows = value_of(node).shape[0]
     readers: dict[Node, None] = {}
-    failure: Failure | None = None
+    other: Node | None = None
     pending, seen = [node], {node}
     while pending:
         at = pending.pop()
@@ -73,12 +69,11 @@ def _readers(node: Node, mask: RowMask) -> tuple[list[Node], Failure | None]:
             if _skips_rows(at, user):
                 readers[user] = None
             elif not _row_by_row(at, user, rows):
-                wanted = "operators that take each row by itself, then a grouped matmul"
-                failure = failure or Failure(node, "a masked row is read", wanted, describe(user))
+                other = other or user
             elif user not in seen:
                 seen.add(user)
                 pending.append(user)
-    return list(readers), failure
+    return list(readers), other
 
 
 def _skips_rows(source: Node, user: Node) -> bool:
@@ -112,28 +107,27 @@ def _row_by_row(source: Node, user: Node, rows: Any) -> bool:
     return pointwise and value.dim() == before.dim()
 
 
-def _reads(reader: Node, mask: RowMask) -> Failure | None:
-    """Why ``reader`` may read a masked row, if so."""
+def _check(reader: Node, mask: RowMask) -> None:
+    """Miss where ``reader`` may read a masked row."""
     ids = routing.sorted_ids(mask.ids)
     assert ids is not None
     if reader.target is COMBINE.overload:
         expert_ids, experts = reader.args[3], reader.args[4]
         if isinstance(expert_ids, Node) and in_order(expert_ids) is ids.ids and experts <= mask.experts:
-            return None
-        return Failure(reader, "a masked row is read", f"experts from {mask.experts} on left out", describe(reader))
+            return
+        raise Miss(_READ, reader, f"experts from {mask.experts} on left out", describe(reader))
     at = _GROUPED[reader.target]
     offs = reader.args[at] if len(reader.args) > at else reader.kwargs.get("offs")
     ends = routing.group_ends(offs) if isinstance(offs, Node) else None
     if ends is None:
         wanted = "cumsum(histc(expert ids, bins=E, min=0, max=E - 1))"
-        return Failure(reader, "the group ends are not counted from expert ids", wanted, describe(offs))
+        raise Miss("the group ends are not counted from expert ids", reader, wanted, describe(offs))
     if ends.ids is not mask.ids and ends.ids is not ids.ids:
         found = f"{describe(ends.ids)} and {describe(mask.ids)}"
-        return Failure(reader, "mask and group ends are of other ids", "the same ids, or their sort", found)
+        raise Miss("mask and group ends are of other ids", reader, "the same ids, or their sort", found)
     if ends.experts > mask.experts:
         wanted = f"group ends of at most {mask.experts} experts, as the mask leaves"
-        return Failure(reader, "a masked row is in a group", wanted, str(ends.experts))
-    return None
+        raise Miss("a masked row is in a group", reader, wanted, str(ends.experts))
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -222,7 +216,7 @@ def _with_ends(device: str) -> tuple[torch.Tensor, ...]:
 RULE = Rule(
     name="moe_masks",
     doc="masks of rows that a grouped matmul neither reads nor writes → nothing",
-    anchors=anchors,
+    anchors=calling(aten.where.self),
     guard=guard,
     replace=replace,
     differs_unread=True,

@@ -11,43 +11,37 @@ quantised here. On a GPU whose kernel has not run yet (``HAS_RUN``) the rule wai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import CONVERT, arguments, aten, is_call
+from inductor_ext.calls import CONVERT, arguments, aten, calling, is_call
 from inductor_ext.graph import describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
+from inductor_ext.miss import Miss
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.patterns.support import grouped_product, mx_weight
-from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 BF16 = torch.bfloat16
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten._grouped_mm.default)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     return grouped_product.match(trace(node), context)
 
 
-def trace(node: Node) -> grouped_product.Grouped | Failure:
+def trace(node: Node) -> grouped_product.Grouped:
     given = arguments(node)
-    failure = grouped_product.unlike(node, given)
-    if failure is not None:
-        return failure
-    weight = mx_weight.trace(given["mat2"])
+    grouped_product.check_call(node, given)
+    try:
+        weight = mx_weight.trace(given["mat2"])
+    except Miss as miss:
+        raise miss.at(node) from None
     if weight is None:
         wanted = "a weight in MXFP8: inductor_ext.quantize_moe_(model) makes it, and says what it costs"
-        return Failure(node, "the weight is not quantised", wanted, describe(given["mat2"]))
-    if isinstance(weight, Failure):
-        return Failure(node, weight.reason, weight.wanted, weight.found)
+        raise Miss("the weight is not quantised", node, wanted, describe(given["mat2"]))
     x, rounding = given["self"], ""
     if is_call(x, ROUND.overload):
         x, rounding = x.args
@@ -170,7 +164,7 @@ NEAR_MISSES = (
 RULE = Rule(
     name="mxfp8_grouped_mm",
     doc="a grouped product with a quantised weight → our kernel, which reads MXFP8, into a planned buffer",
-    anchors=anchors,
+    anchors=calling(aten._grouped_mm.default),
     guard=guard,
     replace=replace,
     exact=False,

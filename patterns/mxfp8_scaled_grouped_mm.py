@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import arguments, aten, is_call
+from inductor_ext.calls import arguments, aten, calling, is_call
 from inductor_ext.graph import describe, erase_dead, value_of
 from inductor_ext.kernels import mx
+from inductor_ext.miss import CONTRACTION_DIM, SCALE_DTYPE, SCALE_LAYOUT, Miss
 from inductor_ext.patterns.support import grouped_product
-from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Context, Example, Match, Rule, source_line
 
 log = logging.getLogger("inductor_ext")
 
@@ -38,20 +37,17 @@ WITHOUT_MX = ((9, 0), (10, 0))  # from, to
 _SWIZZLES = {(): False, (NO_SWIZZLE,): False, (SWIZZLE_32_4_4,): True}
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten._scaled_grouped_mm_v2.default)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     device = value_of(node).device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     blocks = BLOCK_WISE_1X32 in arguments(node)["recipe_a"]
     if not blocks or not WITHOUT_MX[0] <= capability < WITHOUT_MX[1]:
         return grouped_product.match(trace(node), context)
-    found = grouped_product.match(trace(node), context, "PyTorch's kernel cannot run on a GPU without MX tensor cores")
-    if isinstance(found, Refusal):
-        _warn(capability, found.reason, found.wanted, found.found, found.source)
-    return found
+    try:
+        return grouped_product.match(trace(node), context, "PyTorch's kernel cannot run on a GPU without MX tensor cores")
+    except Miss as miss:
+        _warn(capability, miss.reason, miss.wanted, miss.found, source_line(miss.node))
+        raise
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,26 +61,24 @@ def _warn(capability: tuple[int, int], reason: str, wanted: str, found: str, sou
     )  # fmt: skip
 
 
-def trace(node: Node) -> grouped_product.Grouped | Failure:
+def trace(node: Node) -> grouped_product.Grouped:
     given = arguments(node)
     for name in "ab":
         recipe = list(given[f"recipe_{name}"])
         if recipe != [BLOCK_WISE_1X32]:
             wanted = f"one scale for each 32 elements along K ([{BLOCK_WISE_1X32}], BlockWise1x32)"
-            return Failure(node, "scaling recipe", wanted, f"recipe_{name} {recipe}")
+            raise Miss("scaling recipe", node, wanted, f"recipe_{name} {recipe}")
     swizzles = [_SWIZZLES.get(tuple(given[f"swizzle_{name}"])) for name in "ab"]
     if swizzles[0] is None or swizzles[0] is not swizzles[1]:
         found = f"{list(given['swizzle_a'])} and {list(given['swizzle_b'])}"
-        return Failure(node, "scale layout", "both plain, or both in tiles (SWIZZLE_32_4_4)", found)
-    failure = grouped_product.unlike(node, given)
-    if failure is not None:
-        return failure
+        raise Miss(SCALE_LAYOUT, node, "both plain, or both in tiles (SWIZZLE_32_4_4)", found)
+    grouped_product.check_call(node, given)
     if given["contraction_dim"]:
-        return Failure(node, "contraction_dim is given", "none", str(list(given["contraction_dim"])))
+        raise Miss(CONTRACTION_DIM, node, "none", str(list(given["contraction_dim"])))
     for name in "ab":
         (scale,) = given[f"scale_{name}"]
         if value_of(scale).dtype is not mx.SCALE:
-            return Failure(node, "scale dtype", "float8_e8m0fnu", describe(scale))
+            raise Miss(SCALE_DTYPE, node, "float8_e8m0fnu", describe(scale))
     w = given["mat2"]
     transposed = is_call(w, aten.permute.default) and [dim % 3 for dim in w.args[1]] == [0, 2, 1]
     return grouped_product.Grouped(
@@ -184,7 +178,7 @@ NEAR_MISSES = (
 RULE = Rule(
     name="mxfp8_scaled_grouped_mm",
     doc="scaled_grouped_mm with 1x32 blocks (MXFP8) → our kernel, into a planned buffer",
-    anchors=anchors,
+    anchors=calling(aten._scaled_grouped_mm_v2.default),
     guard=guard,
     replace=replace,
     exact=False,

@@ -16,7 +16,6 @@ looks like.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,14 +24,14 @@ from torch.fx import Graph, Node
 from inductor_ext.calls import aten, prims
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.support import attention, attention_mask, attention_plan, kv_cache
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_examples import HKV, D, S, projected, qkv, repeated, sdpa, split
 from inductor_ext.patterns.support.attention_mask import Affine, Band
 from inductor_ext.patterns.support.attention_plan import Source
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.kv_cache import Read
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 #: Marks a graph input that a rewritten store took for the length of an empty cache: the masks of later layers read it too.
 _LENGTH = "inductor_ext_prefill_only"
@@ -61,52 +60,50 @@ class _Inputs:
         }
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return attention.calls(graph)
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = attention.parse(node)
-    traced = [kv_cache.trace(attention.before_repeat(each)) for each in (found.k, found.v)]
+    traced = [_traced(attention.before_repeat(each)) for each in (found.k, found.v)]
     if all(each is None for each in traced):
         return None
     if not context.options.prefill_only:
         wanted = "prefill_only=True: every sequence starts with an empty cache that nothing reads afterwards"
-        return context.refuse(node, "prefill-only work is not declared", wanted=wanted, found="prefill_only=False")
+        raise Miss("prefill-only work is not declared", node, wanted, "prefill_only=False")
     for each in traced:
-        if isinstance(each, Failure):
-            return context.refuse(node, each.reason, wanted=each.wanted, found=each.found)
+        if isinstance(each, Miss):
+            raise each.at(node)
     if None in traced:
         k, v = describe(found.k), describe(found.v)
-        return context.refuse(node, "one of K and V is not cached", wanted="both, or neither", found=f"{k}, {v}")
+        raise Miss("one of K and V is not cached", node, "both, or neither", f"{k}, {v}")
     reads = traced[0], traced[1]
     sources = reads[0].source, reads[1].source  # type: ignore[union-attr]
-    refused = attention_plan.unsupported(found, sources, context)
-    if refused is not None:
-        return refused
+    attention_plan.check(found, sources)
     if known_equal(value_of(found.q).shape[2], 1):
-        return context.refuse(node, "one token", wanted="a prompt; one token is what decoding looks like", found="S = 1")
+        raise Miss("one token", node, "a prompt; one token is what decoding looks like", "S = 1")
     return _match(found, reads, sources, context)  # type: ignore[arg-type]
 
 
-def _match(found: Attention, reads: tuple[Read, Read], sources: tuple[Source, Source], context: Context) -> Match | Refusal:
+def _traced(node: Node) -> Read | Miss | None:
+    """A miss is told of only once prefill-only work is declared."""
+    try:
+        return kv_cache.trace(node)
+    except Miss as miss:
+        return miss
+
+
+def _match(found: Attention, reads: tuple[Read, Read], sources: tuple[Source, Source], context: Context) -> Match:
     node = found.node
     inputs = _inputs(reads, value_of(found.q).shape[2])
-    band = _band(found, reads, inputs, context)
-    if isinstance(band, Refusal):
-        return band
+    band = _band(found, reads, inputs)
     others = [other for each in reads for other in kv_cache.other_readers(each, node)]
     if others:
         wanted, readers = "a cache that this attention alone reads", ", ".join(map(describe, others))
-        return context.refuse(node, "the cache is read elsewhere", wanted=wanted, found=readers)
+        raise Miss("the cache is read elsewhere", node, wanted, readers)
     used = [user for each in inputs.lengths for write in _writes(each) for user in (*write.args[1].users, *write.users)]
     used = [user for user in used if not any(kv_cache.writes_back(user, each) for each in inputs.lengths)]
     if used:
         wanted = "a length that is advanced for the next call and not used in this one"
-        return context.refuse(node, "the cache's new length is used", wanted=wanted, found=", ".join(map(describe, used)))
-    matched = attention_plan.match(found, *sources, band, context, "K and V as they are, no cache")
-    if isinstance(matched, Refusal):
-        return matched
+        raise Miss("the cache's new length is used", node, wanted, ", ".join(map(describe, used)))
+    matched = attention_plan.match(found, *sources, band, "K and V as they are, no cache")
     return dataclasses.replace(matched, data=_Data(matched, reads, inputs, context.options.checks))
 
 
@@ -124,15 +121,15 @@ def _is_row_of(node: Node, tokens: Any) -> bool:
     return value_of(node).dim() == 1 and known_equal(value_of(node).shape[0], tokens)
 
 
-def _band(found: Attention, reads: tuple[Read, Read], inputs: _Inputs, context: Context) -> Band | Refusal:
+def _band(found: Attention, reads: tuple[Read, Read], inputs: _Inputs) -> Band:
     """What queries see of the keys of their own call, if it is nothing else."""
     node, assumed = found.node, inputs.assumed()
     band = Band(right=0) if found.causal else Band()
     if found.bias is not None:
-        allowed = attention_mask.read(found.bias, assumed)
-        if isinstance(allowed, Failure):
-            return context.refuse(node, allowed.reason, wanted=allowed.wanted, found=allowed.found)
-        band = band.and_(allowed)
+        try:
+            band = band.and_(attention_mask.read(found.bias, assumed))
+        except Miss as miss:
+            raise miss.at(node) from None
     for read in reads:
         if not read.whole:
             continue  # the rows stored are the rows read, wherever they are
@@ -140,11 +137,11 @@ def _band(found: Attention, reads: tuple[Read, Read], inputs: _Inputs, context: 
         where = attention_mask.positions(at, assumed) if at is not None else Affine((1,), read.at)
         if where != Affine((1,)):
             found_at = describe(at) if at is not None else f"a slice from {read.at}"
-            return context.refuse(node, "where the cache is written", wanted="rows 0, 1, … of an empty cache", found=found_at)
+            raise Miss("where the cache is written", node, "rows 0, 1, … of an empty cache", found_at)
         cached, tokens = value_of(read.cache).numel(), value_of(read.source.node).numel()
         if band.right != 0 and not known_equal(cached, tokens):
             wanted = "a mask that hides what is behind the last token, as a causal one does"
-            return context.refuse(node, "rows that are not written are seen", wanted=wanted, found=str(band))
+            raise Miss("rows that are not written are seen", node, wanted, str(band))
     return band
 
 
@@ -327,7 +324,7 @@ def _without_length(inputs: Any) -> Any:
 RULE = Rule(
     name="prefill_only",
     doc="option prefill_only: attention through a KV cache that the graph fills → on K and V as they are; no cache is written",
-    anchors=anchors,
+    anchors=attention.calls,
     guard=guard,
     replace=replace,
     exact=False,

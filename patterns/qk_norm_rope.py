@@ -11,33 +11,27 @@ them that needs the first; else each is a call of its own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import aten, is_call
+from inductor_ext.calls import aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import MAX_HEAD_DIM, OP
+from inductor_ext.miss import HEAD_DIM, INPUT_LAYOUT, Miss, found_or_none, fused
 from inductor_ext.patterns.support import rope
 from inductor_ext.patterns.support.columns import hoist
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.rope import Rope, Table
 from inductor_ext.patterns.support.same import in_order, same_elements
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten.add.Tensor)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = _usable(node, context.forced)
     if found is None:
         return None
-    if isinstance(found, Failure):
-        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
     partner = _partner(found, node, context.forced)
     ropes = [found] if partner is None else sorted((found, partner), key=lambda each: each.end)
     heads = " and ".join(str(each.x.value.shape[2]) for each in ropes)
@@ -49,25 +43,25 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     return Match(node, (made,), detail, why, ropes)
 
 
-def _usable(add: Node, forced: bool) -> Rope | Failure | None:
+def _usable(add: Node, forced: bool) -> Rope | None:
     """A rotation that the kernel can take and, unless forced, should."""
     found = rope.trace(add)
-    if not isinstance(found, Rope):
-        return found
+    if found is None:
+        return None
     x = found.x.value
     columns = x.shape[3]
     if not isinstance(columns, int) or columns % 8 or columns > MAX_HEAD_DIM:
-        return Failure(found.end, "head dimension", f"a multiple of 8, at most {MAX_HEAD_DIM}", str(columns))
+        raise Miss(HEAD_DIM, found.end, f"a multiple of 8, at most {MAX_HEAD_DIM}", str(columns))
     for value, node in ((x, found.x.node), (found.cos.value, found.cos.node), (found.sin.value, found.sin.node)):
         if not known_equal(value.stride(-1), 1):
             strides = f"{describe(node)} strides {list(value.stride())}"
-            return Failure(found.end, "input layout", "columns of unit stride", strides)
+            raise Miss(INPUT_LAYOUT, found.end, "columns of unit stride", strides)
     if not _same_strides(found.result, value_of(found.end)):
         strides = f"strides {list(value_of(found.end).stride())}"
-        return Failure(found.end, "memory layout", f"[B, S, H, D] in memory: strides {list(found.result.stride())}", strides)
+        raise Miss("memory layout", found.end, f"[B, S, H, D] in memory: strides {list(found.result.stride())}", strides)
     if not forced and not is_opaque(found.x.node):
         wanted = "a graph input, a GEMM or another opaque kernel as producer"
-        return Failure(found.end, "Inductor fuses this rotation into its producer for free", wanted, describe(found.x.node))
+        raise Miss(fused("rotation", "producer"), found.end, wanted, describe(found.x.node))
     return found
 
 
@@ -85,8 +79,8 @@ def _partner(found: Rope, add: Node, forced: bool) -> Rope | None:
     others = sorted(other for other in set(_rotations_by(in_order(found.cos.node))) if other is not add)
     earlier = [other for other in others if other < add]
     for other in (*others[len(earlier) :][:NEAREST], *earlier[: -NEAREST - 1 : -1]):
-        rotation = _usable(other, forced)
-        if not isinstance(rotation, Rope) or not _alike(found, rotation):
+        rotation = found_or_none(_usable, other, forced)
+        if rotation is None or not _alike(found, rotation):
             continue
         place = _place(sorted((found, rotation), key=lambda each: each.end))
         if all(hoist(needed, place, move=False) is None for needed in (*found.inputs, *rotation.inputs)):
@@ -301,7 +295,7 @@ def _heads_first_in_memory(device: str) -> tuple[torch.Tensor, ...]:
 RULE = Rule(
     name="qk_norm_rope",
     doc="RMSNorm of each head and rotate-half RoPE of q and k → one launch",
-    anchors=anchors,
+    anchors=calling(aten.add.Tensor),
     guard=guard,
     replace=replace,
     exact=False,

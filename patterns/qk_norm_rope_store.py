@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import torch_compat
-from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
+from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
 from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope
 from inductor_ext.patterns.support import cache_store, has_run, kv_store
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.kv_store import Half
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 #: What a search for k's store follows: the steps of an FP8 cast, and copies.
 _STEPS = (
@@ -139,21 +139,13 @@ class _Plan:
             return OP.fake(*self.fake_arguments())
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, QK_NORM_ROPE.overload)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = _plan(node, context.forced)
-    if isinstance(found, Failure):
-        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
     if found is None:
         return None
     found = dataclasses.replace(found, check=kv_store.checked(found.k, context))
-    refused = has_run.refusal(node, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
-    refused = refused or _seldom_faster(found, context)
-    if refused is not None:
-        return refused
+    has_run.check(node, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
+    _check_gain(found, context)
     stored = "K and V" if found.v else f"K alone ({found.why_not_v})"
     detail = f"{stored}: {found.k.program or 'copied'} → {found.k.dtype}{', k is read too' if found.keep_k else ''}"
     why = "forced" if context.forced else "k is stored while it is in registers"
@@ -164,33 +156,33 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
 LEAST_COPIED = 16
 
 
-def _seldom_faster(found: _Plan, context: Context) -> Refusal | None:
-    """A refusal where one launch was not measured to be faster than two."""
+def _check_gain(found: _Plan, context: Context) -> None:
+    """Miss where one launch was not measured to be faster than two."""
     sequences, positions, *_ = found.sizes()
     tokens, copied = sequences * positions, not found.k.program
     if context.forced or value_of(found.k.x).device.type != "cuda":
-        return None
+        return
     if statically_known_true(tokens >= LEAST_COPIED) if copied else known_equal(tokens, 1):
-        return None
+        return
     sizes = f"one token into an FP8 cache, {LEAST_COPIED} or more into one of k's dtype"
     wanted = f'{sizes}, or rules={{"{context.rule}": "always"}}'
-    return context.refuse(found.node, "two launches measured faster", wanted=wanted, found=f"{tokens} into {found.k.dtype}")
+    raise Miss("two launches measured faster", found.node, wanted, f"{tokens} into {found.k.dtype}")
 
 
-def _plan(node: Node, forced: bool) -> _Plan | Failure | None:
-    """How k's store, and v's, go into ``node``; the first failure where there is a store and they do not."""
-    failure = None
+def _plan(node: Node, forced: bool) -> _Plan | None:
+    """How k's store, and v's, go into ``node``; the first Miss where there is a store and they do not."""
+    missed = None
     for result in (user for user in node.users if is_call(user, operator.getitem)):
         for scatter in _stores_of(result):
-            k = kv_store.trace_any(scatter)
-            if isinstance(k, Half):
-                found = _with_v(node, result, k, forced)
-                if isinstance(found, _Plan):
-                    return found
-                failure = failure or found
-            elif isinstance(k, Failure):
-                failure = failure or k
-    return failure
+            try:
+                k = kv_store.trace_any(scatter)
+                if k is not None:
+                    return _with_v(node, result, k, forced)
+            except Miss as miss:
+                missed = missed or miss
+    if missed is not None:
+        raise missed
+    return None
 
 
 def _stores_of(result: Node) -> Iterator[Node]:
@@ -207,24 +199,22 @@ def _stores_of(result: Node) -> Iterator[Node]:
                 pending.append(user)
 
 
-def _with_v(node: Node, result: Node, k: Half, forced: bool) -> _Plan | Failure:
-    failure = _wrong_k(node, result, k)
-    if failure is not None:
-        return failure
+def _with_v(node: Node, result: Node, k: Half, forced: bool) -> _Plan:
+    _check_k(result, k)
     v = kv_store.partner(k, kv_store.trace_any, sink=True) or kv_store.follower(k, kv_store.trace_any, sink=True)
     why_not = "v does not go to the same rows, in k's dtype" if v is None else _why_not_v(node, k, v, forced)
     if v is not None and not why_not:
-        found = _placed(node, result, k, v)
-        if isinstance(found, _Plan):
-            return found
-        why_not = f"{found.reason}: {found.found}"
+        try:
+            return _placed(node, result, k, v)
+        except Miss as miss:
+            why_not = f"{miss.reason}: {miss.found}"
     return _placed(node, result, k, None, why_not)
 
 
-def _wrong_k(node: Node, result: Node, k: Half) -> Failure | None:
+def _check_k(result: Node, k: Half) -> None:
     if k.x is not result:
         wanted = "k through views and the steps of an FP8 cast"
-        return Failure(k.scatter, "k is changed on its way to the cache", wanted, describe(k.x))
+        raise Miss("k is changed on its way to the cache", k.scatter, wanted, describe(k.x))
     batch, sequence, heads, columns = value_of(result).shape
     turned, rows = value_of(result), k.input_value()
     same = turned.untyped_storage()._cdata == rows.untyped_storage()._cdata
@@ -239,8 +229,7 @@ def _wrong_k(node: Node, result: Node, k: Half) -> Failure | None:
     if not same:
         wanted = f"a view of [B, S, {heads}, {columns}] as rows of tokens"
         found = f"{list(rows.shape)} with strides {list(rows.stride())}"
-        return Failure(k.scatter, "the stored rows are not k's tokens", wanted, found)
-    return None
+        raise Miss("the stored rows are not k's tokens", k.scatter, wanted, found)
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -260,23 +249,20 @@ def _why_not_v(node: Node, k: Half, v: Half, forced: bool) -> str:
     return ""
 
 
-def _placed(node: Node, result: Node, k: Half, v: Half | None, why_not_v: str = "") -> _Plan | Failure:
+def _placed(node: Node, result: Node, k: Half, v: Half | None, why_not_v: str = "") -> _Plan:
     """The plan, if there is a place where all that the stores need is there and nothing that they make is needed yet."""
     halves = sorted([k] if v is None else [k, v], key=lambda half: half.scatter)
-    failure = kv_store.aliased(halves, node.all_input_nodes)
-    if failure is not None:
-        return failure
+    kv_store.check_inputs(halves, node.all_input_nodes)
     waiting: list[Node] = []
     place = kv_store.insertion_point(halves, waiting)
     if place is None:
-        wanted = "every read of the cache as it was before any read of it as it becomes"
-        return Failure(k.scatter, "the old rows are read after the new ones", wanted, describe(k.store.root))
+        raise Miss(OLD_ROWS_READ_LATE, k.scatter, kv_store.OLD_ROWS_FIRST, describe(k.store.root))
     dying = _dying(k)
     results = [user for user in node.users if is_call(user, operator.getitem)]
     early = kv_store.early_reader(results, dying, place, waiting)
     if early is not None:
         wanted, found = "readers behind everything that the stores need", f"{describe(early)} before {describe(place)}"
-        return Failure(early, "q or k is read before k can be stored", wanted, found)
+        raise Miss("q or k is read before k can be stored", early, wanted, found)
     keep_k = any(user not in dying for user in result.users)
     index: Any = result.args[1]
     return _Plan(node, index, k, v, why_not_v, place, tuple(sorted(waiting)), keep_k)
@@ -508,7 +494,7 @@ def _match(name: str, fn: Any, inputs: Any, **options: Any) -> Example:
 RULE = Rule(
     name="qk_norm_rope_store",
     doc="qk_norm_rope, then k and v stored into their KV caches → one launch",
-    anchors=anchors,
+    anchors=lambda graph: calling(QK_NORM_ROPE.overload)(graph),
     guard=guard,
     replace=replace,
     matches=(

@@ -8,46 +8,34 @@ The chains are compared node by node down to what they share; equal chains give 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext.graph import describe, erase_dead
 from inductor_ext.memory import may_be_one
+from inductor_ext.miss import Miss, found_or_none
 from inductor_ext.patterns.support import fp8_chain
-from inductor_ext.patterns.support.same import input_pairs, root, same_value
-from inductor_ext.rule import Context, Example, Match, Refusal, Rule
+from inductor_ext.patterns.support.same import input_pairs, is_pure, root, same_value
+from inductor_ext.rule import Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     near: Node | None = None
     source = _source(node)
     for other in _casts_before(node):
         if same_value(node, other):
             if not may_be_one(node, other):
-                return context.refuse(
-                    node,
-                    "both results are returned",
-                    wanted="at most one of them among the outputs, since a caller may write to either",
-                    found=f"'{other.name}' and '{node.name}' among the outputs",
-                )
+                wanted = "at most one of them among the outputs, since a caller may write to either"
+                found = f"'{other.name}' and '{node.name}' among the outputs"
+                raise Miss("both results are returned", node, wanted, found)
             return Match(node, (), f"shares {other.name}", "the same chain on the same activation", other)
         if near is None and _source(other) is source:
             near = other
     if near is not None:
-        return context.refuse(
-            node,
-            "another chain quantises the same activation",
-            wanted=f"the chain of '{near.name}': {_program(near)}",
-            found=_program(node),
-        )
+        wanted = f"the chain of '{near.name}': {_program(near)}"
+        raise Miss("another chain quantises the same activation", node, wanted, _program(node))
     return None
 
 
@@ -67,25 +55,27 @@ def _merge(node: Node, other: Node) -> None:
 
 
 def _casts_before(node: Node) -> list[Node]:
-    """Casts to the same dtype of what may be the same activation: comparing all of a model's is quadratic."""
-    found: list[Node] = []
-    start = root(node)
-    for other in node.graph.nodes:
-        if other is node:
-            return found
-        if fp8_chain.is_fp8_cast(other) and other.args[1] is node.args[1] and root(other) is start:
-            found.append(other)
-    return found
+    """Casts to the same dtype of what may be the same activation, in the graph's order."""
+    found, seen, pending = list[Node](), set[Node](), [root(node)]
+    while pending:
+        for user in pending.pop().users:
+            if user in seen or not is_pure(user):
+                continue
+            seen.add(user)
+            pending.append(user)
+            if user < node and fp8_chain.is_fp8_cast(user) and user.args[1] is node.args[1] and root(user) is root(node):
+                found.append(user)
+    return sorted(found)
 
 
 def _source(cast: Node) -> Node | None:
-    chain = fp8_chain.trace(cast)
-    return chain.x if isinstance(chain, fp8_chain.Chain) else None
+    chain = found_or_none(fp8_chain.trace, cast)
+    return None if chain is None else chain.x
 
 
 def _program(cast: Node) -> str:
-    chain = fp8_chain.trace(cast)
-    if isinstance(chain, fp8_chain.Failure):
+    chain = found_or_none(fp8_chain.trace, cast)
+    if chain is None:
         return describe(cast)
     scales = ", ".join(describe(operand) for operand in chain.operands)
     return f"{chain.program} with {scales}" if scales else chain.program
@@ -119,7 +109,7 @@ def _scales(device: str) -> tuple[torch.Tensor, ...]:
 RULE = Rule(
     name="quantize_once",
     doc="equal quantisations of one activation → one, shared",
-    anchors=anchors,
+    anchors=fp8_chain.casts,
     guard=guard,
     replace=replace,
     matches=(

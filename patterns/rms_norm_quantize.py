@@ -29,8 +29,9 @@ from torch.fx import Node
 
 from inductor_ext.graph import call, describe, erase_dead, value_of
 from inductor_ext.kernels.rms_norm_quantize.op import OP
+from inductor_ext.miss import INPUT_LAYOUT, Miss
 from inductor_ext.patterns.support import fp8_chain, quantisation, rms_norm
-from inductor_ext.rule import Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4 = torch.float8_e4m3fn
 
@@ -39,43 +40,53 @@ E4 = torch.float8_e4m3fn
 TENSOR_ROWS, TENSOR_ELEMENTS = 16, 1 << 23
 
 
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     chain = quantisation.trace(node)
     if chain is None:
         return None
-    traced = [(each, norm) for each in quantisation.starts(chain) if (norm := rms_norm.trace(each.x)) is not None]
-    if not traced:
+    traced = _normed(chain)
+    if traced is None:
         return None
-    chain, norm = next((pair for pair in traced if isinstance(pair[1], rms_norm.RmsNorm)), traced[-1])
-    if isinstance(norm, fp8_chain.Failure):
-        return context.refuse(norm.node, norm.reason, wanted=norm.wanted, found=norm.found)
+    chain, norm = traced
     found = quantisation.parse(chain, context)
-    if isinstance(found, Refusal):
-        return found
     if found.granularity == "tensor" and not context.forced:
         shape = value_of(norm.total).shape
         rows = math.prod(shape[:-1])
         if not isinstance(rows, int) or rows < TENSOR_ROWS or rows * shape[-1] > TENSOR_ELEMENTS:
             wanted = f"at least {TENSOR_ROWS} rows, and at most {TENSOR_ELEMENTS} elements in all"
             reason = "one scale for all: Inductor's kernels are as fast"
-            return context.refuse(node, reason, wanted=wanted, found=f"{list(shape)}")
+            raise Miss(reason, node, wanted, f"{list(shape)}")
     place = _place(found, norm)
-    misplaced = quantisation.misplaced(found, place, context)
-    if misplaced is not None:
-        return misplaced
+    quantisation.check_place(found, place)
     if norm.weight >= place:
         wanted = f"a weight before {describe(place)}, which reads the sum"
-        return context.refuse(norm.weight, "the weight is computed too late", wanted=wanted, found=describe(norm.weight))
+        raise Miss("the weight is computed too late", norm.weight, wanted, describe(norm.weight))
     inputs = norm.addends or (norm.total, None)
     for each in inputs:
         if each is not None and not fp8_chain.collapses_to_rows(value_of(each)):
             strides = f"{describe(each)} strides {list(value_of(each).stride())}"
-            return context.refuse(node, "input layout", wanted="rows of one pitch and unit stride", found=strides)
+            raise Miss(INPUT_LAYOUT, node, "rows of one pitch and unit stride", strides)
     x, residual = (None if each is None else value_of(each) for each in inputs)
     rest = (norm.eps, norm.norm, *found.arguments)
     detail = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}, {found.detail}"
     made = Call(OP, (x, residual, value_of(norm.weight), *torch.fx.map_arg(rest, value_of)))
     return Match(node, (made,), detail, found.why, (found, norm, (*inputs, norm.weight, *rest)))
+
+
+def _normed(chain: Any) -> tuple[Any, rms_norm.RmsNorm] | None:
+    """The chain, from one of its `quantisation.starts`, and the norm that it begins behind."""
+    missed = None
+    for each in quantisation.starts(chain):
+        try:
+            norm = rms_norm.trace(each.x)
+        except Miss as miss:
+            missed = miss
+            continue
+        if norm is not None:
+            return each, norm
+    if missed is not None:
+        raise missed
+    return None
 
 
 def _place(found: quantisation.AnyQuantisation, norm: rms_norm.RmsNorm) -> Node:

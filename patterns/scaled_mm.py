@@ -15,23 +15,19 @@ from torch.fx import Node
 
 from inductor_ext import autotune
 from inductor_ext.graph import erase_dead
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.support import scaled_plan, scaled_product
-from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     product = scaled_product.parse(node)
-    if isinstance(product, Failure):
-        return context.refuse(product.node, product.reason, wanted=product.wanted, found=product.found)
     if not context.forced and isinstance(product.m, int) and autotune.active():
         wanted = "no max_autotune, under which Inductor measures our kernels beside PyTorch's and Triton's"
-        return context.refuse(node, "left to Inductor's autotuner", wanted=wanted, found="max_autotune")
+        raise Miss("left to Inductor's autotuner", node, wanted, "max_autotune")
     plan = scaled_plan.plan((product,), True, context, "PyTorch's own operator is faster here")
-    if isinstance(plan, Failure):
-        return context.refuse(plan.node, plan.reason, wanted=plan.wanted, found=plan.found)
     return Match(node, (plan.call,), plan.detail, plan.why, plan)
 
 

@@ -12,26 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from inductor_ext import torch_compat
-from inductor_ext.calls import aten, is_call
+from inductor_ext.calls import aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
 from inductor_ext.kernels.scaled_mm_act_mul.op import OUT_DTYPES
+from inductor_ext.miss import NO_KERNEL, NOT_MEASURED, NOT_WHOLE_COLUMNS, Miss, no_other_users
 from inductor_ext.patterns.act_mul_quantize import gated
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +76,7 @@ def _long(scale: Node) -> int:
     return max(range(value_of(scale).dim()), key=lambda dim: value_of(scale).shape[dim], default=0)
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, aten.mul.Tensor)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     found = gated(node)
     if found is None:
         return None
@@ -88,30 +84,27 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     halves = [_half(operand) for operand in operands]
     if all(half is None for half in halves):
         return None
-    wrong = _wrong(halves, operands) or _second_user(node, halves, inner)  # type: ignore[arg-type]
-    if isinstance(wrong, Failure):
-        return context.refuse(wrong.node, wrong.reason, wanted=wrong.wanted, found=wrong.found)
-    gate, up = halves
-    assert isinstance(gate, _Half) and isinstance(up, _Half)
+    gate, up = _both(halves, operands)
+    own = {node, *inner, *gate.path, *up.path}
+    no_other_users(own - {node}, own, "gate or up", "the gated activation alone")
     p = gate.product
     device = value_of(p.a).device
     target = scaled_mm.target_of(device)
     problem = gate.n, p.k, _rowwise(gate, up), p.fast
-    why = "" if context.forced else _gain(target, p, act, problem)
-    if isinstance(why, Failure):
-        wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, why.reason, wanted=wanted, found=why.found)
+    if act != "silu" and not context.forced:  # the table was measured with SiLU
+        raise Miss(NOT_MEASURED, node, f'SiLU, or rules={{"{context.rule}": "always"}}', act)
+    why = scaled_plan.measured(scaled_mm_act_mul.TABLE, target, node, p.m, problem, context)
     static = isinstance(p.m, int)
     name = scaled_mm_act_mul.TABLE.choose(target, p.m if static else scaled_mm.bounds(p.m)[1], *problem)
     if device.type == "cuda" and not name:
-        return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
+        raise Miss(NO_KERNEL, node, "sm_90a", target)
     plan = _Plan(gate, up, act, name if static and device.type == "cuda" else "")
     made = Call(scaled_mm_act_mul.OP, torch.fx.map_arg(plan.arguments(_fake_part), value_of))
     detail = f"{act}, N = {gate.n}: {name if device.type == 'cuda' else 'reference'}"
     return Match(node, (made,), detail, why or "gate and up are not stored", plan)
 
 
-def _half(operand: Node) -> _Half | Failure | None:
+def _half(operand: Node) -> _Half | None:
     """Of which product ``operand`` is all or some columns; None where it is of none."""
     path = []
     node, low, high, whole = operand, 0, None, operand  # whole: what the columns are taken of
@@ -129,12 +122,10 @@ def _half(operand: Node) -> _Half | Failure | None:
         path.extend(steps)
         node = whole = steps[-1].args[0]  # type: ignore[assignment]
     found = scaled_product.parse(node)
-    if isinstance(found, Failure):
-        return found
     high = found.n if high is None else high
     if not known_equal(value_of(operand).shape[-1], high - low) or not known_equal(value_of(whole).shape[-1], found.n):
         wanted = f"views that keep the columns, {found.n} of them"
-        return Failure(operand, "not whole columns", wanted, f"a view as {list(value_of(operand).shape)}")
+        raise Miss(NOT_WHOLE_COLUMNS, operand, wanted, f"a view as {list(value_of(operand).shape)}")
     return _Half(found, low, high, (node, *path))
 
 
@@ -155,50 +146,32 @@ def _columns(node: Node) -> tuple[Any, ...] | None:
 # ---- what the kernel takes ---------------------------------------------------------------------------------------------
 
 
-def _wrong(halves: Sequence[_Half | Failure | None], operands: Sequence[Node]) -> Failure | None:
+def _both(halves: Sequence[_Half | None], operands: Sequence[Node]) -> tuple[_Half, _Half]:
+    """gate and up, two parts of products that one launch can do."""
     for half, operand in zip(halves, operands):
         if half is None:
-            return Failure(operand, "gate and up are not both FP8 products", "aten._scaled_mm", describe(in_order(operand)))
-        if isinstance(half, Failure):
-            return half
+            raise Miss("gate and up are not both FP8 products", operand, "aten._scaled_mm", describe(in_order(operand)))
     gate, up = halves
     assert isinstance(gate, _Half) and isinstance(up, _Half)
     p, q = gate.product, up.product
     if not same_tensor(p.a, q.a) or not same_elements(p.scale_a, q.scale_a):
         wanted = "one a, and one scale of it"
-        return Failure(q.node, "gate and up are products of different tensors", wanted, f"{describe(p.a)} and {describe(q.a)}")
+        raise Miss("gate and up are products of different tensors", q.node, wanted, f"{describe(p.a)} and {describe(q.a)}")
     if p.fast != q.fast or p.out_dtype is not q.out_dtype or p.out_dtype not in OUT_DTYPES:
         found = f"{p.out_dtype} and {q.out_dtype}, use_fast_accum {p.fast} and {q.fast}"
-        return Failure(q.node, "the options of gate and up", "bfloat16 or float16, and the same use_fast_accum", found)
+        raise Miss("the options of gate and up", q.node, "bfloat16 or float16, and the same use_fast_accum", found)
     weights = [value_of(each.b) for each in (p, q)]
     if weights[0].dtype is not weights[1].dtype or weights[0].stride() != weights[1].stride() or gate.n != up.n:
         found = " and ".join(f"{describe(each.b)} strides {list(value_of(each.b).stride())}" for each in (p, q))
-        return Failure(q.node, "the weights of gate and up are not alike", "one dtype, size and pitch", found)
+        raise Miss("the weights of gate and up are not alike", q.node, "one dtype, size and pitch", found)
     if p.node is q.node and (gate.low % 16 or up.low % 16 or gate.low == up.low):
         wanted = "two parts of the weight, from multiples of 16 rows on"
-        return Failure(q.node, "the halves of the product", wanted, f"columns from {gate.low} and {up.low} on")
-    return None
-
-
-def _second_user(node: Node, halves: Sequence[_Half], inner: Sequence[Node]) -> Failure | None:
-    """A user of a product, of a view of it or of a step of the activation that is not on the way to ``node``."""
-    own = {node, *inner, *(each for half in halves for each in half.path)}
-    for each in own - {node}:
-        other = next((user for user in each.users if user not in own), None)
-        if other is not None:
-            return Failure(each, "gate or up has a second user", "the gated activation alone", describe(other))
-    return None
+        raise Miss("the halves of the product", q.node, wanted, f"columns from {gate.low} and {up.low} on")
+    return gate, up
 
 
 def _rowwise(gate: _Half, up: _Half) -> bool:
     return gate.product.rowwise or up.product.rowwise
-
-
-def _gain(target: str, found: Product, act: str, problem: tuple[int, int, bool, bool]) -> str | Failure:
-    """`scaled_plan.measured` of SiLU, which the table was measured with."""
-    if act != "silu":
-        return Failure(found.node, "not measured", "SiLU", act)
-    return scaled_plan.measured(scaled_mm_act_mul.TABLE, target, found.node, found.m, problem)
 
 
 # ---- the rewrite ---------------------------------------------------------------------------------------------------------
@@ -335,14 +308,14 @@ NEAR_MISSES = (
     _always(
         "columns_split",
         lambda a, s, w, t, u, r: torch.nn.functional.silu(product(a, w, s, t).view(80, 24)) * product(a, u, s, r).view(80, 24),
-        reason="not whole columns",
+        reason=NOT_WHOLE_COLUMNS,
     ),
 )
 
 RULE = Rule(
     name="scaled_mm_act_mul",
     doc="the FP8 products of gate and up, and their gated activation → one launch that stores the activation",
-    anchors=anchors,
+    anchors=calling(aten.mul.Tensor),
     guard=guard,
     replace=replace,
     exact=False,

@@ -11,26 +11,23 @@ product, which is busy with arithmetic, reads 15 more. That pays for some sizes:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from inductor_ext import torch_compat
-from inductor_ext.calls import arguments, aten, calls
+from inductor_ext.calls import arguments, aten
 from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
+from inductor_ext.miss import NO_KERNEL, NOT_WHOLE_COLUMNS, Miss, second_user
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import scaled_plan, scaled_product
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Refusal, Rule
-
-_UNLIKE = "the residual is not like the product"
+from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +43,8 @@ class _Plan:
         return p.a, p.b, p.scale_a, p.scale_b, p.bias, residual, p.out_dtype, p.fast, ready, self.config
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if calls(node, aten.add.Tensor) and _operands(node) is not None]
+def anchors(graph: Graph) -> list[Node]:
+    return [node for node in graph.find_nodes(op="call_function", target=aten.add.Tensor) if _operands(node) is not None]
 
 
 def _operands(node: Node) -> tuple[Node, Node] | None:
@@ -61,28 +58,21 @@ def _operands(node: Node) -> tuple[Node, Node] | None:
     return None
 
 
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     operands = _operands(node)
     assert operands is not None
     part, residual = operands
     found = scaled_product.parse(in_order(part))
-    if isinstance(found, Failure):
-        return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
-    refused = _unlike(node, part, residual, found, context)
-    if refused is not None:
-        return refused
+    _check(node, part, residual, found)
     device = value_of(found.a).device
     target = scaled_mm.target_of(device)
     problem = found.n, found.k, found.rowwise, found.fast
-    why = "" if context.forced else scaled_plan.measured(scaled_mm_add.TABLE, target, found.node, found.m, problem)
-    if isinstance(why, Failure):
-        wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, why.reason, wanted=wanted, found=why.found)
+    why = scaled_plan.measured(scaled_mm_add.TABLE, target, node, found.m, problem, context)
     static = isinstance(found.m, int)
     most = found.m if static else scaled_mm.bounds(found.m)[1]
     name = scaled_mm_add.TABLE.choose(target, most, *problem)
     if device.type == "cuda" and not name:
-        return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
+        raise Miss(NO_KERNEL, node, "sm_90a", target)
     plan = _Plan(found, residual, name if static and device.type == "cuda" else "")
     rows = _fake_rows(residual, found)
     arguments = torch.fx.map_arg(plan.arguments(rows), value_of)
@@ -90,26 +80,25 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     return Match(node, (Call(scaled_mm_add.OP, arguments),), detail, why or "the residual is read with the product", plan)
 
 
-def _unlike(node: Node, part: Node, residual: Node, found: Product, context: Context) -> Refusal | None:
-    """A refusal where the sum is not element by element of two tensors alike, or the product is used besides."""
+def _check(node: Node, part: Node, residual: Node, found: Product) -> None:
+    """Miss where the sum is not element by element of two tensors alike, or the product is used besides."""
     alpha = arguments(node)["alpha"]
     if alpha != 1:
-        return context.refuse(node, "alpha", wanted="1", found=str(alpha))
+        raise Miss("alpha", node, "1", str(alpha))
     value, other = value_of(part), value_of(residual)
     if not isinstance(other, torch.Tensor) or other.dtype != value.dtype or not same_sizes(other.shape, value.shape):
-        return context.refuse(node, _UNLIKE, wanted=describe(part), found=describe(residual))
+        raise Miss("the residual is not like the product", node, describe(part), describe(residual))
     if not known_equal(value.shape[-1], found.n):
         wanted = f"views that keep the columns, {found.n} of them"
-        return context.refuse(part, "not whole columns", wanted=wanted, found=f"a view as {list(value.shape)}")
+        raise Miss(NOT_WHOLE_COLUMNS, part, wanted, f"a view as {list(value.shape)}")
     second = _second_user(node, part, found.node)
     if second is not None:
-        return context.refuse(node, "the product has a second user", wanted="this sum alone", found=describe(second))
+        raise Miss(second_user("the product"), node, "this sum alone", describe(second))
     strides = other.stride()
     dense = other.is_contiguous() or (other.dim() == 2 and strides[1] == 1 and _aligned(strides[0] * other.element_size()))
     if not dense:
         wanted = "rows one after the other, or at multiples of 16 bytes"
-        return context.refuse(node, "the residual's layout", wanted=wanted, found=f"strides {list(strides)}")
-    return None
+        raise Miss("the residual's layout", node, wanted, f"strides {list(strides)}")
 
 
 def _second_user(node: Node, part: Node, made: Node) -> Node | None:
@@ -215,16 +204,18 @@ RULE = Rule(
             "second_user",
             lambda *i: (i[4] + (p := product(*i[:4])), p.float().sigmoid()),
             rowwise,
-            reason="the product has a second user",
+            reason=second_user("the product"),
         ),
-        _always("other_dtype", lambda *i: i[4].float() + product(*i[:4]), rowwise, reason=_UNLIKE),
-        _always("one_row", lambda *i: i[4][:1] + product(*i[:4]), rowwise, reason=_UNLIKE),
+        _always(
+            "other_dtype", lambda *i: i[4].float() + product(*i[:4]), rowwise, reason="the residual is not like the product"
+        ),
+        _always("one_row", lambda *i: i[4][:1] + product(*i[:4]), rowwise, reason="the residual is not like the product"),
         _always("alpha", lambda *i: torch.add(i[4], product(*i[:4]), alpha=2), rowwise, reason="alpha"),
         _always(
             "columns_split",
             lambda *i: i[4].view(80, 24) + product(*i[:4]).view(80, 24),
             rowwise,
-            reason="not whole columns",
+            reason=NOT_WHOLE_COLUMNS,
         ),
         Example("columns", _added, _in_columns, mode="always", reason="the residual's layout"),
     ),

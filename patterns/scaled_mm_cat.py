@@ -7,55 +7,49 @@ The products may share a or not. Views of them that keep the columns may stand b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from inductor_ext import torch_compat
-from inductor_ext.calls import aten
+from inductor_ext.calls import aten, calling
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
+from inductor_ext.miss import NOT_WHOLE_COLUMNS, Miss, second_user
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [
-        node
-        for node in graph.nodes
-        if columns.is_cat_of_columns(node) and sum(scaled_product.is_product(in_order(part)) for part in node.args[0]) > 1
-    ]
+def anchors(graph: Graph) -> list[Node]:
+    def products(node: Node) -> int:
+        return sum(scaled_product.is_product(in_order(part)) for part in node.args[0])
+
+    return [node for node in calling(aten.cat.default)(graph) if columns.is_cat_of_columns(node) and products(node) > 1]
 
 
-def guard(node: Node, context: Context) -> Match | Refusal | None:
+def guard(node: Node, context: Context) -> Match | None:
     products: list[Product] = []
     for part in node.args[0]:
         source = in_order(part)
         if not scaled_product.is_product(source):
-            return context.refuse(node, "not only products", wanted="an FP8 product as every operand", found=describe(part))
+            raise Miss("not only products", node, "an FP8 product as every operand", describe(part))
         found = scaled_product.parse(source)
-        if isinstance(found, Failure):
-            return context.refuse(found.node, found.reason, wanted=found.wanted, found=found.found)
         user = _other_user(part, node, source)
         if user is not None:
             wanted = "the concatenation as its only user"
-            return context.refuse(source, "a product has a second user", wanted=wanted, found=describe(user))
+            raise Miss(second_user("the product"), source, wanted, describe(user))
         if not known_equal(value_of(part).shape[-1], found.n):
             wanted, shape = "views that keep the columns", list(value_of(part).shape)
-            return context.refuse(part, "not whole columns", wanted=f"{wanted}, {found.n} of them", found=f"a view as {shape}")
+            raise Miss(NOT_WHOLE_COLUMNS, part, f"{wanted}, {found.n} of them", f"a view as {shape}")
         products.append(found)
     odd = next((each for each in products if _kind(each) != _kind(products[0]) or not known_equal(each.m, products[0].m)), None)
     if odd is not None:
         wanted = f"{_described(products[0])}, as the first has"
-        return context.refuse(odd.node, "the products are not alike", wanted=wanted, found=_described(odd))
+        raise Miss("the products are not alike", odd.node, wanted, _described(odd))
     plan = scaled_plan.plan(products, _shared(products), context, "the products are faster apart")
-    if isinstance(plan, Failure):
-        return context.refuse(plan.node, plan.reason, wanted=plan.wanted, found=plan.found)
     detail = f"{len(products)} products, N = {' + '.join(str(each.n) for each in products)}: {plan.detail}"
     return Match(node, (plan.call,), detail, plan.why, plan)
 
@@ -133,7 +127,7 @@ MATCHES = (
 )
 
 NEAR_MISSES = (
-    Example("second_user", _used_twice, _two, reason="a product has a second user"),
+    Example("second_user", _used_twice, _two, reason=second_user("the product")),
     Example(
         "with_something_else",
         lambda *inputs: torch.cat([product(*inputs[:4]), product(*inputs[4:8]), inputs[8]], 1),
@@ -150,7 +144,7 @@ NEAR_MISSES = (
         "columns_merged",
         lambda *inputs: torch.cat([product(*inputs[:4]).view(-1, 16), product(*inputs[4:]).view(-1, 16)[:120]], 1),
         lambda d: (*tensorwise(d), *tensorwise(d)),
-        reason="not whole columns",
+        reason=NOT_WHOLE_COLUMNS,
     ),
 )
 

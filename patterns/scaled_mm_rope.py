@@ -13,28 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from inductor_ext import torch_compat
-from inductor_ext.calls import aten, is_call
+from inductor_ext import miss, torch_compat
+from inductor_ext.calls import aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm_rope import op as scaled_mm_rope
 from inductor_ext.kernels.scaled_mm_rope.op import HEAD_DIM, MAX_PRODUCTS, OUT_DTYPE
 from inductor_ext.memory import is_view, readers
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.qk_norm_rope import _gemma_norm, _llama_norm, _rope
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.attention_examples import sdpa
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order
-from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 from inductor_ext.settings import RuleMode
 
 _READ_BEFORE = "q or k is read before the rotation too"
@@ -88,27 +88,15 @@ class _Plan:
         return a, b, scale_a, scale_b, *rotation, out_dtype, fast, static_b, self.config
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
-    return [node for node in graph.nodes if is_call(node, QK_NORM_ROPE.overload)]
-
-
-def guard(node: Node, context: Context) -> Match | Refusal | None:
-    heads = _heads(node)
-    if heads is None:
-        return None
-    if isinstance(heads, Failure):
-        return context.refuse(node, heads.reason, wanted=heads.wanted, found=heads.found)
+def guard(node: Node, context: Context) -> Match | None:
+    try:
+        heads = _heads(node)
+        if heads is None:
+            return None
+        place = _checked(node, heads, context.forced)
+    except Miss as found:
+        raise found.at(node) from None  # tables and weights are graph inputs, which have no line
     buffer = heads[0].columns.buffer
-    wrong = (
-        _wrong_products(buffer)
-        or _wrong_columns(heads)
-        or _wrong_rotation(node, heads)
-        or _read_before(node, heads)
-        or _copied(node, heads, context.forced)
-    )
-    place = _place(node, heads) if wrong is None else wrong
-    if isinstance(place, Failure):
-        return context.refuse(node, place.reason, wanted=place.wanted, found=place.found)
     (a,), b, scale_a, scale_b, _, _, fast, *_ = buffer.args
     device, m = value_of(a).device, value_of(a).shape[0]
     target = scaled_mm.target_of(device)
@@ -116,13 +104,10 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     ns, k = tuple(value_of(each).shape[1] for each in b), value_of(b[0]).shape[0]
     rowwise = scaled_mm.is_rowwise([value_of(each) for each in (*scale_a, *scale_b)])
     table, problem = scaled_mm_rope.table(node.args[7]), (sum(ns), k, rowwise, fast)  # type: ignore[arg-type]
-    why = "" if context.forced else scaled_plan.measured(table, target, node, m, problem)
-    if isinstance(why, Failure):
-        wanted = f'{why.wanted}, or rules={{"{context.rule}": "always"}}'
-        return context.refuse(node, why.reason, wanted=wanted, found=why.found)
+    why = scaled_plan.measured(table, target, node, m, problem, context)
     name = table.choose(target, m if static else scaled_mm.bounds(m)[1], *problem)
     if device.type == "cuda" and not name:
-        return context.refuse(node, "no kernel for this GPU", wanted="sm_90a", found=target)
+        raise Miss(miss.NO_KERNEL, node, "sm_90a", target)
     plan = _Plan(node, buffer, heads, tuple(node.args[4:6]), place, name if static and device.type == "cuda" else "")
     made = Call(scaled_mm_rope.OP, torch.fx.map_arg(plan.arguments(), value_of))
     turned = " and ".join(str(head.width // HEAD_DIM) for head in heads)
@@ -130,7 +115,7 @@ def guard(node: Node, context: Context) -> Match | Refusal | None:
     return Match(node, (made,), detail, why or "heads are rotated before they are stored", plan)
 
 
-def _heads(node: Node) -> tuple[_Head, ...] | Failure | None:
+def _heads(node: Node) -> tuple[_Head, ...] | None:
     """q and, if there is one, k in the order of their columns; None where they come from no FP8 product."""
     x, weights = [each for each in node.args[:2] if each is not None], node.args[2:4]
     found = [_columns(in_order(each)) for each in x]
@@ -140,9 +125,9 @@ def _heads(node: Node) -> tuple[_Head, ...] | Failure | None:
     other = next((buffer for buffer in buffers if buffer is not buffers[0]), None)
     wanted = "column slices of one call of inductor_ext.scaled_mm, as scaled_mm_siblings makes of q, k and v"
     if other is not None:
-        return Failure(node, _NOT_ONE_CALL, wanted, f"{describe(buffers[0])} and {describe(other)}")
+        raise Miss(_NOT_ONE_CALL, node, wanted, f"{describe(buffers[0])} and {describe(other)}")
     if not _is_products(buffers[0]):
-        return Failure(node, _NOT_ONE_CALL, wanted, describe(buffers[0]))
+        raise Miss(_NOT_ONE_CALL, node, wanted, describe(buffers[0]))
     heads = [_Head(each, weights[i], i, columns_) for i, (each, columns_) in enumerate(zip(x, found)) if columns_ is not None]
     return tuple(sorted(heads, key=lambda head: head.columns.low))
 
@@ -164,59 +149,69 @@ def _columns(node: Node) -> _Columns | None:
 # ---- what the kernel takes ---------------------------------------------------------------------------------------------
 
 
-def _wrong_products(buffer: Node) -> Failure | None:
+def _checked(node: Node, heads: tuple[_Head, ...], forced: bool) -> Node:
+    """Where the call stands."""
+    _check_products(heads[0].columns.buffer)
+    _check_columns(heads)
+    _check_rotation(node, heads)
+    _check_readers(node, heads)
+    for head in heads:
+        result = _result(node, head)
+        if result is not None:
+            columns.check(result, forced, head.width)
+    return _place(node, heads)
+
+
+def _check_products(buffer: Node) -> None:
     a, b, _, _, bias, out_dtype, *_ = buffer.args
     if len(a) != 1:
-        return Failure(buffer, "the products do not share a", "one left side for q, k and v", f"{len(a)} of them")
+        raise Miss("the products do not share a", buffer, "one left side for q, k and v", f"{len(a)} of them")
     if any(each is not None for each in bias):
         found = describe(next(each for each in bias if each is not None))
-        return Failure(buffer, "the products have a bias", "none", found)
+        raise Miss("the products have a bias", buffer, "none", found)
     if out_dtype is not OUT_DTYPE:
-        return Failure(buffer, "output dtype", str(OUT_DTYPE), str(out_dtype))
+        raise Miss(miss.OUTPUT_DTYPE, buffer, str(OUT_DTYPE), str(out_dtype))
     ns = [value_of(each).shape[1] for each in b]
     if len(ns) > MAX_PRODUCTS or any(n % HEAD_DIM for n in ns):
         wanted = f"at most {MAX_PRODUCTS} of multiples of {HEAD_DIM} columns"
-        return Failure(buffer, "the products are not whole heads", wanted, f"N = {' + '.join(map(str, ns))}")
-    return None
+        raise Miss("the products are not whole heads", buffer, wanted, f"N = {' + '.join(map(str, ns))}")
 
 
-def _wrong_columns(heads: Sequence[_Head]) -> Failure | None:
+def _check_columns(heads: Sequence[_Head]) -> None:
     """Whether q and k are not the first products and nothing but them."""
     low = 0
     for head, weight in zip(heads, heads[0].columns.buffer.args[1]):
         high, at = low + value_of(weight).shape[1], head.columns
         if (at.low, at.high) != (low, high):
             wanted = f"columns {low} to {high}"
-            return Failure(head.x, "q and k are not the first products", wanted, f"columns {at.low} to {at.high}")
+            raise Miss("q and k are not the first products", head.x, wanted, f"columns {at.low} to {at.high}")
         low = high
-    return None
 
 
-def _wrong_rotation(node: Node, heads: Sequence[_Head]) -> Failure | None:
+def _check_rotation(node: Node, heads: Sequence[_Head]) -> None:
     rows = value_of(heads[0].columns.buffer).shape[0]
     for head in heads:
         sequences, positions, count, size = value_of(head.x).shape
         if not known_equal(size, HEAD_DIM):
-            return Failure(head.x, "head dimension", str(HEAD_DIM), str(size))
+            raise Miss(miss.HEAD_DIM, head.x, str(HEAD_DIM), str(size))
         if not known_equal(count * HEAD_DIM, head.width) or not known_equal(sequences * positions, rows):
             wanted = f"[B, S, {head.width // HEAD_DIM}, {HEAD_DIM}] of B · S = {rows} rows"
-            return Failure(head.x, "q or k is not a view of whole rows", wanted, describe(head.x))
+            raise Miss("q or k is not a view of whole rows", head.x, wanted, describe(head.x))
     if node.args[8] is not OUT_DTYPE:
-        return Failure(node, "output dtype", str(OUT_DTYPE), str(node.args[8]))
+        raise Miss(miss.OUTPUT_DTYPE, node, str(OUT_DTYPE), str(node.args[8]))
     for table in node.args[4:6]:
         value = value_of(table)
         if value.dtype is not OUT_DTYPE:
-            return Failure(table, "cos and sin are not of the output's dtype", str(OUT_DTYPE), describe(table))
+            raise Miss("cos and sin are not of the output's dtype", table, str(OUT_DTYPE), describe(table))
         strides = [value.stride(dim) for dim in (0, 1) if not known_equal(value.shape[dim], 1)]
         if not known_equal(value.stride(2), 1) or not all(map(_aligned, (*strides, value.storage_offset()))):
             wanted = "rows of unit stride at multiples of 16 bytes"
             found = f"{describe(table)} strides {list(value.stride())} offset {value.storage_offset()}"
-            return Failure(table, "the layout of cos and sin", wanted, found)
+            raise Miss("the layout of cos and sin", table, wanted, found)
     for head in heads:
         if head.weight is not None and (value_of(head.weight).dtype is not OUT_DTYPE or value_of(head.weight).stride(0) != 1):
             found = f"{describe(head.weight)} strides {list(value_of(head.weight).stride())}"
-            return Failure(head.weight, "the norm's weight", f"{OUT_DTYPE} in a row", found)
-    return None
+            raise Miss("the norm's weight", head.weight, f"{OUT_DTYPE} in a row", found)
 
 
 def _aligned(elements: Any) -> bool:
@@ -226,7 +221,7 @@ def _aligned(elements: Any) -> bool:
 # ---- what else reads q, k and v ------------------------------------------------------------------------------------------
 
 
-def _read_before(node: Node, heads: Sequence[_Head]) -> Failure | None:
+def _check_readers(node: Node, heads: Sequence[_Head]) -> None:
     """A reader of q or k besides the rotation: it would find them rotated."""
     buffer, rotated = heads[0].columns.buffer, heads[-1].columns.high
     wanted = "readers of the columns behind them only"
@@ -235,26 +230,16 @@ def _read_before(node: Node, heads: Sequence[_Head]) -> Failure | None:
         found = _columns(user)
         behind = found is not None and found.low >= rotated
         if not behind and user not in own and buffer not in own:
-            return Failure(user, _READ_BEFORE, wanted, describe(user))
+            raise Miss(_READ_BEFORE, user, wanted, describe(user))
     for head in heads:
         below, above = node, head.x
         while True:
             other = next((user for user in above.users if user is not below), None)
             if other is not None:
-                return Failure(above, _READ_BEFORE, "the rotation as the only reader", describe(other))
+                raise Miss(_READ_BEFORE, above, "the rotation as the only reader", describe(other))
             if above is head.columns.node:
                 break
             below, above = above, above.args[0]  # type: ignore[assignment]
-    return None
-
-
-def _copied(node: Node, heads: Sequence[_Head], forced: bool) -> Failure | None:
-    """A reader of the rotated q or k that would copy a column slice."""
-    for head in heads:
-        result = _result(node, head)
-        failure = None if result is None else columns.obstacle(result, forced, head.width)
-        if failure is not None:
-            return failure
     return None
 
 
@@ -265,7 +250,7 @@ def _result(node: Node, head: _Head) -> Node | None:
 # ---- where the call stands -------------------------------------------------------------------------------------------------
 
 
-def _place(node: Node, heads: Sequence[_Head]) -> Node | Failure:
+def _place(node: Node, heads: Sequence[_Head]) -> Node:
     """Where the products are, if all that the rotation needs can be there; else where the rotation is, if v can wait."""
     buffer = heads[0].columns.buffer
     needed = [*node.args[4:6], *(head.weight for head in heads)]
@@ -277,7 +262,7 @@ def _place(node: Node, heads: Sequence[_Head]) -> Node | Failure:
         return node
     wanted = "cos, sin and weights that exist before the products, or no earlier reader of v"
     found = f"{describe(stuck[0])}, and before it {describe(early)}"
-    return Failure(node, "the rotation needs something computed later", wanted, found)
+    raise Miss("the rotation needs something computed later", node, wanted, found)
 
 
 def _readers(buffer: Node) -> list[Node]:
@@ -552,7 +537,7 @@ def _miss(name: str, fn: Any, inputs: Any, reason: str, **options: Any) -> Examp
 RULE = Rule(
     name="scaled_mm_rope",
     doc="FP8 projections of q, k and v, then the norm and rotation of q and k → one launch",
-    anchors=anchors,
+    anchors=lambda graph: calling(QK_NORM_ROPE.overload)(graph),
     guard=guard,
     replace=replace,
     exact=False,
@@ -572,13 +557,13 @@ RULE = Rule(
     ),
     near_misses=(
         _miss("not_asked_for", _llama, _operands, "not measured"),
-        _miss("heads_of_64", _heads_of_64, _operands, "head dimension"),
+        _miss("heads_of_64", _heads_of_64, _operands, miss.HEAD_DIM),
         _miss("bias", _biased, _with_bias_of_q, "the products have a bias"),
         _miss("v_of_64", _v_of_64, _operands, "the products are not whole heads"),
         _miss("joined_products", _joined_products, _with_another_input, "the products do not share a"),
         _miss("heads_as_tokens", _heads_as_tokens, _operands, "q or k is not a view of whole rows"),
         _miss("tables_in_fp32", _in_fp32, _operands, "cos and sin are not of the output's dtype"),
-        _miss("fp16", _in_fp16, _operands, "output dtype"),
+        _miss("fp16", _in_fp16, _operands, miss.OUTPUT_DTYPE),
         _miss("tables_not_aligned", _llama, _unaligned, "the layout of cos and sin"),
         _miss("weights_in_fp32", _gemma3, _weighted_in_fp32, "the norm's weight"),
         _miss("q_is_read", _q_is_read, _operands, _READ_BEFORE),

@@ -15,34 +15,31 @@ import torch
 from torch.fx import Node
 
 from inductor_ext.graph import describe, value_of
+from inductor_ext.miss import Miss, found_or_none
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import is_pure, root, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
-from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Refusal, Rule
+from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 
-def guard(node: Node, context: Context) -> Match | Refusal | None:
-    first = scaled_product.parse(node)
-    if isinstance(first, Failure):
+def guard(node: Node, context: Context) -> Match | None:
+    first = found_or_none(scaled_product.parse, node)
+    if first is None:
         return None  # scaled_mm reports it
     others = list(_siblings(first))
     if not others:
         return None
-    obstacle = columns.obstacle(node, context.forced)
-    if obstacle is not None:
-        return context.refuse(obstacle.node, obstacle.reason, wanted=obstacle.wanted, found=obstacle.found)
-    others = [other for other in others if columns.obstacle(other.node, context.forced) is None]
+    columns.check(node, context.forced)
+    others = [other for other in others if columns.may_be_columns(other.node, context.forced)]
     if any(other.node < node and _stuck(first, other.node) is None for other in others):
         return None  # of the group that the other one begins
     later = [other for other in others if node < other.node]
     group = [first, *(other for other in later if _stuck(other, node) is None)]
     if len(group) == 1:
-        return _refuse_late(node, later, context)
+        _check_order(node, later)
+        return None
     plan = scaled_plan.plan(group, True, context, "the products are faster apart")
-    if isinstance(plan, Failure):
-        return context.refuse(plan.node, plan.reason, wanted=plan.wanted, found=plan.found)
     detail = f"{len(group)} products, N = {' + '.join(str(each.n) for each in group)}: {plan.detail}"
     return Match(node, (plan.call,), detail, plan.why, plan)
 
@@ -62,8 +59,8 @@ def _siblings(first: Product) -> Iterator[Product]:
     for node in sorted(_products_below(root(first.a))):
         if node is first.node:
             continue
-        other = scaled_product.parse(node)
-        if isinstance(other, Product) and _alike(first, other):
+        other = found_or_none(scaled_product.parse, node)
+        if other is not None and _alike(first, other):
             yield other
 
 
@@ -95,13 +92,12 @@ def _stuck(product: Product, above: Node) -> Node | None:
     return next((node for node in stuck if node is not None), None)
 
 
-def _refuse_late(node: Node, later: list[Product], context: Context) -> Refusal | None:
+def _check_order(node: Node, later: list[Product]) -> None:
     for other in later:
         found = _stuck(other, node)
         if found is not None:
             wanted = "weights, scales and biases that exist before the first of the products"
-            return context.refuse(node, "a sibling needs something computed later", wanted=wanted, found=describe(found))
-    return None
+            raise Miss("a sibling needs something computed later", node, wanted, describe(found))
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

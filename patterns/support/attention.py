@@ -8,9 +8,9 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from inductor_ext.calls import arguments, aten, is_call
+from inductor_ext.calls import arguments, aten, calling, is_call
 from inductor_ext.graph import known_equal, value_of
 
 #: Node → what people call the kernel.
@@ -40,8 +40,7 @@ class Attention:
     others: tuple[Node, ...]  # users of its other results
 
 
-def calls(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in KERNELS]
+calls = calling(*KERNELS)
 
 
 def parse(node: Node) -> Attention:

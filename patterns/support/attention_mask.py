@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from inductor_ext.calls import CONVERT, aten, calls, is_call, is_convert, prims
 from inductor_ext.graph import RESHAPES, constant_of, describe, known_equal, value_of
-from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.miss import Miss
 
 #: A bias at most this (float16's lowest number) hides a key: exp of it is 0 beside any score that attention meets.
 HIDDEN = -65504.0
@@ -105,7 +105,7 @@ class _Unknown(Exception):
         self.node, self.packed = node, packed
 
 
-def read(bias: Node, assumed: Mapping[Node, Affine] | None = None) -> Band | Failure:
+def read(bias: Node, assumed: Mapping[Node, Affine] | None = None) -> Band:
     """What the additive mask ``bias`` [..., query, key] allows; ``assumed`` is what is known of graph inputs."""
     try:
         return _band(_Reader(bias, assumed).mask(bias), bias)
@@ -114,10 +114,11 @@ def read(bias: Node, assumed: Mapping[Node, Affine] | None = None) -> Band | Fai
         given = node.op in ("placeholder", "get_attr")
         if given and unknown.packed:
             wanted = 'positions that the model makes itself; packed sequences: attn_implementation="inductor_ext"'
-            return Failure(bias, "the mask tells packed sequences of a graph input apart", wanted, describe(node))
+            raise Miss("the mask tells packed sequences of a graph input apart", bias, wanted, describe(node)) from None
         if given:
-            return Failure(bias, "the mask depends on a graph input", "a mask of positions alone", describe(node))
-        return Failure(bias, "the bias is not a mask of positions", "where(comparisons of iotas, 0, -inf)", describe(node))
+            raise Miss("the mask depends on a graph input", bias, "a mask of positions alone", describe(node)) from None
+        wanted = "where(comparisons of iotas, 0, -inf)"
+        raise Miss("the bias is not a mask of positions", bias, wanted, describe(node)) from None
 
 
 def positions(node: Node, assumed: Mapping[Node, Affine] | None = None) -> Affine | None:
@@ -128,19 +129,19 @@ def positions(node: Node, assumed: Mapping[Node, Affine] | None = None) -> Affin
         return None
 
 
-def _band(mask: Allowed, bias: Node) -> Band | Failure:
+def _band(mask: Allowed, bias: Node) -> Band:
     """A conjunction of inequalities, each of key - query or nothing."""
     if mask.negated and mask.known is None:
-        return Failure(bias, "the mask is no band", "a conjunction of bounds", "a disjunction")
+        raise Miss("the mask is no band", bias, "a conjunction of bounds", "a disjunction")
     band = Band()
     for each in mask.least:
         *batch, query, key = _padded(each.factors, max(2, len(each.factors)))
         if any(batch) or query != -key or abs(key) != 1:
             found = f"{_text(each)} <= 0"
-            return Failure(bias, "the mask is no band", "bounds of key - query, the same for every sequence and head", found)
+            raise Miss("the mask is no band", bias, "bounds of key - query, the same for every sequence and head", found)
         band = band.and_(Band(right=-each.const) if key == 1 else Band(left=-each.const))
     if any(bound is not None and bound < 0 for bound in (band.left, band.right)) or mask.known is False:
-        return Failure(bias, "the mask hides a token from itself", "a band with the diagonal in it", str(band))
+        raise Miss("the mask hides a token from itself", bias, "a band with the diagonal in it", str(band))
     return band
 
 

@@ -19,9 +19,10 @@ from inductor_ext.calls import aten
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
+from inductor_ext.miss import DROPOUT, DTYPES, INPUT_LAYOUT, LOG_SUM_EXP, Miss
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_mask import Band
-from inductor_ext.rule import Call, Context, Match, Refusal
+from inductor_ext.rule import Call, Match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,36 +74,32 @@ class Plan:
         return -1 if self.band.right is None else self.band.right
 
 
-def unsupported(found: Attention, sources: tuple[Source, Source], context: Context) -> Refusal | None:
-    """A refusal of what no kernel does; ``sources`` are K and V as long as Q, repeated or not."""
+def check(found: Attention, sources: tuple[Source, Source]) -> None:
+    """Miss where no kernel does it; ``sources`` are K and V as long as Q, repeated or not."""
     node = found.node
     q, k, v = value_of(found.q), *(each.value for each in sources)
     if found.dropout:
-        return context.refuse(node, "dropout", wanted="0", found=str(found.dropout))
+        raise Miss(DROPOUT, node, "0", str(found.dropout))
     if found.others or found.output is None:
         other = ", ".join(map(describe, found.others)) or "no use of the output"
-        return context.refuse(node, "log-sum-exp is used", wanted="inference: the output alone", found=other)
+        raise Miss(LOG_SUM_EXP, node, "inference: the output alone", other)
     if not known_equal(q.shape[2], k.shape[2]):
-        return context.refuse(node, "queries are not the keys' tokens", wanted=f"{q.shape[2]} keys", found=str(k.shape[2]))
+        raise Miss("queries are not the keys' tokens", node, f"{q.shape[2]} keys", str(k.shape[2]))
     if not isinstance(q.shape[3], int) or not isinstance(found.scale, (int, float)):
-        return context.refuse(node, "head size is not known", wanted="a number", found=str(q.shape[3]))
+        raise Miss("head size is not known", node, "a number", str(q.shape[3]))
     if not known_equal(q.shape[3], v.shape[3]):
         wanted = f"heads of {q.shape[3]} in V, as in Q and K"
-        return context.refuse(node, "head size of V (MLA)", wanted=wanted, found=str(v.shape[3]))
+        raise Miss("head size of V (MLA)", node, wanted, str(v.shape[3]))
     if not q.dtype is k.dtype is v.dtype:
-        return context.refuse(node, "dtypes", wanted=f"{q.dtype} for K and V, as Q's", found=f"{k.dtype} and {v.dtype}")
+        raise Miss(DTYPES, node, f"{q.dtype} for K and V, as Q's", f"{k.dtype} and {v.dtype}")
     if any(each.stride(-1) != 1 for each in (q, k, v)):
         strides = ", ".join(str(list(each.stride())) for each in (q, k, v))
-        return context.refuse(node, "input layout", wanted="unit stride in the last dimension", found=strides)
-    return None
+        raise Miss(INPUT_LAYOUT, node, "unit stride in the last dimension", strides)
 
 
-def match(found: Attention, k: Source, v: Source, band: Band, context: Context, why: str, detail: str = "") -> Match | Refusal:
-    """``found``, which is not `unsupported`, with K and V taken from ``k`` and ``v`` [B, Hkv, S, D]; `replace` rewrites it."""
-    chosen = _choose(Plan(found, k, v, band, ""), context)
-    if isinstance(chosen, Refusal):
-        return chosen
-    library, lacking = chosen
+def match(found: Attention, k: Source, v: Source, band: Band, why: str, detail: str = "") -> Match:
+    """``found``, which `check` let through, with K and V taken from ``k`` and ``v`` [B, Hkv, S, D]; `replace` rewrites it."""
+    library, lacking = _choose(Plan(found, k, v, band, ""))
     plan = Plan(found, k, v, band, library.name if library else "cpu")
     heads = f"{value_of(found.q).shape[1]}/{k.value.shape[1]} heads of {value_of(found.q).shape[3]}"
     title = library.title if library else "reference"
@@ -111,7 +108,7 @@ def match(found: Attention, k: Source, v: Source, band: Band, context: Context, 
     return Match(found.node, made, ", ".join(filter(None, parts)), why, plan)
 
 
-def _choose(plan: Plan, context: Context) -> tuple[Any, str] | Refusal:
+def _choose(plan: Plan) -> tuple[Any, str]:
     """The implementation (None for the CPU's reference), and what faster ones lack."""
     q = value_of(plan.found.q)
     if q.device.type == "cpu":
@@ -120,7 +117,7 @@ def _choose(plan: Plan, context: Context) -> tuple[Any, str] | Refusal:
     chosen, why = implementations.choose(problem, known=(plan.found.kernel,))
     if chosen is None:
         wanted = "a library that can do it: flash-attn 4, 3 or 2, cuDNN or torch's flash attention"
-        return context.refuse(plan.found.node, "no implementation", wanted=wanted, found=why)
+        raise Miss("no implementation", plan.found.node, wanted, why)
     return chosen, why
 
 

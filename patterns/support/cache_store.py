@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import aten, is_call
 from inductor_ext.graph import call, describe, guarded_equal, known_equal, same_sizes, value_of
-from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.miss import INDEX_LAYOUT, ROWS_BROADCAST, STORE_ACCUMULATES, Miss
 
 SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default, aten.slice_scatter.default, aten.copy.default)
 _VIEWS = (
@@ -69,18 +69,13 @@ class Store:
         return value_of(self.views[-1] if self.views else self.root)
 
 
-def trace(scatter: Node) -> Store | Failure | None:
-    """The store around a scatter node; None when no buffer of the caller's is written."""
+def trace(scatter: Node) -> Store:
+    """The store around a scatter node."""
     destination: Node = scatter.args[0]
     views, root = _down(destination)
     # A copy into a slice is the slice_scatter above it: the rows of that slice.
-    rows = _rows(scatter)
-    if rows is None or isinstance(rows, Failure):
-        return rows
-    value, loc, mult, offset = rows
+    value, loc, mult, offset = _rows(scatter)
     top = _up(scatter, views)
-    if isinstance(top, Failure):
-        return top
     return Store(scatter, value, root, views, top, loc, mult, offset)
 
 
@@ -101,7 +96,7 @@ def _down(destination: Node) -> tuple[list[Node], Node]:
     return list(reversed(views)), destination
 
 
-def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
+def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any]:
     """(value, loc, mult, offset) of a scatter along dimension 0."""
     target_shape = value_of(scatter.args[0]).shape
     value: Node = scatter.args[1] if not _is_index_put(scatter) else scatter.args[2]
@@ -109,13 +104,13 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
         indices = scatter.args[1]
         accumulate = scatter.args[3] if len(scatter.args) > 3 else scatter.kwargs.get("accumulate", False)
         if accumulate:
-            return Failure(scatter, "the store accumulates", "accumulate=False", "accumulate=True")
+            raise Miss(STORE_ACCUMULATES, scatter, "accumulate=False", "accumulate=True")
         if len(indices) != 1 or not isinstance(indices[0], Node):
-            return Failure(scatter, "index layout", "one index tensor, on dimension 0", str(indices))
+            raise Miss(INDEX_LAYOUT, scatter, "one index tensor, on dimension 0", str(indices))
         index = value_of(indices[0])
         if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not packed(index):
             found = f"{index.dtype} {list(index.shape)} strides {list(index.stride())}"
-            return Failure(scatter, "index layout", "a 1-d int32 or int64 index, contiguous", found)
+            raise Miss(INDEX_LAYOUT, scatter, "a 1-d int32 or int64 index, contiguous", found)
         rows: tuple[Node | None, Any, Any] = (indices[0], 1, 0)
         count = index.shape[0]
     elif is_call(scatter, aten.copy.default):
@@ -125,10 +120,10 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
         start = scatter.args[3] if len(scatter.args) > 3 else 0
         step = scatter.args[5] if len(scatter.args) > 5 else 1
         if dim != 0:
-            return Failure(scatter, "index layout", "a slice of dimension 0", f"a slice of dimension {dim}")
+            raise Miss(INDEX_LAYOUT, scatter, "a slice of dimension 0", f"a slice of dimension {dim}")
         start = 0 if start is None else start
         if isinstance(start, int) and start < 0:
-            return Failure(scatter, "index layout", "a slice that starts at or after 0", f"start {start}")
+            raise Miss(INDEX_LAYOUT, scatter, "a slice that starts at or after 0", f"start {start}")
         rows, count = (None, step, start), value_of(value).shape[0] if value_of(value).dim() else 0
     shape = value_of(value).shape
     if known_equal(count, 1) and same_sizes(shape, target_shape[1:]):
@@ -136,7 +131,7 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any] | Failure | None:
     # The number of rows and of indices are symbols of their own when both are dynamic; eager would broadcast a single row.
     if len(shape) < 2 or not same_sizes(shape[1:], target_shape[1:]) or not guarded_equal(shape[0], count):
         found = f"{describe(value)} into {list(target_shape)}"
-        return Failure(scatter, "the stored rows broadcast", "[T, …] rows of the cache's own trailing sizes", found)
+        raise Miss(ROWS_BROADCAST, scatter, "[T, …] rows of the cache's own trailing sizes", found)
     return value, *rows
 
 
@@ -149,13 +144,13 @@ def _is_index_put(node: Node) -> bool:
     return is_call(node, aten.index_put.default, aten._unsafe_index_put.default)
 
 
-def _up(scatter: Node, views: list[Node]) -> Node | Failure:
+def _up(scatter: Node, views: list[Node]) -> Node:
     """The new version of the root: follow the inverse of each view, last view first."""
     top = scatter
     for view in reversed(views):
         inverse = next((user for user in top.users if _inverts(user, top, view)), None)
         if inverse is None:
-            return Failure(scatter, "the view is not written back", f"the inverse of {describe(view)}", _users(top))
+            raise Miss("the view is not written back", scatter, f"the inverse of {describe(view)}", _users(top))
         top = inverse
     return top
 

@@ -1,7 +1,7 @@
 """Put column slices of one buffer where several matrices were: what may read them, and what has to follow.
 
 A slice ``buffer[:, lo:hi]`` holds the same numbers as the matrix it replaces, with rows further apart. Pointwise code,
-reductions, attention and matrix products read it as it is. `obstacle` finds those users that would copy it or go wrong.
+reductions, attention and matrix products read it as it is. `check` finds those users that would copy it or go wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from inductor_ext.calls import aten, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.memory import is_returned, is_view, readers
-from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.support.same import PURE, in_order
 
 #: Higher-order operators that take any strides. The others may hold what was traced with the strides of eager: a user's Triton
@@ -26,8 +26,8 @@ _STRIDED = frozenset({"flex_attention"})
 _MOVABLE = PURE | {aten.slice.Tensor, aten.select.int, aten.t.default, aten.transpose.int, aten.expand.default}
 
 
-def obstacle(matrix: Node, forced: bool, width: Any = None) -> Failure | None:
-    """A user that keeps ``matrix`` from being a column slice; ``forced`` takes what is merely slower.
+def check(matrix: Node, forced: bool, width: Any = None) -> None:
+    """Miss where a user keeps ``matrix`` from being a column slice; ``forced`` takes what is merely slower.
 
     ``width``: how many elements a row has, where ``matrix`` is a view with more dimensions than two.
     """
@@ -36,19 +36,27 @@ def obstacle(matrix: Node, forced: bool, width: Any = None) -> Failure | None:
         if user.op == "output":
             if not forced:
                 wanted = "a product used inside the graph only: Inductor would copy a column slice before returning it"
-                return Failure(matrix, "a sibling is returned to the caller", wanted, f"{describe(reached)} among the outputs")
+                raise Miss("a sibling is returned to the caller", matrix, wanted, f"{describe(reached)} among the outputs")
         elif _reads_by_strides(user):
-            return Failure(matrix, "a user reads it by strides", "users that take any row stride", describe(user))
+            raise Miss("a user reads it by strides", matrix, "users that take any row stride", describe(user))
         elif forced:
             continue
         elif not _any_strides(user.target):
             wanted = "PyTorch's operators as users: others get the strides they had in eager, by a copy"
-            return Failure(matrix, "a user is not one of PyTorch's operators", wanted, describe(user))
+            raise Miss("a user is not one of PyTorch's operators", matrix, wanted, describe(user))
         elif _merges_rows(matrix, user, width):
             shape = list(value_of(user).shape)
             wanted = "views that keep the columns apart from the rows"
-            return Failure(matrix, "a user merges its rows: a column slice would be copied", wanted, f"a view as {shape}")
-    return None
+            raise Miss("a user merges its rows: a column slice would be copied", matrix, wanted, f"a view as {shape}")
+
+
+def may_be_columns(matrix: Node, forced: bool) -> bool:
+    """Whether `check` finds nothing."""
+    try:
+        check(matrix, forced)
+    except Miss:
+        return False
+    return True
 
 
 def _reads_by_strides(user: Node) -> bool:

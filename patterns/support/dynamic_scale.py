@@ -12,7 +12,8 @@ from torch.fx import Node
 from inductor_ext.calls import CONVERT, aten, is_call
 from inductor_ext.graph import constant_of, describe, is_reshape, same_sizes, value_of
 from inductor_ext.kernels import steps
-from inductor_ext.patterns.support.fp8_chain import FLOATS, Chain, Failure
+from inductor_ext.miss import SCALE_DTYPE, Miss, second_user
+from inductor_ext.patterns.support.fp8_chain import FLOATS, Chain
 
 _STEPS = {
     aten.mul.Tensor: "mul",
@@ -53,7 +54,7 @@ def amax_above(scale: Node, x: Node, limit: int = 16) -> Node | None:
     return None
 
 
-def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
+def trace(chain: Chain, scale: Node) -> DynamicScale:
     """The program from amax to ``scale``, one of ``chain``'s operands, or the first condition that failed."""
     amax = amax_above(scale, chain.x)
     assert amax is not None
@@ -63,22 +64,17 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
     while node is not amax:
         if node is not scale:
             if len(node.users) > 1:
-                return Failure(node, "a step of the scale has a second user", "only the scale itself used", describe(node))
+                raise Miss(second_user("a step of the scale"), node, "only the scale itself used", describe(node))
             inner.append(node)
         if is_reshape(node) or is_call(node, operator.getitem):
             node = node.args[0]
             continue
-        above = step(node, collected)
-        if isinstance(above, Failure):
-            return above
-        node = above
+        node = step(node, collected)
     if len(amax.users) > 1:
-        return Failure(amax, "a step of the scale has a second user", "only the scale itself used", describe(amax))
+        raise Miss(second_user("a step of the scale"), amax, "only the scale itself used", describe(amax))
     granularity = _granularity(amax, chain)
-    if isinstance(granularity, Failure):
-        return granularity
     if value_of(scale).dtype not in FLOATS:
-        return Failure(scale, "scale dtype", "float32, bfloat16 or float16", str(value_of(scale).dtype))
+        raise Miss(SCALE_DTYPE, scale, "float32, bfloat16 or float16", str(value_of(scale).dtype))
     program = list(reversed(collected))
     taken_in = value_of(amax.args[0]).dtype
     if taken_in is not value_of(chain.x).dtype:  # amax of x.float(): a widening convert commutes with the maximum
@@ -86,7 +82,7 @@ def trace(chain: Chain, scale: Node) -> DynamicScale | Failure:
     return DynamicScale(scale, amax, granularity, steps.text_of(program), tuple(inner))
 
 
-def step(node: Node, collected: list[steps.Step]) -> Node | Failure:
+def step(node: Node, collected: list[steps.Step]) -> Node:
     """Record one step of the scale program and go up."""
     if is_call(node, CONVERT) and node.args[1] in FLOATS and value_of(node.args[0]).dtype in FLOATS:
         collected.append(steps.Step("to", node.args[1]))
@@ -103,7 +99,7 @@ def step(node: Node, collected: list[steps.Step]) -> Node | Failure:
             collected.append(steps.Step(_STEPS[node.target], number))
             return value
     wanted = "convert, reciprocal, or mul, div, clamp by a number"
-    return Failure(node, "a step of the scale is not one the kernel computes", wanted, describe(node))
+    raise Miss("a step of the scale is not one the kernel computes", node, wanted, describe(node))
 
 
 def _is_amax(node: Node) -> bool:
@@ -125,7 +121,7 @@ def _source(amax: Node) -> Node:
     return _through_converts(_through_converts(amax.args[0]).args[0])
 
 
-def _granularity(amax: Node, chain: Chain) -> str | Failure:
+def _granularity(amax: Node, chain: Chain) -> str:
     taken = value_of(amax.args[0])
     if is_call(amax, aten.max.default):
         return "tensor"
@@ -135,12 +131,12 @@ def _granularity(amax: Node, chain: Chain) -> str | Failure:
         return "tensor"
     wanted = "the last dimension of what is scaled, or all of it"
     if dims != [taken.dim() - 1]:
-        return Failure(amax, "amax granularity", wanted, f"dimensions {dims} of {taken.dim()}")
+        raise Miss("amax granularity", amax, wanted, f"dimensions {dims} of {taken.dim()}")
     if not same_sizes(taken.shape, chain.input_value().shape):
-        return Failure(amax, "amax granularity", wanted, f"{list(taken.shape)} scaled as {list(chain.input_value().shape)}")
+        raise Miss("amax granularity", amax, wanted, f"{list(taken.shape)} scaled as {list(chain.input_value().shape)}")
     scaled = [view for view in chain.pre_views if is_call(view, aten.permute.default)]
     if [each.args[1] for each in _permutes(amax.args[0], chain.x)] != [each.args[1] for each in scaled]:
-        return Failure(amax, "amax granularity", wanted, "rows of a permuted view of what is scaled")
+        raise Miss("amax granularity", amax, wanted, "rows of a permuted view of what is scaled")
     return "row"
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import constant_of, describe, erase_dead, is_reshape, known_equal, replay, same_sizes, value_of
 from inductor_ext.kernels import steps
+from inductor_ext.miss import INPUT_DTYPE, SCALE_DTYPE, SCALE_LAYOUT, Miss, second_user
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = tuple(steps.TOKEN_OF_DTYPE)
@@ -35,16 +36,6 @@ _COMMUTATIVE = (aten.mul.Tensor, aten.maximum.default, aten.minimum.default)
 _SCALES = {aten.mul.Tensor: "mul", aten.div.Tensor: "div"}
 #: What a chain consists of, besides converts and views.
 STEPS = (*_CLAMPS, *_SCALES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why the walk stopped short of a chain."""
-
-    node: Node
-    reason: str
-    wanted: str
-    found: str
 
 
 @dataclasses.dataclass
@@ -84,12 +75,15 @@ def is_fp8_cast(node: Node) -> bool:
     return is_call(node, CONVERT) and node.args[1] in FP8
 
 
-def trace(cast: Node) -> Chain | Failure:
+def casts(graph: Graph) -> list[Node]:
+    """Every cast to FP8, in the graph's order."""
+    return [node for node in calling(CONVERT)(graph) if is_fp8_cast(node)]
+
+
+def trace(cast: Node) -> Chain:
     """The chain that ends in ``cast``, as long as it can be made, or the first condition that failed."""
     walk = _Walk(cast)
-    failure = walk.run()
-    if failure is not None:
-        return failure
+    walk.run()
     return walk.chain()
 
 
@@ -104,11 +98,11 @@ class _Walk:
         self.views: list[Node] = []
         self.views_at_rows: int | None = None  # how many views are below (after) the step with a row operand
         self.inner: list[Node] = []
-        self.stopped: Failure | None = None
+        self.stopped: Miss | None = None
 
-    def run(self) -> Failure | None:
+    def run(self) -> None:
         if value_of(self.node) is None or not isinstance(value_of(self.node), torch.Tensor):
-            return Failure(self.cast, "the cast has no tensor input", "a tensor", describe(self.node))
+            raise Miss("the cast has no tensor input", self.cast, "a tensor", describe(self.node))
         while self.stopped is None:
             node = self.node
             if is_reshape(node):
@@ -123,16 +117,12 @@ class _Walk:
                 break
             if not advanced:
                 break
-        return self._verdict()
-
-    def _verdict(self) -> Failure | None:
         if not self.scaled:
-            return self.stopped or Failure(self.cast, "no scale before the cast", "mul or div by a scale", describe(self.node))
+            raise self.stopped or Miss("no scale before the cast", self.cast, "mul or div by a scale", describe(self.node))
         dtype = value_of(self.node).dtype
         if dtype not in FLOATS:
             # Named by the node that reads it: a graph input has no source line.
-            return Failure(self._below, "input dtype", "bfloat16, float16 or float32", describe(self.node))
-        return None
+            raise Miss(INPUT_DTYPE, self._below, "bfloat16, float16 or float32", describe(self.node))
 
     def chain(self) -> Chain:
         keep = self.views_at_rows
@@ -175,9 +165,8 @@ class _Walk:
         if not self.scaled:
             kind = "clamped" if node.target in _CLAMPS else "scaled" if node.target in _SCALES else "converted"
             other = next(user for user in node.users if user is not self._below)
-            self.stopped = Failure(
-                node, f"the {kind} value has a second user", "one user, the next step of the chain", describe(other)
-            )
+            what = second_user(f"the {kind} value")
+            self.stopped = Miss(what, node, "one user, the next step of the chain", describe(other))
         return False
 
     @property
@@ -201,7 +190,7 @@ class _Walk:
         source, target = value_of(above).dtype, node.args[1]
         if target not in FLOATS or source not in FLOATS:
             if not self.scaled:
-                self.stopped = Failure(node, "input dtype", "bfloat16, float16 or float32", str(source))
+                self.stopped = Miss(INPUT_DTYPE, node, "bfloat16, float16 or float32", str(source))
             return False
         # A widening convert with other users (RMSNorm reads x.float() too) is free to repeat: the kernel reads x itself.
         if len(node.users) > 1 and not (target is torch.float32 and source is not torch.float32):
@@ -250,13 +239,13 @@ class _Walk:
         if not isinstance(tensor, torch.Tensor):
             return self._stop(node, "scale is a symbolic number", "a number or a tensor", describe(other))
         if tensor.dtype not in FLOATS:
-            return self._stop(node, "scale dtype", "float32, bfloat16 or float16", str(tensor.dtype))
+            return self._stop(node, SCALE_DTYPE, "float32, bfloat16 or float16", str(tensor.dtype))
         kind = "s"
         if not all(known_equal(size, 1) for size in tensor.shape):
             kind = "r"
             if not self._rows(tensor.shape, shape):
                 wanted = "one value, or one value a row of the last dimension"
-                return self._stop(node, "scale layout", wanted, describe(other))
+                return self._stop(node, SCALE_LAYOUT, wanted, describe(other))
         if len(self.operands) == steps.MAX_OPERANDS:
             return None
         if tensor.device != value_of(node).device and self._numbers(node) >= steps.MAX_CONSTS:
@@ -283,7 +272,7 @@ class _Walk:
 
     def _stop(self, node: Node, reason: str, wanted: str, found: str) -> Any:
         if not self.scaled:
-            self.stopped = Failure(node, reason, wanted, found)
+            self.stopped = Miss(reason, node, wanted, found)
 
 
 def _carries(value: Any, shape: Any) -> bool:

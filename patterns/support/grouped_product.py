@@ -15,9 +15,9 @@ from inductor_ext.graph import call, describe, known_equal, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm.op import HAS_RUN, OP, OUT_DTYPES, X_DTYPES, slower, unsupported
 from inductor_ext.kernels.mxfp8_quantize.op import OP as QUANTIZE
+from inductor_ext.miss import NOT_FASTER, OUTPUT_DTYPE, Miss
 from inductor_ext.patterns.support import has_run
-from inductor_ext.patterns.support.fp8_chain import Failure
-from inductor_ext.rule import Call, Context, Match, Refusal
+from inductor_ext.rule import Call, Context, Match
 
 COST = "products are exact, sums in fp32 taken in another order"
 
@@ -39,66 +39,60 @@ class Grouped:
     w_block: int = mx.BLOCK  # elements of K that share a scale of w
 
 
-def unlike(node: Node, given: dict[str, Any]) -> Failure | None:
-    """Groups or options that the op does not have."""
+def check_call(node: Node, given: dict[str, Any]) -> None:
+    """Miss for groups or options that the op does not have."""
     x, w = value_of(given["self"]), value_of(given["mat2"])
     if x.dim() != 2 or w.dim() != 3:
         wanted = "rows [T, K] in groups, and a weight [E, K, N] for each"
-        return Failure(node, "what the groups divide", wanted, f"{describe(given['self'])} and {describe(given['mat2'])}")
+        raise Miss("what the groups divide", node, wanted, f"{describe(given['self'])} and {describe(given['mat2'])}")
     if given["offs"] is None:
-        return Failure(node, "offs is missing", "the ends of the groups, int32 [E]", "None")
+        raise Miss("offs is missing", node, "the ends of the groups, int32 [E]", "None")
     if given["bias"] is not None:
-        return Failure(node, "bias is given", "None, as torch wants it", describe(given["bias"]))
+        raise Miss("bias is given", node, "None, as torch wants it", describe(given["bias"]))
     if given["out_dtype"] not in (None, *OUT_DTYPES):
-        return Failure(node, "output dtype", "bfloat16, float16 or float32", str(given["out_dtype"]))
-    return None
+        raise Miss(OUTPUT_DTYPE, node, "bfloat16, float16 or float32", str(given["out_dtype"]))
 
 
-def unfit(found: Grouped) -> Failure | None:
-    """Operands that the op cannot read."""
+def _check(found: Grouped) -> None:
+    """Miss for operands that the op cannot read."""
     x, w, offs = value_of(found.x), _weight(found), value_of(found.offs)
     if not all(isinstance(size, int) for size in w.shape):
-        return Failure(found.node, "E, N or K is symbolic", "numbers; only T may change between calls", describe(found.w))
+        raise Miss("E, N or K is symbolic", found.node, "numbers; only T may change between calls", describe(found.w))
     if w.shape[2] % mx.BLOCK:
-        return Failure(found.node, "K is not a multiple of 32", "a multiple of 32", f"K {w.shape[2]} of {describe(found.w)}")
+        raise Miss("K is not a multiple of 32", found.node, "a multiple of 32", f"K {w.shape[2]} of {describe(found.w)}")
     if x.dtype not in (*X_DTYPES, mx.DATA):
-        return Failure(found.node, "dtype of x", "bfloat16, float16 or float8_e4m3fn", describe(found.x))
+        raise Miss("dtype of x", found.node, "bfloat16, float16 or float8_e4m3fn", describe(found.x))
     pitch, begin = (elements * x.element_size() for elements in (x.stride(0), x.storage_offset()))
     if not known_equal(x.stride(1), 1) or not known_equal(pitch % 16, 0) or not known_equal(begin % 16, 0):
         wanted = "unit stride along K, and rows at multiples of 16 bytes"
         strides = f"{describe(found.x)} strides {list(x.stride())} offset {x.storage_offset()}"
-        return Failure(found.node, "x is not row-major", wanted, strides)
+        raise Miss("x is not row-major", found.node, wanted, strides)
     if offs.dtype is not torch.int32 or not offs.is_contiguous():
-        return Failure(found.node, "offs", f"int32 [{w.shape[0]}], contiguous", describe(found.offs))
-    return None
+        raise Miss("offs", found.node, f"int32 [{w.shape[0]}], contiguous", describe(found.offs))
 
 
-def match(found: Grouped | Failure, context: Context, fails: str = "") -> Match | Refusal:
+def match(found: Grouped, context: Context, fails: str = "") -> Match:
     """The rewrite of a product, or why it stays.
 
     ``fails`` says why PyTorch's own kernel cannot run here, if so. Then even a product for which there is no kernel of ours is
     rewritten: the op runs PyTorch's bf16 one on dequantised operands.
     """
-    failure = found if isinstance(found, Failure) else unfit(found)
-    if failure is not None or isinstance(found, Failure):
-        assert failure is not None
-        return context.refuse(failure.node, failure.reason, wanted=failure.wanted, found=failure.found)
+    _check(found)
     made = _values(found)
     x, x_scale, w, _, _, out_dtype, swizzled, _ = made[-1].args
     try:
         _fake(OP.fake, made[-1].args, x)
     except (TypeError, ValueError) as error:
         argument, wanted, given = _parts(str(error))
-        return context.refuse(found.node, argument, wanted=wanted, found=given)
+        raise Miss(argument, found.node, wanted, given) from None
     missing = unsupported(x, x_scale, w, out_dtype, swizzled)
     if missing is not None and not fails:
-        return context.refuse(found.node, "no kernel for this GPU does it", wanted=missing[0], found=missing[1])
-    refused = has_run.refusal(found.node, context, x.device, HAS_RUN) if missing is None else None
-    if refused is not None:
-        return refused
+        raise Miss("no kernel for this GPU does it", found.node, missing[0], missing[1])
+    if missing is None:
+        has_run.check(found.node, context, x.device, HAS_RUN)
     loses = slower(x, x_scale, w) if not (fails or context.forced) else None
     if loses is not None:
-        return context.refuse(found.node, "it would not be faster", wanted=loses[0], found=loses[1])
+        raise Miss(NOT_FASTER, found.node, loses[0], loses[1])
     experts, n, k = w.shape
     kinds = str(value_of(found.x).dtype)[6:] + (f" to MXFP8 ({found.rounding})" if found.rounding else "")
     layout = "swizzled" if swizzled else "plain"

@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from inductor_ext.calls import CONVERT, aten, is_call
 from inductor_ext.graph import RESHAPES, describe, known_equal, same_sizes, value_of
+from inductor_ext.miss import INDEX_LAYOUT, ROWS_BROADCAST, STORE_ACCUMULATES, Miss
 from inductor_ext.patterns.support.attention_plan import Source
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import same_value
 
 _PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
@@ -44,7 +44,7 @@ class Read:
     whole: bool
 
 
-def trace(k: Node) -> Read | Failure | None:
+def trace(k: Node) -> Read | None:
     """The cache that attention reads ``k`` [B, Hkv, L or S, D] from; None where the graph has not just written one."""
     chain: list[Node] = []
     node = k
@@ -55,31 +55,28 @@ def trace(k: Node) -> Read | Failure | None:
         node = _followed(node)
     chain.reverse()
     if node.args[0].op != "placeholder":
-        return _view(node, node.args[0])
-    stored = _stored(node)
-    if isinstance(stored, Failure):
-        return stored
-    rows, dim, at = stored
+        raise _view(node, node.args[0])
+    rows, dim, at = _stored(node)
     if chain and is_call(chain[0], aten.index.Tensor, aten.slice.Tensor):
         read, *rest = chain
         if not _same_rows(node, read, rows):
-            return Failure(node, "other rows of the cache are read", f"those of {describe(node)}", describe(read))
+            raise Miss("other rows of the cache are read", node, f"those of {describe(node)}", describe(read))
         return Read(node, node.args[0], Source(rows, read, tuple(rest)), at, whole=False)
     for link in chain:
         if not is_call(link, *_KEEPS):
-            return Failure(node, "the cache is reshaped", "permutations, converts and scales", describe(link))
+            raise Miss("the cache is reshaped", node, "permutations, converts and scales", describe(link))
         if is_call(link, aten.permute.default):
             order = [each % value_of(link).dim() for each in link.args[1]]
             dim = order.index(dim)
     if dim != 2 or value_of(k).dim() != 4:
         found = f"dimension {dim} of {describe(k)}"
-        return Failure(node, "the rows are stored along another dimension", "the sequence's of [B, H, S, D]", found)
+        raise Miss("the rows are stored along another dimension", node, "the sequence's of [B, H, S, D]", found)
     return Read(node, node.args[0], Source(rows, node, tuple(chain)), at, whole=True)
 
 
-def _view(store: Node, cache: Any) -> Failure:
+def _view(store: Node, cache: Any) -> Miss:
     wanted = "a cache that is an argument or a buffer of the model, written without a view"
-    return Failure(store, "the cache is a view", wanted, describe(cache))
+    return Miss("the cache is a view", store, wanted, describe(cache))
 
 
 def _copied(rows: Any) -> Any:
@@ -97,16 +94,16 @@ def _followed(node: Node) -> Node:
     return node.args[0]
 
 
-def _stored(store: Node) -> tuple[Node, int, Any] | Failure:
+def _stored(store: Node) -> tuple[Node, int, Any]:
     """(rows, dimension, index or start) of a store that replaces whole rows along one dimension."""
     if is_call(store, *_PUTS):
         indices, rows = store.args[1], store.args[2]
         accumulate = store.args[3] if len(store.args) > 3 else store.kwargs.get("accumulate", False)
         if accumulate:
-            return Failure(store, "the store accumulates", "accumulate=False", "accumulate=True")
+            raise Miss(STORE_ACCUMULATES, store, "accumulate=False", "accumulate=True")
         given = [dim for dim, index in enumerate(indices) if index is not None]
         if len(given) != 1 or value_of(indices[given[0]]).dim() != 1:
-            return Failure(store, "index layout", "one 1-d index along the sequence", str(indices))
+            raise Miss(INDEX_LAYOUT, store, "one 1-d index along the sequence", str(indices))
         dim, at = given[0], indices[given[0]]
     elif is_call(store, aten.index_copy.default):
         dim, at, rows = store.args[1] % value_of(store).dim(), store.args[2], store.args[3]
@@ -114,16 +111,16 @@ def _stored(store: Node) -> tuple[Node, int, Any] | Failure:
         defaults: tuple[Any, ...] = (None, None, 0, 0, None, 1)
         _, rows, dim, start, _, step = store.args + defaults[len(store.args) :]
         if step != 1:
-            return Failure(store, "index layout", "every row of a slice", f"step {step}")
+            raise Miss(INDEX_LAYOUT, store, "every row of a slice", f"step {step}")
         dim, at = dim % value_of(store).dim(), start or 0
         if is_call(rows, *_SCATTERS):
-            return _view(store, rows.args[0])
+            raise _view(store, rows.args[0])
         rows = _copied(rows)
     cache, value = value_of(store), value_of(rows)
     others = [(a, b) for d, (a, b) in enumerate(zip(cache.shape, value.shape)) if d != dim]
     if value.dim() != cache.dim() or not all(known_equal(*pair) for pair in others):
         found = f"{describe(rows)} into {list(cache.shape)}"
-        return Failure(store, "the stored rows broadcast", "rows of the cache's other sizes", found)
+        raise Miss(ROWS_BROADCAST, store, "rows of the cache's other sizes", found)
     return rows, dim, at
 
 

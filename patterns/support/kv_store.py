@@ -22,9 +22,21 @@ from inductor_ext import memory, torch_compat
 from inductor_ext.calls import CONVERT, aten, is_call
 from inductor_ext.graph import RESHAPES, call, describe, erase_dead, fake_replay, known_equal, replay, same_sizes, value_of
 from inductor_ext.kernels import steps
+from inductor_ext.miss import (
+    CACHE_IS_NO_INPUT,
+    DEVICE,
+    INDEX_LAYOUT,
+    INPUT_LAYOUT,
+    ROWS_BROADCAST,
+    SCALE_LAYOUT,
+    STORE_ACCUMULATES,
+    Miss,
+    found_or_none,
+    second_user,
+)
 from inductor_ext.patterns.support import cache_store, fp8_chain
 from inductor_ext.patterns.support.cache_store import Store
-from inductor_ext.patterns.support.fp8_chain import Chain, Failure
+from inductor_ext.patterns.support.fp8_chain import Chain
 from inductor_ext.rule import Context
 
 _PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
@@ -80,12 +92,12 @@ def stored_value(scatter: Node) -> Any:
     return scatter.args[2] if is_call(scatter, *_PUTS) else scatter.args[1]
 
 
-def trace(scatter: Node) -> Half | Failure | None:
+def trace(scatter: Node) -> Half | None:
     """A scatter of a chain's FP8 rows into a graph input; None when it stores something else."""
     return _traced(scatter, _source(stored_value(scatter)), _store) if _stores_fp8(scatter) else None
 
 
-def trace_any(scatter: Node) -> Half | Failure | None:
+def trace_any(scatter: Node) -> Half | None:
     """`trace`, or the same of rows that have the cache's own dtype, or of rows along the third dimension of a cache."""
     if not isinstance(value_of(stored_value(scatter)), torch.Tensor):
         return None
@@ -98,64 +110,59 @@ def _stores_fp8(scatter: Node) -> bool:
     return isinstance(value, Node) and fp8_chain.is_fp8_cast(_source(value)[0])
 
 
-def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node], Store | Failure | None]) -> Any:
+def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node], Store]) -> Half:
     (x, views), value = source, stored_value(scatter)
     store = find(scatter)
-    if not isinstance(store, Store):
-        return store
     by_sequence = find is _store_by_sequence
     if not fp8_chain.is_fp8_cast(x):
         half = Half(store, None, x, value_of(x).dtype, views, by_sequence)
-        return _wrong(half, value) or half
+        _check(half, value)
+        return half
     cast, chain = x, fp8_chain.trace(x)
-    if isinstance(chain, Failure):
-        return chain
     if len(chain.operands) > 1 or any(value_of(operand).numel() != 1 for operand in chain.operands):
         found = ", ".join(map(describe, chain.operands))
-        return Failure(cast, "scale layout", "one scale of one element", found)
+        raise Miss(SCALE_LAYOUT, cast, "one scale of one element", found)
     if any(value_of(o).device != value_of(chain.x).device for o in chain.operands):
-        return Failure(cast, "scale device", str(value_of(chain.x).device), describe(chain.operands[0]))
+        raise Miss("scale device", cast, str(value_of(chain.x).device), describe(chain.operands[0]))
     half = Half(store, chain, chain.x, chain.dtype, [*chain.pre_views, *chain.post_views, *views], by_sequence)
-    failure = _wrong(half, value)
-    if failure is not None:
-        return failure
+    _check(half, value)
     below = scatter
     while True:
         other = next((user for user in value.users if user is not below), None)
         if other is not None:
-            return Failure(cast, "the stored FP8 rows have a second user", "the store alone", describe(other))
+            raise Miss(second_user("what is stored in FP8"), cast, "the store alone", describe(other))
         if value is cast:
             return half
         value, below = value.args[0], value
 
 
-def _store(scatter: Node) -> Store | Failure | None:
+def _store(scatter: Node) -> Store:
     store = cache_store.trace(scatter)
-    if isinstance(store, Store) and memory.written_input(store.root) is None:
-        return Failure(scatter, "the cache is not a graph input", "a buffer or argument of the model", describe(store.root))
+    if memory.written_input(store.root) is None:
+        raise Miss(CACHE_IS_NO_INPUT, scatter, "a buffer or argument of the model", describe(store.root))
     return store
 
 
-def _store_by_sequence(scatter: Node) -> Store | Failure | None:
+def _store_by_sequence(scatter: Node) -> Store:
     """``index_put(cache, [None, None, at], rows)``, which ``cache.index_copy_(2, at, rows)`` becomes too."""
     root, indices, value = scatter.args[:3]
     at = indices[2]
     if any(each is not None for each in indices[:2]) or not isinstance(at, Node) or value_of(at).dim() != 1:
-        return Failure(scatter, "index layout", "one index tensor, of one dimension", str(indices))
+        raise Miss(INDEX_LAYOUT, scatter, "one index tensor, of one dimension", str(indices))
     if scatter.args[3] if len(scatter.args) > 3 else scatter.kwargs.get("accumulate", False):
-        return Failure(scatter, "the store accumulates", "accumulate=False", "accumulate=True")
+        raise Miss(STORE_ACCUMULATES, scatter, "accumulate=False", "accumulate=True")
     if value_of(at).dtype not in (torch.int32, torch.int64):
-        return Failure(scatter, "index layout", "int32 or int64 indices", describe(at))
+        raise Miss(INDEX_LAYOUT, scatter, "int32 or int64 indices", describe(at))
     if not cache_store.packed(value_of(at)):
-        return Failure(scatter, "index layout", "contiguous indices", f"strides {list(value_of(at).stride())}")
+        raise Miss(INDEX_LAYOUT, scatter, "contiguous indices", f"strides {list(value_of(at).stride())}")
     if root.op != "placeholder":
-        return Failure(scatter, "the cache is not a graph input", "a buffer or argument of the model", describe(root))
+        raise Miss(CACHE_IS_NO_INPUT, scatter, "a buffer or argument of the model", describe(root))
     cache, rows = value_of(root), value_of(value)
     if rows.dim() != 4 or not same_sizes([rows.shape[i] for i in (0, 1, 3)], [cache.shape[i] for i in (0, 1, 3)]):
         wanted = "[B, H, T, D] rows of the cache's other sizes"
-        return Failure(scatter, "the stored rows broadcast", wanted, f"{describe(value)} into {list(cache.shape)}")
+        raise Miss(ROWS_BROADCAST, scatter, wanted, f"{describe(value)} into {list(cache.shape)}")
     if not known_equal(rows.shape[2], value_of(at).shape[0]):
-        return Failure(scatter, "the stored rows broadcast", "a row for each index", f"{describe(value)} at {describe(at)}")
+        raise Miss(ROWS_BROADCAST, scatter, "a row for each index", f"{describe(value)} at {describe(at)}")
     return Store(scatter, value, root, [], scatter, at, 1, 0)
 
 
@@ -169,38 +176,36 @@ def _source(value: Node) -> tuple[Node, list[Node]]:
     return value, views[::-1]
 
 
-def _wrong(half: Half, value: Node) -> Failure | None:
-    """What keeps an op from writing these rows into this cache."""
+def _check(half: Half, value: Node) -> None:
+    """Miss where an op cannot write these rows into this cache."""
     scatter, buffer = half.scatter, value_of(half.store.root)
     stored = value_of(scatter.args[0]).dtype
     allowed = (half.dtype, torch.uint8) if half.chain is not None else (half.dtype,)
     for found in (stored, buffer.dtype):  # the op gets the buffer, not the view of it
         if found not in allowed:
-            return Failure(scatter, "cache dtype", " or ".join(map(str, allowed)).replace("torch.uint8", "uint8"), str(found))
+            raise Miss("cache dtype", scatter, " or ".join(map(str, allowed)).replace("torch.uint8", "uint8"), str(found))
     if value_of(value).dtype is not stored:  # copy_ converts, and a number is not its byte
-        return Failure(scatter, "the store converts", f"rows of the cache's dtype {stored}", describe(value))
+        raise Miss("the store converts", scatter, f"rows of the cache's dtype {stored}", describe(value))
     devices = [value_of(node).device for node in (half.x, half.store.loc) if node is not None]
     if any(device != buffer.device for device in devices):
         found_devices = ", ".join(map(str, devices))
-        return Failure(scatter, "device", f"rows and indices on the cache's device {buffer.device}", found_devices)
-    failure = aliased([half])
-    if failure is not None:
-        return failure
+        raise Miss(DEVICE, scatter, f"rows and indices on the cache's device {buffer.device}", found_devices)
+    check_inputs([half])
     if memory.is_returned(half.store.top) and not memory.is_written_back(half.store.top):
         wanted = "rows that only the cache keeps: the op writes them into it, and the next store would change the result"
-        return Failure(scatter, "the caller gets the cache as it is between two stores", wanted, describe(half.store.top))
+        raise Miss("the caller gets the cache as it is between two stores", scatter, wanted, describe(half.store.top))
     if half.by_sequence:
-        for name, tensor in (("cache layout", half.destination()), ("input layout", half.input_value())):
+        for name, tensor in (("cache layout", half.destination()), (INPUT_LAYOUT, half.input_value())):
             if not known_equal(tensor.stride(3), 1):
-                return Failure(scatter, name, "columns of unit stride", f"strides {list(tensor.stride())}")
+                raise Miss(name, scatter, "columns of unit stride", f"strides {list(tensor.stride())}")
         return None
     if not rows_contiguous(half.destination()):
         strides = f"strides {list(half.store.destination().stride())}"
-        return Failure(scatter, "cache layout", "rows that are contiguous in memory", strides)
+        raise Miss("cache layout", scatter, "rows that are contiguous in memory", strides)
     if not rows_contiguous(half.input_value()):
         strides = f"{describe(half.x)} strides {list(half.input_value().stride())}"
         at = scatter if half.chain is None else half.chain.cast
-        return Failure(at, "input layout", "rows that are contiguous in memory", strides)
+        raise Miss(INPUT_LAYOUT, at, "rows that are contiguous in memory", strides)
     return None
 
 
@@ -218,9 +223,13 @@ def rows_contiguous(cache: torch.Tensor) -> bool:
     return True
 
 
+#: What an `insertion_point` needs.
+OLD_ROWS_FIRST = "every read of the cache as it was before any read of it as it becomes"
+
+
 # ---- pairs -------------------------------------------------------------------------------------------------------------
 
-Tracer = Callable[[Node], "Half | Failure | None"]
+Tracer = Callable[[Node], Half | None]
 
 
 def partner(second: Half, tracer: Tracer = trace, *, sink: bool = False) -> Half | None:
@@ -281,15 +290,22 @@ def _readers(root: Node) -> list[Node]:
     return found
 
 
-def aliased(halves: Sequence[Half], others: Sequence[Any] = ()) -> Failure | None:
-    """Why one op cannot do the stores: what it reads, ``others`` too, lies in a cache that it writes at the same time."""
+def check_inputs(halves: Sequence[Half], others: Sequence[Any] = ()) -> None:
+    """Miss where what one op would read, ``others`` too, lies in a cache that it writes at the same time."""
+    found = _aliased(halves, others)
+    if found is not None:
+        wanted = "inputs in other memory than the cache that is written"
+        raise Miss("an input lies in the cache", found[1].scatter, wanted, describe(found[0]))
+
+
+def _aliased(halves: Sequence[Half], others: Sequence[Any] = ()) -> tuple[Node, Half] | None:
+    """What the op reads of a cache that it writes, and the half that writes it."""
     read = [*(node for half in halves for node in half.inputs), *others]
     written = {memory.written_input(half.store.root): half for half in halves}
     found = memory.read_by_another_name(read, [cache for cache in written if cache is not None])
     if found is None:
         return None
-    wanted = "inputs in other memory than the cache that is written"
-    return Failure(written[memory.written_input(found)].scatter, "an input lies in the cache", wanted, describe(found))
+    return found, written[memory.written_input(found)]
 
 
 def neighbour(scatter: Node, direction: str, tracer: Tracer = trace) -> Half | None:
@@ -297,8 +313,8 @@ def neighbour(scatter: Node, direction: str, tracer: Tracer = trace) -> Half | N
     node: Node = getattr(scatter, direction)
     while node.op != "root":
         if is_call(node, *cache_store.SCATTERS):
-            half = tracer(node)
-            if isinstance(half, Half):
+            half = found_or_none(tracer, node)
+            if half is not None:
                 return half
         node = getattr(node, direction)
     return None
@@ -325,7 +341,7 @@ def _joins(first: Half, second: Half) -> bool:
         return False
     if value_of(first.x).dtype != value_of(second.x).dtype:
         return False
-    if len(steps.constants(first.program, second.program)) > steps.MAX_CONSTS or aliased([first, second]) is not None:
+    if len(steps.constants(first.program, second.program)) > steps.MAX_CONSTS or _aliased([first, second]) is not None:
         return False
     # One kernel has one number of slots and one size of row for both.
     if not same_sizes(a.destination().shape, b.destination().shape):

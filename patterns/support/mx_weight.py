@@ -1,6 +1,6 @@
 """Read what `inductor_ext.moe.MXFP8Weight` leaves in a graph: the dequantisation of MXFP8, in plain operators.
 
-    trace(node)  →  Weight(data, scale, swizzled, block)   or   Failure   or   None (nothing is dequantised there)
+    trace(node)  →  Weight(data, scale, swizzled, block)   or   None (nothing is dequantised there)   or a Miss
 
 ``node`` is the second operand of a grouped product, [E, K, N]: a transposed view of ``data`` [E, N, K] e4m3 times its scales'
 powers of two. ``scale`` is a node of uint8: [E, N, K/32], or [E, bytes of tiles] where it was un-swizzled on the way. ``block``
@@ -19,7 +19,7 @@ from inductor_ext.calls import aten, is_call, is_convert
 from inductor_ext.graph import describe, value_of
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm.op import W_BLOCKS
-from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.miss import Miss
 
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _LSHIFT = (aten.__lshift__.Scalar, aten.bitwise_left_shift.Tensor_Scalar)
@@ -37,7 +37,7 @@ class Weight:
     block: int = mx.BLOCK
 
 
-def trace(node: Node) -> Weight | Failure | None:
+def trace(node: Node) -> Weight | None:
     transposed = is_call(node, aten.permute.default) and [dim % 3 for dim in node.args[1]] == [0, 2, 1]
     value = node.args[0] if transposed else node
     product = _through_views(value)
@@ -53,22 +53,22 @@ def trace(node: Node) -> Weight | Failure | None:
         return None
     if not transposed:
         wanted = "a weight that is quantised along the dimension that is summed over"
-        return Failure(node, "the weight is quantised along N", wanted, describe(data))
+        raise Miss("the weight is quantised along N", node, wanted, describe(data))
     return _weight(node, data, scale)
 
 
-def _weight(node: Node, data: Node, scale: Node) -> Weight | Failure:
+def _weight(node: Node, data: Node, scale: Node) -> Weight:
     stored = value_of(data)
     if stored.dim() != 3 or not stored.is_contiguous():
         found = f"{describe(data)} strides {list(stored.stride())}"
-        return Failure(node, "the weight's data does not lie as [E, N, K]", "three dimensions, contiguous", found)
+        raise Miss("the weight's data does not lie as [E, N, K]", node, "three dimensions, contiguous", found)
     experts, n, k = stored.shape
     block = mx.BLOCK
     if is_call(scale, aten.slice.Tensor) and scale.args[1] in (2, -1) and scale.args[2:3] == (0,) and len(scale.args) == 5:
         scale, block = scale.args[0], mx.BLOCK * scale.args[4]
         if block not in W_BLOCKS or k % block:
             wanted = f"one for each {' or '.join(map(str, W_BLOCKS))} elements along K"
-            return Failure(node, "the weight's scales", wanted, f"one for each {block} of {describe(data)}")
+            raise Miss("the weight's scales", node, wanted, f"one for each {block} of {describe(data)}")
     tiles = _tiles_of(scale)
     if tiles is not None:
         rows, columns = mx.swizzled_shape(n, k // mx.BLOCK)
@@ -76,7 +76,7 @@ def _weight(node: Node, data: Node, scale: Node) -> Weight | Failure:
             return Weight(data, tiles, True, block)
     if list(value_of(scale).shape) != [experts, n, k // mx.BLOCK] or not value_of(scale).is_contiguous():
         wanted = f"one for each {mx.BLOCK} elements along K, contiguous, or tiles of 128 x 4"
-        return Failure(node, "the weight's scales", wanted, f"{describe(scale)} for {describe(data)}")
+        raise Miss("the weight's scales", node, wanted, f"{describe(scale)} for {describe(data)}")
     return Weight(data, scale, False, block)
 
 

@@ -5,30 +5,22 @@ from __future__ import annotations
 from torch.fx import Node
 
 from inductor_ext.graph import describe, feeds_opaque, is_opaque
-from inductor_ext.rule import Context, Refusal
+from inductor_ext.miss import Miss, fused
+from inductor_ext.rule import Context
 
 
-def refusal(node: Node, source: Node, context: Context) -> Refusal | None:
-    """Why the chain from ``source`` to ``node`` is left to Inductor, if it is; None too where the rule is forced."""
+def check(node: Node, source: Node, context: Context) -> None:
+    """Miss where the chain from ``source`` to ``node`` is left to Inductor; never where the rule is forced."""
     if context.forced:
-        return None
+        return
     if not is_opaque(source):
-        return context.refuse(
-            node,
-            "Inductor fuses this chain into its producer for free",
-            wanted="a graph input, a GEMM, attention or another opaque kernel as producer",
-            found=describe(source),
-        )
-    return consumer_refusal(node, context)
+        wanted = "a graph input, a GEMM, attention or another opaque kernel as producer"
+        raise Miss(fused("chain", "producer"), node, wanted, describe(source))
+    check_consumer(node, context)
 
 
-def consumer_refusal(node: Node, context: Context) -> Refusal | None:
+def check_consumer(node: Node, context: Context) -> None:
     """The same of what reads ``node`` alone."""
     if not context.forced and not feeds_opaque(node):
-        return context.refuse(
-            node,
-            "Inductor fuses this chain into its consumer for free",
-            wanted="a GEMM, another opaque kernel or the graph's output as consumer",
-            found=", ".join(map(describe, node.users)),
-        )
-    return None
+        wanted = "a GEMM, another opaque kernel or the graph's output as consumer"
+        raise Miss(fused("chain", "consumer"), node, wanted, ", ".join(map(describe, node.users)))

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_reshape, known_equal, replay, same_sizes, value_of
 from inductor_ext.kernels import mx, steps
 from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
 from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8
+from inductor_ext.miss import SEVERAL_SCALES, TOO_MANY_NUMBERS, Miss, found_or_none, second_user
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run, static_quantisation
 from inductor_ext.patterns.support.same import in_order
 from inductor_ext.patterns.support.static_quantisation import StaticQuantisation
-from inductor_ext.rule import Context, Refusal
+from inductor_ext.rule import Context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +37,16 @@ class Blocks:
     x: Node
 
 
-def anchors(graph: Graph) -> Iterable[Node]:
+def anchors(graph: Graph) -> list[Node]:
     """Nodes that end a quantisation."""
-    return [node for node in graph.nodes if fp8_chain.is_fp8_cast(node) or is_call(node, MXFP8.overload)]
+    return sorted([*fp8_chain.casts(graph), *calling(MXFP8.overload)(graph)])
 
 
 def trace(anchor: Node) -> fp8_chain.Chain | Blocks | None:
     """What ``anchor`` quantises and how; None for a cast that is no quantisation."""
     if is_call(anchor, MXFP8.overload):
         return Blocks(anchor, in_order(anchor.args[0]))
-    chain = fp8_chain.trace(anchor)
-    return chain if isinstance(chain, fp8_chain.Chain) else None
+    return found_or_none(fp8_chain.trace, anchor)
 
 
 def starts(chain: fp8_chain.Chain | Blocks) -> Iterator[fp8_chain.Chain | Blocks]:
@@ -113,7 +113,7 @@ class BlockQuantisation:
 AnyQuantisation = Quantisation | BlockQuantisation | StaticQuantisation
 
 
-def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> AnyQuantisation | Refusal:
+def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> AnyQuantisation:
     """The quantisation that ``chain`` is of ``chain.x``, or the first condition that failed."""
     if isinstance(chain, Blocks):
         return _parse_blocks(chain, context)
@@ -122,35 +122,33 @@ def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> AnyQuantisation 
         return static_quantisation.parse(chain, starts, context)
     if len(chain.operands) != 1:
         found = ", ".join(map(describe, chain.operands))
-        return context.refuse(node, "several scales in one chain", wanted="one scale", found=found)
+        raise Miss(SEVERAL_SCALES, node, "one scale", found)
     scale = dynamic_scale.trace(chain, chain.operands[0])
-    if isinstance(scale, fp8_chain.Failure):
-        return context.refuse(scale.node, scale.reason, wanted=scale.wanted, found=scale.found)
     if chain.pre_views:
         found = f"{scale.granularity} of {list(chain.input_value().shape)}"
-        return context.refuse(node, "the scale is not of the rows", wanted="amax of each row, or of all", found=found)
+        raise Miss("the scale is not of the rows", node, "amax of each row, or of all", found)
     other = _other_user(chain, scale)
     if other is not None:
         wanted = "the quantisation as its only user"
-        return context.refuse(chain.x, "what is quantised has a second user", wanted=wanted, found=describe(other))
+        raise Miss(second_user(static_quantisation.WHAT), chain.x, wanted, describe(other))
     program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
     numbers = len(steps.constants(scale.program, program))
     if numbers > steps.MAX_CONSTS:
-        return context.refuse(node, "too many numbers", wanted=f"at most {steps.MAX_CONSTS}", found=str(numbers))
+        raise Miss(TOO_MANY_NUMBERS, node, f"at most {steps.MAX_CONSTS}", str(numbers))
     return Quantisation(chain, scale, program)
 
 
-def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation | Refusal:
+def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation:
     node, y = blocks.cast, blocks.x
     x, _, rounding, swizzled = node.args
     if swizzled:
         found = "tiles for compute capability 10.0"
-        return context.refuse(node, "the scales are swizzled", wanted="plain scales", found=found)
+        raise Miss("the scales are swizzled", node, "plain scales", found)
     shape, wanted_shape = value_of(y).shape, value_of(x).shape
     rows = len(wanted_shape) == 2 and len(shape) > 0 and known_equal(shape[-1], wanted_shape[-1])
     if not rows and not same_sizes(shape, wanted_shape):
         wanted, found = "blocks of the rows of what is quantised", f"{list(wanted_shape)} of {list(shape)}"
-        return context.refuse(node, "the scale is not of the rows", wanted=wanted, found=found)
+        raise Miss("the scale is not of the rows", node, wanted, found)
     pending = [y]
     while pending:
         for user in pending.pop().users:
@@ -158,9 +156,9 @@ def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation | Refus
                 pending.append(user)
             elif user is not node:
                 wanted = "the quantisation as its only user"
-                return context.refuse(y, "what is quantised has a second user", wanted=wanted, found=describe(user))
-    refused = has_run.refusal(node, context, value_of(y).device, HAS_RUN)
-    return refused if refused is not None else BlockQuantisation(node, rounding)
+                raise Miss(second_user(static_quantisation.WHAT), y, wanted, describe(user))
+    has_run.check(node, context, value_of(y).device, HAS_RUN)
+    return BlockQuantisation(node, rounding)
 
 
 def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> Node | None:
@@ -206,13 +204,11 @@ def _put_blocks(graph: Graph, node: Node, out: Node, scale: Node) -> None:
     erase_dead(node)
 
 
-def misplaced(found: AnyQuantisation, place: Node, context: Context) -> Refusal | None:
-    """A refusal where a static scale is not known at ``place``, where the kernel will be called."""
+def check_place(found: AnyQuantisation, place: Node) -> None:
+    """Miss where a static scale is not known at ``place``, where the kernel will be called."""
     behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
-    if not isinstance(behind, Node):
-        return None
-    wanted = f"scales before {describe(place)}"
-    return context.refuse(behind, "the scale is computed too late", wanted=wanted, found=describe(behind))
+    if isinstance(behind, Node):
+        raise Miss("the scale is computed too late", behind, f"scales before {describe(place)}", describe(behind))
 
 
 def make_room(found: AnyQuantisation, place: Node) -> None:

@@ -18,7 +18,7 @@ from torch.fx import Node
 from inductor_ext.calls import aten, is_call, is_convert
 from inductor_ext.graph import constant_of, describe, same_sizes, value_of
 from inductor_ext.kernels import steps
-from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.miss import Miss, no_other_users
 
 #: What to do about an eps that is an input.
 EPS = "a number: mark_dynamic on the inputs in place of dynamic=True, or torch._dynamo.config.specialize_float = True"
@@ -52,15 +52,15 @@ class RmsNorm:
         return (one, two) if alike else None
 
 
-def trace(y: Node) -> RmsNorm | Failure | None:
-    """The norm that ends in ``y``; None where there is nothing like one, a Failure where it is nearly one."""
+def trace(y: Node) -> RmsNorm | None:
+    """The norm that ends in ``y``; None where there is nothing like one."""
     found = _weighted(y)
     if found is None:
         return None
     weight, normalised, norm, inner = found
     core = _core(normalised)
-    if core is None or isinstance(core, Failure):
-        return core
+    if core is None:
+        return None
     h, eps, nodes = core
     inner = [*inner, normalised, *nodes]
     total = h
@@ -69,15 +69,11 @@ def trace(y: Node) -> RmsNorm | Failure | None:
         inner.append(h)
     dtype = value_of(total).dtype
     if dtype not in _FLOATS or value_of(y).dtype is not dtype:
-        return Failure(y, "norm dtype", "the same dtype before and after the norm", f"{dtype} and {value_of(y).dtype}")
+        raise Miss("norm dtype", y, "the same dtype before and after the norm", f"{dtype} and {value_of(y).dtype}")
     columns = value_of(weight)
     if columns.dim() != 1 or columns.dtype not in _FLOATS or not same_sizes(columns.shape, value_of(total).shape[-1:]):
-        return Failure(y, "norm weight", "one number a column", describe(weight))
-    kept = {y, *inner}
-    for node in inner:
-        other = next((user for user in node.users if user not in kept), None)
-        if other is not None:
-            return Failure(node, "a step of the norm has a second user", "the norm only", describe(other))
+        raise Miss("norm weight", y, "one number a column", describe(weight))
+    no_other_users(inner, {y, *inner}, "a step of the norm", "the norm only")
     return RmsNorm(y, total, weight, eps, norm, tuple(inner))
 
 
@@ -122,8 +118,8 @@ def _is_product(node: Any) -> bool:
     return is_call(node, aten.mul.Tensor) and value_of(node).dtype is torch.float32
 
 
-def _core(normalised: Node) -> tuple[Node, float, list[Node]] | Failure | None:
-    """``h``, eps and the nodes of ``h * rsqrt(mean(h²) + eps)`` but the first; a Failure where eps is no constant.
+def _core(normalised: Node) -> tuple[Node, float, list[Node]] | None:
+    """``h``, eps and the nodes of ``h * rsqrt(mean(h²) + eps)`` but the first; a Miss where eps is no constant.
 
     ``torch.compile(dynamic=True)`` makes inputs of a graph of the Python floats in it, a norm's eps among them.
     """
@@ -141,7 +137,7 @@ def _core(normalised: Node) -> tuple[Node, float, list[Node]] | Failure | None:
             continue
         number = constant_of(eps)
         if number is None:
-            return Failure(shifted, "eps is not a constant of the graph", EPS, describe(eps))
+            raise Miss("eps is not a constant of the graph", shifted, EPS, describe(eps))
         return h, number, [factor, shifted, mean, square]
     return None
 

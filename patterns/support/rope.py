@@ -19,9 +19,9 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import CONVERT, aten, is_call
 from inductor_ext.graph import call, describe, known_equal, value_of
+from inductor_ext.miss import DTYPES, Miss, no_other_users
 from inductor_ext.patterns.support import rms_norm
 from inductor_ext.patterns.support.columns import is_cat_of_columns
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.same import in_order
 
 HALVES = "cat(-x[..., D/2:], x[..., :D/2])"
@@ -103,19 +103,19 @@ class Rope:
             return (out.squeeze(0) if len(self.dims) == 3 else out).permute(self.dims)
 
 
-def trace(add: Node) -> Rope | Failure | None:
-    """The rotation that ends in ``add``; None where there is nothing like one, a Failure where it is nearly one."""
+def trace(add: Node) -> Rope | None:
+    """The rotation that ends in ``add``; None where there is nothing like one."""
     found = _terms(add)
     if found is None:
         return None
     plain, turned, joined, sin = found
     halves = _halves(joined)
     if halves is None:
-        return Failure(joined, "the rotation is not by halves", HALVES, describe(joined))
+        raise Miss("the rotation is not by halves", joined, HALVES, describe(joined))
     x, inner = halves
     cos = next((other for one, other in (plain.args[:2], plain.args[1::-1]) if one is x), None)
     if not isinstance(cos, Node):
-        return Failure(plain, "what is rotated is not what is multiplied by cos", describe(x), describe(plain))
+        raise Miss("what is rotated is not what is multiplied by cos", plain, describe(x), describe(plain))
     inner = [*inner, joined, turned, plain]
     end, rotated, x_or_wide = add, value_of(add).dtype, x
     if is_call(x, CONVERT) and x.args[1] is torch.float32:
@@ -130,24 +130,16 @@ def trace(add: Node) -> Rope | Failure | None:
     dtypes = [value_of(each).dtype for each in (cos, sin)]
     if dtypes != [rotated] * 2 or rotated not in (dtype, torch.float32) or value_of(x_or_wide).dtype not in (dtype, rotated):
         wanted = "cos and sin of x's dtype, or of float32"
-        return Failure(end, "dtypes", wanted, f"x {dtype}, cos {dtypes[0]}, sin {dtypes[1]}, products {rotated}")
-    layout = _layout(end, x, cos, sin)
-    if isinstance(layout, Failure):
-        return layout
-    heads, tables = layout
+        raise Miss(DTYPES, end, wanted, f"x {dtype}, cos {dtypes[0]}, sin {dtypes[1]}, products {rotated}")
+    heads, tables = _layout(end, x, cos, sin)
     source, norm = _source(x)
-    if isinstance(norm, Failure):
-        return norm
     if norm is not None:
         inner += [norm.y, x]
     kept = {end, *inner, *(() if norm is None else norm.inner)}
-    for node in inner:
-        other = next((user for user in node.users if user not in kept), None)
-        if other is not None:
-            return Failure(node, "a step of the rotation has a second user", "the rotation only", describe(other))
+    no_other_users(inner, kept, "a step of the rotation", "the rotation only")
     for user in end.users:
         if is_cat_of_columns(user):
-            return Failure(end, "only part of a head is rotated", "all columns of a head", describe(user))
+            raise Miss("only part of a head is rotated", end, "all columns of a head", describe(user))
     to_rows = _to_rows(value_of(x).dim(), heads)
     view = View(source[0], tuple(source[1][dim] for dim in to_rows))
     return Rope(end, view, norm, *tables, value_of(end).dtype, to_rows)
@@ -214,17 +206,17 @@ def _columns(x: Node, dim: int) -> int | None:
     return value.shape[last] if dim in (last, -1) and isinstance(value.shape[last], int) else None
 
 
-def _layout(end: Node, x: Node, cos: Node, sin: Node) -> tuple[int, tuple[Table, Table]] | Failure:
+def _layout(end: Node, x: Node, cos: Node, sin: Node) -> tuple[int, tuple[Table, Table]]:
     """Which dimension of ``x`` the heads are, and the tables without it."""
     shape = value_of(x).shape
     if len(shape) not in (3, 4):
-        return Failure(end, "x is not heads of tokens", "3 or 4 dimensions", describe(x))
+        raise Miss("x is not heads of tokens", end, "3 or 4 dimensions", describe(x))
     for heads in (1, 2) if len(shape) == 4 else (1, 0):
         tables = [_table(each, shape, heads) for each in (cos, sin)]
         if tables[0] is not None and tables[1] is not None and known_equal(tables[0].value.shape[0], tables[1].value.shape[0]):
             return heads, (tables[0], tables[1])
     wanted = "one number a position and column, for all heads"
-    return Failure(end, "cos and sin are not tables of positions", wanted, f"{describe(cos)} and {describe(sin)}")
+    raise Miss("cos and sin are not tables of positions", end, wanted, f"{describe(cos)} and {describe(sin)}")
 
 
 def _table(node: Node, shape: Sequence[Any], heads: int) -> Table | None:
@@ -245,14 +237,12 @@ def _table(node: Node, shape: Sequence[Any], heads: int) -> Table | None:
     return made
 
 
-def _source(x: Node) -> tuple[tuple[Node, tuple[int, ...]], rms_norm.RmsNorm | Failure | None]:
+def _source(x: Node) -> tuple[tuple[Node, tuple[int, ...]], rms_norm.RmsNorm | None]:
     """What ``x`` is computed from as (node, dims): the permutation of the node that has x's shape; and the norm between."""
     same = tuple(range(value_of(x).dim()))
     y, dims = _permuted(x, same)
     for each, order in ((x, same), (y, dims)):
         norm = rms_norm.trace(each)
-        if isinstance(norm, Failure):
-            return (each, order), norm
         if norm is not None:
             return _permuted(norm.total, order), norm
     return (y, dims), None

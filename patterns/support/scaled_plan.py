@@ -20,7 +20,7 @@ from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.op_table import OpTable
 from inductor_ext.kernels.scaled_mm.ready import static_b
-from inductor_ext.patterns.support.fp8_chain import Failure
+from inductor_ext.miss import NOT_FASTER, NOT_MEASURED, Miss
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import Call, Context
 
@@ -68,7 +68,7 @@ class Plan:
         return call(graph, scaled_mm.OP.overload, *self.arguments(), like=self.products[0].node)
 
 
-def plan(products: Sequence[Product], shared: bool, context: Context, slower: str) -> Plan | Failure:
+def plan(products: Sequence[Product], shared: bool, context: Context, slower: str) -> Plan:
     """The call for ``products``, or why PyTorch's operator stays: ``slower`` is the reason given where it measured faster."""
     first = products[0]
     device = value_of(first.a).device
@@ -79,14 +79,14 @@ def plan(products: Sequence[Product], shared: bool, context: Context, slower: st
     if not context.forced:
         if not choices:
             wanted = f"table_{target}.json beside kernels/scaled_mm/choice.py, which its benchmark makes"
-            return Failure(first.node, "no measured table for this GPU", wanted, f"none for {target}")
+            raise Miss("no measured table for this GPU", first.node, wanted, f"none for {target}")
         if not using:
             best = max(choices, key=_gain)
-            return Failure(first.node, slower, "one that measured faster", best.why)
+            raise Miss(slower, first.node, "one that measured faster", best.why)
         worst = min(choices, key=_gain)
         if len(products) > 1 and _gain(worst) < MAY_LOSE:
             wanted = f"at least {MAY_LOSE} times the speed for every M in its range"
-            return Failure(first.node, slower, wanted, worst.why)
+            raise Miss(slower, first.node, wanted, worst.why)
     kept = choices if context.forced else using
     names = list(dict.fromkeys(found.config.name for found in kept))
     if not choices and static:  # forced, on a GPU that nothing was measured on
@@ -127,16 +127,19 @@ def _sizes(target: str, m: Any, ns: tuple[int, ...], k: int, rowwise: bool, fast
     return sorted(size for size in sizes if least <= size <= most)
 
 
-def measured(table: OpTable, target: str, node: Node, rows: Any, problem: tuple[int, int, bool, bool]) -> str | Failure:
-    """What an op's own table says of ``problem`` (N, K, row-wise, fast), where it is a gain for every M that ``rows`` may be.
-    ``node`` is where a failure is."""
+def measured(table: OpTable, target: str, node: Node, rows: Any, problem: tuple[int, int, bool, bool], context: Context) -> str:
+    """What an op's own table says of ``problem`` (N, K, row-wise, fast), where it is a gain for every M that ``rows`` may be;
+    "" where the rule is forced."""
+    if context.forced:
+        return ""
+    forced = f'or rules={{"{context.rule}": "always"}}'
     each = [(m, table.decide(target, m, *problem)) for m in table.sizes(target, rows, *problem)]
     unknown = next((m for m, known in each if known is None), None)
     if unknown is not None:
-        wanted = "a measured number of rows, with fast accumulation, on a measured GPU"
-        return Failure(node, "not measured", wanted, f"{unknown} rows on {target}")
+        wanted = f"a measured number of rows, with fast accumulation, on a measured GPU, {forced}"
+        raise Miss(NOT_MEASURED, node, wanted, f"{unknown} rows on {target}")
     least = min((known for _, known in each if known is not None), key=lambda known: known.gain)
     if not least.use:
-        wanted = f"{choice.MEASURED_GAIN} times the speed of two launches"
-        return Failure(node, "it would not be faster", wanted, least.why)
+        wanted = f"{choice.MEASURED_GAIN} times the speed of two launches, {forced}"
+        raise Miss(NOT_FASTER, node, wanted, least.why)
     return least.why

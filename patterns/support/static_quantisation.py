@@ -18,11 +18,15 @@ from torch.fx import Graph, Node
 from inductor_ext.calls import CONVERT, aten, is_call
 from inductor_ext.graph import call, describe, is_reshape, replay, value_of
 from inductor_ext.kernels import static_scale, steps
+from inductor_ext.miss import SEVERAL_SCALES, Miss, found_or_none, second_user
 from inductor_ext.patterns.support import dynamic_scale, profit
-from inductor_ext.patterns.support.fp8_chain import FLOATS, STEPS, Chain, Failure, is_fp8_cast, replace_cast
+from inductor_ext.patterns.support.fp8_chain import FLOATS, STEPS, Chain, is_fp8_cast, replace_cast
 from inductor_ext.patterns.support.fp8_chain import trace as trace_chain
 from inductor_ext.patterns.support.same import is_pure
-from inductor_ext.rule import Context, Refusal
+from inductor_ext.rule import Context
+
+#: What `second_user` is told of.
+WHAT = "what is quantised"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,48 +82,41 @@ class _Read:
         return f"{scale}{self.program} → {chain.dtype}"
 
 
-def parse(chain: Chain, starts: Callable[[Chain], Iterable[Any]], context: Context) -> StaticQuantisation | Refusal:
+def parse(chain: Chain, starts: Callable[[Chain], Iterable[Any]], context: Context) -> StaticQuantisation:
     """The quantisations of ``chain.x``, this chain among them, or the first condition that failed."""
     first = _read(chain)
-    if isinstance(first, Failure):
-        return context.refuse(first.node, first.reason, wanted=first.wanted, found=first.found)
     chains, scales = _chains(chain.x, starts), []
     for each in chains:
         read = _read(each)
-        if isinstance(read, Failure):
-            return context.refuse(read.node, read.reason, wanted=read.wanted, found=read.found)
         if read.way(each) != first.way(chain):
             wanted, found = first.way(chain), read.way(each)
-            return context.refuse(each.cast, "quantised in different ways", wanted=wanted, found=found)
+            raise Miss("quantised in different ways", each.cast, wanted, found)
         scales += [] if read.scale is None else [read.scale]
     most = static_scale.MAX_SCALES if scales else 1
     if len(chains) > most:
         wanted = f"at most {most} times, with as many scales"
-        return context.refuse(chain.cast, "quantised too often", wanted=wanted, found=f"{len(chains)} times")
+        raise Miss("quantised too often", chain.cast, wanted, f"{len(chains)} times")
     reader = _other_user(chain.x, chains)
     if reader is not None:
-        wanted = "the quantisation as its only user"
-        return context.refuse(chain.x, "what is quantised has a second user", wanted=wanted, found=describe(reader))
+        raise Miss(second_user(WHAT), chain.x, "the quantisation as its only user", describe(reader))
     for each in chains:
-        unprofitable = profit.consumer_refusal(each.cast, context)
-        if unprofitable is not None:
-            return unprofitable
+        profit.check_consumer(each.cast, context)
     return StaticQuantisation(tuple(chains), tuple(scales), first.scale_program, first.program)
 
 
-def _read(chain: Chain) -> _Read | Failure:
+def _read(chain: Chain) -> _Read:
     if any(step.operand == "r0" for step in chain.steps):
-        return Failure(chain.cast, "a static scale a row", "one scale for all rows", describe(chain.operands[0]))
+        raise Miss("a static scale a row", chain.cast, "one scale for all rows", describe(chain.operands[0]))
     if len(chain.operands) > 1:
         found = ", ".join(map(describe, chain.operands))
-        return Failure(chain.cast, "several scales in one chain", "one scale", found)
+        raise Miss(SEVERAL_SCALES, chain.cast, "one scale", found)
     if not chain.operands:
         return _Read(None, "", chain.program)
     program = chain.program.replace(":s0", ":scale")
     scale, scale_program = _computed(chain.operands[0], program)
     if value_of(scale).device != value_of(chain.x).device:
         wanted = f"a tensor on {value_of(chain.x).device}"
-        return Failure(chain.cast, "the scale is on another device", wanted, f"{describe(scale)} on {value_of(scale).device}")
+        raise Miss("the scale is on another device", chain.cast, wanted, f"{describe(scale)} on {value_of(scale).device}")
     return _Read(scale, scale_program, program)
 
 
@@ -128,8 +125,8 @@ def _computed(scale: Node, program: str) -> tuple[Node, str]:
     node, collected = scale, list[steps.Step]()
     while True:
         known = len(collected)
-        above: Node | Failure = node.args[0] if is_reshape(node) else dynamic_scale.step(node, collected)
-        if isinstance(above, Failure) or value_of(above).dtype not in FLOATS:
+        above: Node | None = node.args[0] if is_reshape(node) else found_or_none(dynamic_scale.step, node, collected)
+        if above is None or value_of(above).dtype not in FLOATS:
             del collected[known:]  # the graph computes this step
             break
         node = above
@@ -149,8 +146,8 @@ def _chains(x: Node, starts: Callable[[Chain], Iterable[Any]]) -> list[Chain]:
                 casts.append(user)
             elif is_reshape(user) or is_call(user, CONVERT, *STEPS):
                 pending.append(user)
-    traced = [each for each in map(trace_chain, sorted(casts)) if isinstance(each, Chain)]
-    return [each for chain in traced for each in starts(chain) if each.x is x]
+    traced = (found_or_none(trace_chain, cast) for cast in sorted(casts))
+    return [each for chain in traced if chain is not None for each in starts(chain) if each.x is x]
 
 
 def _other_user(x: Node, chains: Iterable[Chain]) -> Node | None:

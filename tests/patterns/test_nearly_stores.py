@@ -301,7 +301,7 @@ def test_stored_rows_that_are_read_too(read: str) -> None:
         kc.view(64, *seen.shape[1:])[s] = seen
         return seen.float() * 2
 
-    refused("downcast_fp8", store, rows(), cache(64, 2, 64), SLOTS, reason="the stored FP8 rows have a second user")
+    refused("downcast_fp8", store, rows(), cache(64, 2, 64), SLOTS, reason="what is stored in FP8 has a second user")
 
 
 def arena(k: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 import inductor_ext
 from inductor_ext import torch_compat
 from inductor_ext.calls import aten
+from inductor_ext.miss import Miss
 from inductor_ext.patterns.support import scaled_plan, scaled_product
-from inductor_ext.patterns.support.fp8_chain import Failure
 from inductor_ext.patterns.support.scaled_product import Product
 from tests.support import scaled_tables as tables
 from tests.support.fakegpu import fake_cuda_inputs
@@ -53,12 +53,12 @@ class Made:
     def weight(self, k: int, n: int, dtype: torch.dtype = E4) -> Node:
         return self.fp8(k, n, stride=(1, k), dtype=dtype)
 
-    def parse(self, *args: Any, v2: bool = False, **kwargs: Any) -> Product | Failure:
+    def parse(self, *args: Any, v2: bool = False, **kwargs: Any) -> Product:
         target = aten._scaled_mm_v2.default if v2 else aten._scaled_mm.default
         return scaled_product.parse(self.graph.call_function(target, args, kwargs))
 
 
-def parsed(**changes: Any) -> Product | Failure:
+def parsed(**changes: Any) -> Product:
     """`parse` of a row-wise product [32, 64] × [64, 48] with some arguments replaced, each a function of `Made`."""
     made = Made()
     arguments: dict[str, Any] = {
@@ -77,7 +77,7 @@ def parsed(**changes: Any) -> Product | Failure:
 
 def v2_parsed(
     recipes: tuple[Any, Any] = (1, 1), swizzles: Any = (), contraction: Any = (), **changes: Any
-) -> Product | Failure:
+) -> Product:
     """The same in the second spelling, with fast accumulation."""
     made = Made()
     a, b = made.fp8(32, 64), made.weight(64, 48)
@@ -158,9 +158,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     changes, reason, found = REFUSED[name]
-    failure = parsed(**changes)
-    assert isinstance(failure, Failure), failure
-    assert failure.reason == reason and found in failure.found and failure.wanted
+    with pytest.raises(Miss) as missed:
+        parsed(**changes)
+    assert missed.value.reason == reason and found in missed.value.found and missed.value.wanted
 
 
 @pytest.mark.parametrize("shape", [(48, 1), (1, 48), (48,)])
@@ -183,8 +183,9 @@ V2_REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("name", V2_REFUSED)
 def test_v2_refused(name: str) -> None:
     changes, reason, found = V2_REFUSED[name]
-    failure = v2_parsed(**changes)
-    assert isinstance(failure, Failure) and failure.reason == reason and found in failure.found
+    with pytest.raises(Miss) as missed:
+        v2_parsed(**changes)
+    assert missed.value.reason == reason and found in missed.value.found
 
 
 def test_the_recipes_are_those_of_torch() -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
 import inductor_ext
-from inductor_ext import registry
-from inductor_ext.rule import Match
 from tests.support import scaled_tables as tables
 from tests.support.compiled import run_compiled
 from tests.support.products import BF16, E4
@@ -156,21 +151,3 @@ def test_the_model_compiles_and_runs() -> None:
     assert float((found - stock).float().norm() / stock.float().norm()) < 0.01
     (apart, _), _ = run_compiled(made, (x,), rules={"scaled_mm": "always", "scaled_mm_siblings": "off"})
     assert torch.equal(found, apart), "on a CPU a product is the same side by side with others"
-
-
-def test_kernels_are_known_before_quantisations_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards run before any rule does: q, k and v have a quantisation each then, and are siblings all the same."""
-    found: list[int] = []
-    rule = registry.rule_named("scaled_mm_siblings")
-
-    def counting(node: Any, context: Any) -> Any:
-        answer = rule.guard(node, context)
-        if isinstance(answer, Match):
-            found.append(len(answer.data.products))
-        return answer
-
-    planted = dataclasses.replace(rule, guard=counting)
-    monkeypatch.setattr(registry, "rules", lambda: (planted,))
-    x = torch.randn(2, 24, HIDDEN).bfloat16()
-    inductor_ext.explain(model(False, layers=1), x, rules={"scaled_mm_siblings": "always"})
-    assert sorted(found) == [2, 2, 3, 3], "looked at twice: for the kernels, then to rewrite"

@@ -1,0 +1,70 @@
+"""Kernels are had once all rules have run: together, those of what is left in the graph only, and around one that fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inductor_ext import jit, registry
+from inductor_ext.errors import BuildError
+from inductor_ext.report.events import GraphReport
+from tests.support.compiled import Recorder
+from tests.support.fakegpu import fake_gpu
+
+RULE = registry.rule_named("scaled_mm_rope")
+EXAMPLE = next(example for example in RULE.matches if example.name == "llama")
+
+
+class Builds:
+    """`jit.prepare` that builds nothing, and fails for the ops in ``broken``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *broken: str) -> None:
+        self.asked: list[list[str]] = []
+        self.broken = broken
+        monkeypatch.setattr(jit, "prepare", self.prepare)
+
+    def prepare(self, specs: Any, settings: Any) -> dict[Any, Any]:
+        self.asked.append([spec.name for spec in specs])
+        return {spec: BuildError(f"no {spec.name} today") if spec.name in self.broken else object() for spec in specs}
+
+
+def _compiled(**options: Any) -> tuple[str, GraphReport]:
+    recorder = Recorder(arch="sm_90a", rules=EXAMPLE.modes(RULE.name), **options)
+    with fake_gpu() as gpu:
+        source = gpu.source(EXAMPLE.fn, lambda: EXAMPLE.inputs("cuda"), backend=recorder)
+    (report,) = recorder.reports
+    return source, report
+
+
+def test_a_chain_of_rules_asks_once_and_for_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = Builds(monkeypatch)
+    source, report = _compiled()
+    assert report.counts().items() >= {"scaled_mm_siblings": 1, "qk_norm_rope": 1, "scaled_mm_rope": 1}.items()
+    assert builds.asked == [["scaled_mm_rope"]], "neither the siblings' kernel nor the rotation's is built for nothing"
+    assert [kernel["name"] for kernel in report.kernels] == ["scaled_mm_rope"]
+    assert "scaled_mm_rope" in source
+
+
+def test_a_kernel_that_is_not_had_leaves_what_came_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = Builds(monkeypatch, "scaled_mm_rope")
+    source, report = _compiled()
+    assert [sorted(set(names)) for names in builds.asked] == [["scaled_mm_rope"], ["qk_norm_rope", "scaled_mm"]]
+    assert report.counts() == {"scaled_mm_siblings": 1, "qk_norm_rope": 1}
+    (missed,) = [refusal for refusal in report.refusals if refusal.rule == "scaled_mm_rope"]
+    assert (missed.reason, missed.found) == ("kernel not available", "no scaled_mm_rope today")
+    assert {kernel["name"] for kernel in report.kernels} == {"qk_norm_rope", "scaled_mm"}
+    assert "scaled_mm_rope" not in source and "qk_norm_rope" in source
+
+
+def test_when_nothing_is_had_the_graph_is_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    Builds(monkeypatch, "scaled_mm_rope", "scaled_mm", "qk_norm_rope")
+    source, report = _compiled()
+    assert report.rewrites == [] and report.kernels == [] and report.before == report.after
+    assert "inductor_ext" not in source
+
+
+def test_require_raises_for_a_kernel_that_only_a_chain_of_rules_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    Builds(monkeypatch, "scaled_mm_rope")
+    with pytest.raises(Exception, match="no scaled_mm_rope today"):
+        _compiled(build="require")
