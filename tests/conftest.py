@@ -1,6 +1,7 @@
 """What every test shares: caches of its own, no settings from the environment, a fresh Dynamo, a fixed seed.
 
-Tests on a GPU do take kernels from ``INDUCTOR_EXT_PREBUILT_DIR``, if that is set: building them takes longer than the tests.
+Tests on a GPU do take kernels from ``INDUCTOR_EXT_PREBUILT_DIR``, if that is set (`tests.gpu` sets it). Without it the first
+of them builds what all that were selected say they need, in parallel.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+_kernels_of = pytest.StashKey[dict[Any, Any]]()
+
+
 @pytest.fixture(autouse=True)
 def _clean(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
@@ -37,6 +42,24 @@ def _clean(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request: pytest.FixtureRequest, _clean: None) -> None:
+    """On a GPU: skip what is for another one, and have the kernels."""
+    if not request.node.get_closest_marker("gpu"):
+        return
+    from inductor_ext import jit, registry
+    from tests.support.kernels import build, skip_unless_meant, wanted_by
+
+    arch = jit.current_arch()
+    skip_unless_meant(request.node, arch)
+    registry.ops()
+    if not os.environ.get("INDUCTOR_EXT_PREBUILT_DIR"):
+        if _kernels_of not in request.session.stash:
+            items = [item for item in request.session.items if item.get_closest_marker("gpu")]
+            request.session.stash[_kernels_of] = jit.prepare(spec for item in items for spec in wanted_by(item, arch))
+        build(wanted_by(request.node, arch))
 
 
 @pytest.fixture(scope="session", autouse=True)

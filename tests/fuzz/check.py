@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from inductor_ext import jit, registry, settings
-from inductor_ext.graph import value_of
+from inductor_ext import jit, settings
 from inductor_ext.report.explain import cloned
 from tests.fuzz.capture import Captured, capture, tensors
 from tests.fuzz.compare import CONTRACT, Fault, compared
 from tests.fuzz.program import Loaded
 from tests.support.equal import different
+from tests.support.kernels import called_in
 
 #: What eager says where an index is out of range; other errors make a program worthless.
 OUT_OF_RANGE = ("out of bounds", "out of range")
@@ -83,15 +83,9 @@ def check(program: Loaded, device: str = "cpu", *, run: bool = True, kernels: fr
 
 def specs_of(outcome: Outcome) -> list[jit.JitSpec]:
     """The kernels that any version of any graph calls, on a CUDA device."""
-    ops, arch = {op.overload: op for op in registry.ops()}, jit.current_arch(settings.current())
-    found: dict[jit.JitSpec, None] = {}
-    for node in (node for graph in outcome.graphs for version in graph.versions for node in version.graph.graph.nodes):
-        if arch is not None and node.target in ops:
-            args, keywords = torch.fx.map_arg((node.args, node.kwargs), value_of)
-            names = [argument.name for argument in node.target._schema.arguments]
-            given = (*args, *(keywords.get(name) for name in names[len(args) :]))
-            found.update(dict.fromkeys(ops[node.target].specs(given, arch)))
-    return list(found)
+    arch = jit.current_arch(settings.current())
+    graphs = [version.graph.graph for graph in outcome.graphs for version in graph.versions]
+    return list(dict.fromkeys(spec for graph in graphs for spec in called_in(graph, arch))) if arch is not None else []
 
 
 def moved(inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:

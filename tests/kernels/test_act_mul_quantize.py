@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -111,14 +110,11 @@ def test_fake_agrees(shape: Any, granularity: str) -> None:
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def kernels(arch: str) -> list[jit.JitSpec]:
     kinds = itertools.product((BF16, FP16, FP32), ACTIVATIONS, ("row", "tensor"))
     keys = [(*kind, TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for kind in kinds]
     keys += [(dtype, "silu", "row", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16)]
-    build(OP.spec_of_key(key, arch) for key in keys)
+    return [OP.spec_of_key(key, arch) for key in keys]
 
 
 def check(gate: Any, up: Any, act: str) -> None:
@@ -130,8 +126,7 @@ def check(gate: Any, up: Any, act: str) -> None:
         assert_same_bytes(out, want_out)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("built")
+@pytest.mark.gpu(kernels=kernels)
 @pytest.mark.parametrize("act", list(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_every_width_and_bit_pattern(dtype: Any, act: str) -> None:
@@ -144,8 +139,7 @@ def test_every_width_and_bit_pattern(dtype: Any, act: str) -> None:
         check(gate, torch.ones_like(gate), act)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("built")
+@pytest.mark.gpu(kernels=kernels)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_silu_of_every_16_bit_value(dtype: Any) -> None:
     """A scale that is the row's maximum shows |y| as it is, where FP8 would hide the last bits."""
@@ -156,8 +150,7 @@ def test_silu_of_every_16_bit_value(dtype: Any) -> None:
     assert bool(((scale == wanted) | (scale.isnan() & wanted.isnan())).all())
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("built")
+@pytest.mark.gpu(kernels=kernels)
 def test_layouts_extremes_and_empty_input() -> None:
     both = torch.randn(40, 2 * 3072, device="cuda").bfloat16()
     gate, up = both.chunk(2, 1)
@@ -172,15 +165,13 @@ def test_layouts_extremes_and_empty_input() -> None:
     assert out.shape == (0, 3072) and scale.shape == (0, 1)
 
 
-@pytest.mark.gpu
+MX = list(itertools.product((BF16, FP16, FP32), mx.ROUNDINGS))
+
+
+@pytest.mark.gpu(kernels=lambda arch: [OP.spec_of_key((dtype, "silu", "mx", mode, "", E4), arch) for dtype, mode in MX])
 def test_mxfp8_on_the_gpu() -> None:
     """Bytes of the reference: SiLU's are eager's, and all that follows is exact."""
-    arch = arch_or_skip()
-    registry.ops()
-    keys = [(dtype, "silu", "mx", rounding, "", E4) for dtype in (BF16, FP16, FP32) for rounding in mx.ROUNDINGS]
-    build(OP.spec_of_key(key, arch) for key in keys)
-    for key, columns, rows in itertools.product(keys, (32, 96, 128, 768, 2880, 14336), (0, 1, 37, 700)):
-        dtype, _, _, rounding, _, _ = key
+    for (dtype, rounding), columns, rows in itertools.product(MX, (32, 96, 128, 768, 2880, 14336), (0, 1, 37, 700)):
         both = operands((rows, 2 * columns + 8), dtype, "cuda")[0]
         both[: rows // 3] *= 100
         for gate, up in (both[:, : 2 * columns].chunk(2, -1), (both[:, 1 : columns + 1], both[:, columns : 2 * columns])):

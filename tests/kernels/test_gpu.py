@@ -9,29 +9,27 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inductor_ext import jit, registry, settings
-from inductor_ext.errors import BuildError
-from inductor_ext.report.explain import compiled_with, passes_only
+from inductor_ext import jit, registry
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
-from tests.support.kernels import build
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+from tests.support.fakegpu import fake_cuda_inputs
+from tests.support.kernels import called_by
 
 E4, E5, U8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
 ops = torch.ops.inductor_ext
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 STATIC = "f32 div:s0 max:-{0} min:{0}"
+STORE = STATIC.format(448.0)
 TORCHAO = "div:448.0 f32", "f32 div:scale max:-448.0 min:448.0"
-
-
+CLAMPED = "max:1e-12 div:448.0"
+MIXED = "f32 mul:s0 div:s1 mul:r2 max:-448.0 min:448.0"
 PROGRAMS = ["", "div:s0", "f32 div:s0 max:-448.0 min:448.0", "mul:s0 f32 max:-448 min:448 bf16", "f16 mul:3.0 max:0.0", "recip"]
 
 
@@ -39,53 +37,43 @@ def op_named(name: str) -> Any:
     return next(op for op in registry.ops() if op.name == name)
 
 
-def _wanted() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Most calls below: (op, arguments). Kernels missing here are built when they are called, one after the other."""
-    s, cache = torch.empty((), device="cuda"), torch.empty(4, 2, 8, dtype=U8, device="cuda").view(E4)
-    store = STATIC.format(448.0)
-    for dtype in FLOATS:
-        x = torch.empty(4, 8, device="cuda", dtype=dtype)
-        k = x.view(2, 2, 8)
-        for program, fp8 in itertools.product([*PROGRAMS, store], (E4, E5)):
-            yield "fp8_downcast", (x, [s], program, fp8)
-        for granularity in ("row", "tensor"):
-            yield "fp8_quantize", (x, granularity, *TORCHAO, E4)
-        for index in (torch.int32, torch.int64):
-            at = torch.empty(2, dtype=index, device="cuda")
-            yield "downcast_fp8", (k, k, cache, cache, s, s, at, store, store, E4)
-            yield "downcast_fp8", (k, None, cache, None, s, None, at, store, store, E4)
+def kernels(arch: str) -> list[jit.JitSpec]:
+    with fake_cuda_inputs(), FakeTensorMode():
+        calls = [call for dtype in FLOATS for call in _calls(dtype)] + list(_special_calls())
+        return [spec for op, *arguments in calls for spec in op_named(op).specs(arguments, arch)]
 
 
-def _wanted_by_examples(examples: Iterable[tuple[Any, Any]]) -> list[jit.JitSpec]:
-    """What the compiles of `test_examples_on_the_gpu` will ask for."""
-    asked: list[jit.JitSpec] = []
-
-    def later(specs: Any, options: Any) -> dict[jit.JitSpec, Any]:
-        specs = list(specs)
-        asked.extend(specs)
-        return dict.fromkeys(specs, BuildError("not yet"))
-
-    with mock.patch.object(jit, "prepare", later):
-        for rule, example in examples:
-            torch._dynamo.reset()
-            chosen = settings.current(rules=example.modes(rule.name))
-            with compiled_with(chosen, example.fn, None, inner_compile=passes_only, dynamic=example.dynamic) as run:
-                run(*example.inputs("cuda"))
-    return asked
+def _calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Those of every dtype below."""
+    x, s = torch.empty(4, 8, device="cuda", dtype=dtype), torch.empty((), device="cuda")
+    k, cache = x.view(2, 2, 8), torch.empty(4, 2, 8, dtype=E4, device="cuda")
+    for program, fp8 in itertools.product([*PROGRAMS, STORE], (E4, E5)):
+        yield "fp8_downcast", x, [s], program, fp8
+    for granularity in ("row", "tensor"):
+        yield "fp8_quantize", x, granularity, *TORCHAO, E4
+    for index in (torch.int32, torch.int64):
+        at = torch.empty(2, dtype=index, device="cuda")
+        yield "downcast_fp8", k, k, cache, cache, s, s, at, STORE, STORE, E4, 1, 0, False
+        yield "downcast_fp8", k, None, cache, None, s, None, at, STORE, STORE, E4, 1, 0, False
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built(request: pytest.FixtureRequest) -> None:
-    """The kernels of the tests that were selected, at once on all cores: a minute instead of ten."""
-    options = settings.current(progress=False)
-    arch = jit.current_arch(options)
-    assert arch is not None
-    here = [item for item in request.session.items if item.path == request.path]
-    examples = [item.callspec.params for item in here if item.originalname == "test_examples_on_the_gpu"]
-    specs = _wanted_by_examples((each["rule"], each["example"]) for each in examples)
-    if len(examples) < len(here):
-        specs += [spec for name, arguments in _wanted() for spec in op_named(name).specs(arguments, arch)]
-    build(specs, options)
+def _special_calls() -> Iterator[tuple[Any, ...]]:
+    """Those of one test each."""
+    x, s = torch.empty(4, 8, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")
+    by_row, on_host = torch.empty(4, 1, device="cuda"), torch.empty(())
+    k, cache = x.view(2, 2, 8), torch.empty(4, 2, 8, dtype=E4, device="cuda")
+    at = torch.empty(2, dtype=torch.int64, device="cuda")
+    yield "fp8_downcast", x, [s, on_host, by_row], MIXED, E4
+    for dtype in (torch.bfloat16, torch.float16):
+        yield "fp8_downcast", x, [s.to(dtype)], "div:s0", E4
+    for granularity in ("row", "tensor"):
+        yield "fp8_quantize", x.float(), granularity, CLAMPED, TORCHAO[1], E4
+    yield "downcast_fp8", k, k, cache, cache, s, s, at, STORE, STATIC.format(57344.0), E4, 1, 0, False
+    yield "downcast_fp8", k, None, cache, None, s, None, None, STORE, STORE, E4, 3, 2, False
+    yield "downcast_fp8", k, k, cache, cache, None, None, at, "max:0.0", "max:0.0", E4, 1, 0, False
+
+
+pytestmark = pytest.mark.gpu(kernels=kernels)
 
 
 def patterns(dtype: torch.dtype) -> torch.Tensor:
@@ -115,7 +103,7 @@ def test_every_bit_pattern(program: str, fp8: torch.dtype, dtype: torch.dtype) -
 )
 def test_downcast_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, s = (torch.randn(shape, device="cuda") * 300).to(dtype), torch.tensor(0.37, device="cuda")
-    found = ops.fp8_downcast(x, [s], STATIC.format(448.0), E4)
+    found = ops.fp8_downcast(x, [s], STORE, E4)
     assert_same_bytes(found, (x.float() / s).clamp(-448, 448).to(E4))
 
 
@@ -124,16 +112,16 @@ def test_downcast_layouts() -> None:
     s = torch.tensor(0.37, device="cuda")
     whole = base.permute(2, 0, 1), base.flatten()[1:]
     for x in (*whole, base[:, :, 8:24], base[:, :, 3:16], base.view(16, -1)[:, 1:], base[:, :, ::2]):
-        found = ops.fp8_downcast(x, [s], STATIC.format(448.0), E4)
+        found = ops.fp8_downcast(x, [s], STORE, E4)
         assert_same_bytes(found, (x.float() / s).clamp(-448, 448).to(E4), str(x.stride()))
     with pytest.raises((ValueError, RuntimeError)):
-        ops.fp8_downcast(base[::2, :, ::2], [s], STATIC.format(448.0), E4)
+        ops.fp8_downcast(base[::2, :, ::2], [s], STORE, E4)
 
 
 def test_downcast_operands_on_host_and_device_and_by_row() -> None:
     x = torch.randn(33, 72, device="cuda").bfloat16() * 99
     device, host, row = torch.tensor(0.37, device="cuda"), torch.tensor(1.7), torch.rand(33, 1, device="cuda") + 0.1
-    found = ops.fp8_downcast(x, [device, host, row], "f32 mul:s0 div:s1 mul:r2 max:-448.0 min:448.0", E4)
+    found = ops.fp8_downcast(x, [device, host, row], MIXED, E4)
     assert_same_bytes(found, (x.float() * device / host * row).clamp(-448, 448).to(E4))
     for scale in (torch.float32, torch.bfloat16, torch.float16):
         s = device.to(scale)
@@ -161,8 +149,8 @@ def test_quantize_specials(granularity: str, special: float) -> None:
     x[3] = 0.0
     x[5, 259] = special
     x[7] = special
-    found = ops.fp8_quantize(x, granularity, "max:1e-12 div:448.0", TORCHAO[1], E4)
-    wanted = op_named("fp8_quantize").reference(x, granularity, "max:1e-12 div:448.0", TORCHAO[1], E4)
+    found = ops.fp8_quantize(x, granularity, CLAMPED, TORCHAO[1], E4)
+    wanted = op_named("fp8_quantize").reference(x, granularity, CLAMPED, TORCHAO[1], E4)
     assert_all_same_bytes(found, wanted)
 
 
@@ -180,7 +168,7 @@ def _cache(slots: int, heads: int = 8, dim: int = 128) -> torch.Tensor:
 def _check_store(locs: torch.Tensor | None, k: Any, v: Any, kc: Any, vc: Any, v_program: str = "", **more: Any) -> None:
     scales = torch.tensor(0.5, device="cuda"), torch.tensor([0.25], device="cuda")
     copies = kc.clone(), None if vc is None else vc.clone()
-    program = STATIC.format(448.0)
+    program = STORE
     args = (*scales, locs, program, v_program or program, E4)
     ops.downcast_fp8(k, v, kc, vc, *args, **more)
     defaults = {"mult": 1, "offset": 0, "wrap": False, **more}
@@ -266,13 +254,13 @@ assert not cache[0].float().any()
 
 def test_another_stream() -> None:
     x, s = torch.randn(4096, 4096, device="cuda").bfloat16(), torch.tensor(0.37, device="cuda")
-    ops.fp8_downcast(x, [s], STATIC.format(448.0), E4)
+    ops.fp8_downcast(x, [s], STORE, E4)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.mul_(2)
-        found = ops.fp8_downcast(x, [s], STATIC.format(448.0), E4)
+        found = ops.fp8_downcast(x, [s], STORE, E4)
         q, scale = ops.fp8_quantize(x, "tensor", *TORCHAO, E4)
     stream.synchronize()
     assert_same_bytes(found, (x.float() / s).clamp(-448, 448).to(E4))
@@ -283,7 +271,7 @@ def test_cuda_graph_capture() -> None:
     x, s = torch.randn(256, 1024, device="cuda").bfloat16(), torch.tensor(0.37, device="cuda")
     k, kc = _rows(16), _cache(64)
     loc = torch.arange(16, device="cuda")
-    program = STATIC.format(448.0)
+    program = STORE
 
     def step() -> Any:
         ops.downcast_fp8(k, None, kc, None, s, None, loc, program, program, E4)
@@ -314,20 +302,32 @@ def test_cuda_graph_capture() -> None:
         assert_same_bytes(kc, wanted_cache)
 
 
+def layer(x: Any, s: Any, k: Any, kc: Any, at: Any) -> Any:
+    kc.view(-1, 8, 128)[at] = (k.float() / s).clamp(-448, 448).to(E4)
+    scale = (x.abs().amax(-1, keepdim=True) / 448.0).float()
+    return (x.float() / s).clamp(-448, 448).to(E4), (x.float() / scale).clamp(-448, 448).to(E4)
+
+
+def inputs_of_layer() -> tuple[Any, ...]:
+    x, s = torch.randn(64, 512, device="cuda").bfloat16(), torch.full((), 0.37, device="cuda")
+    return x, s, _rows(16), _cache(64), torch.arange(16, device="cuda")
+
+
+@pytest.mark.gpu(kernels=lambda arch: called_by(layer, inputs_of_layer, arch))
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_layer_on_the_gpu(mode: str | None) -> None:
-    def layer(x: Any, s: Any, k: Any, kc: Any, at: Any) -> Any:
-        kc.view(-1, 8, 128)[at] = (k.float() / s).clamp(-448, 448).to(E4)
-        scale = (x.abs().amax(-1, keepdim=True) / 448.0).float()
-        return (x.float() / s).clamp(-448, 448).to(E4), (x.float() / scale).clamp(-448, 448).to(E4)
-
-    x, s = torch.randn(64, 512, device="cuda").bfloat16(), torch.tensor(0.37, device="cuda")
-    given = (x, s, _rows(16), _cache(64), torch.arange(16, device="cuda"))
+    given = inputs_of_layer()
     found, recorder = run_compiled(layer, given, mode=mode)
     assert recorder.counts() == {"downcast_fp8": 1, "fp8_downcast": 1, "fp8_quantize": 1}, recorder.refusals()
     assert_all_same_bytes(found, run_copies(layer, given))
 
 
+def kernels_of_example(arch: str, rule: Any, example: Any) -> list[jit.JitSpec]:
+    options = {**dict(example.options), "rules": example.modes(rule.name)}
+    return called_by(example.fn, lambda: example.inputs("cuda"), arch, example.dynamic, **options)
+
+
+@pytest.mark.gpu(kernels=kernels_of_example)
 @pytest.mark.parametrize(
     ("rule", "example"),
     [pytest.param(rule, example, id=f"{rule.name}-{example.name}") for rule in registry.rules() for example in rule.matches],
@@ -335,8 +335,7 @@ def test_compiled_layer_on_the_gpu(mode: str | None) -> None:
 def test_examples_on_the_gpu(rule: Any, example: Any) -> None:
     import inductor_ext
 
-    found = inductor_ext.verify(
-        example.fn, *example.inputs("cuda"), rules=example.modes(rule.name), dynamic=example.dynamic, end_to_end=False
-    )
+    options = {"rules": example.modes(rule.name), "options": dict(example.options), "dynamic": example.dynamic}
+    found = inductor_ext.verify(example.fn, *example.inputs("cuda"), **options, end_to_end=False)
     assert found.graphs and sum(report.counts().get(rule.name, 0) for report in found.graphs) == example.count
     assert found.differs == [] and all(check.differing == 0 for check in found.checks if check.exact)

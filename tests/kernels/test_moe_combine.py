@@ -14,13 +14,11 @@ from inductor_ext import registry
 from inductor_ext.kernels.moe_combine.op import MAX_TOP_K, OP, moe, product_dtype
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 registry.ops()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 I64, I32 = torch.int64, torch.int32
 combine = torch.ops.inductor_ext.moe_combine
-gpu = pytest.mark.gpu
 #: y, weights, inverse, expert_ids, out: what the library of the CPU is compiled for, and others
 VARIANTS = {
     "bf16": (BF16, BF16, I64, I64, BF16),
@@ -230,14 +228,10 @@ def test_the_source_reads_no_row_outside_y(library: ctypes.CDLL) -> None:
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    build(OP.spec_of_key(key, arch) for key in (*VARIANTS.values(), *moe(arch)))
+gpu = pytest.mark.gpu(kernels=lambda arch: [OP.spec_of_key(key, arch) for key in (*VARIANTS.values(), *moe(arch))])
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_the_kernel_gives_every_byte(kind: str) -> None:
     for (tokens, top_k), columns in itertools.product(
@@ -252,7 +246,6 @@ def test_the_kernel_gives_every_byte(kind: str) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_the_kernel_without_weights_with_a_pitch_and_with_no_tokens() -> None:
     y, _, *rest = operands(40, 8, 1024, device="cuda")
     assert_same_bytes(combine(y, None, *rest), summed_by_fours(y, None, *rest))
@@ -264,7 +257,6 @@ def test_the_kernel_without_weights_with_a_pitch_and_with_no_tokens() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8, 10])
 def test_the_order_of_the_sum_is_that_of_pytorchs_kernel(top_k: int) -> None:
     """What the .cuh says of PyTorch's CUDA reduction; should it fail, only that sentence is wrong."""
@@ -273,7 +265,6 @@ def test_the_order_of_the_sum_is_that_of_pytorchs_kernel(top_k: int) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_the_kernel_reads_no_row_outside_y() -> None:
     y, weights, inverse, _, experts, dtype = operands(4, 2, 64, device="cuda", masked=False)
     bad = inverse.clone()

@@ -102,7 +102,6 @@ def test_too_few_rows_of_scales_leave_groups_out(group_table: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_where_groups_lie_on_a_gpu(tmp_path: Any) -> None:
     """The set-up kernel needs no Blackwell."""
     major, minor = torch.cuda.get_device_capability()
@@ -247,11 +246,8 @@ def test_errors_name_the_argument(module: Any) -> None:
 # ---- on a GPU, which none has been so far ----------------------------------------------------------------------------
 
 
-def _is_blackwell() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (10, 0)
-
-
-needs_blackwell = pytest.mark.skipif(not _is_blackwell(), reason="needs a GPU of compute capability 10.0")
+def kernels(arch: str, tile: str, out_dtype: torch.dtype) -> list[jit.JitSpec]:
+    return [grouped.OP.spec_of_key((arch, (tile, out_dtype)), arch)]
 
 
 def problem(ends: list[int], n: int, k: int, seed: int = 0) -> tuple[list[Any], torch.Tensor]:
@@ -270,8 +266,7 @@ def assert_is_product(out: torch.Tensor, wanted: torch.Tensor, rows: int) -> Non
     assert (out[rows:] == 7).all()
 
 
-@pytest.mark.gpu
-@needs_blackwell
+@pytest.mark.gpu(kernels=kernels, arch=blackwell.TARGET)
 @pytest.mark.parametrize("out_dtype", list(blackwell.OUT_TYPES), ids=str)
 @pytest.mark.parametrize("tile", list(blackwell.ARGUMENTS))
 def test_products_of_every_tile(tile: str, out_dtype: torch.dtype) -> None:
@@ -285,8 +280,7 @@ def test_products_of_every_tile(tile: str, out_dtype: torch.dtype) -> None:
             assert_is_product(out, wanted, ends[-1])
 
 
-@pytest.mark.gpu
-@needs_blackwell
+@pytest.mark.gpu(arch=blackwell.TARGET)
 def test_streams_and_graphs_share_no_scratch() -> None:
     """Each of four streams has a graph of the op and calls of its own, all at once."""
     cases = [problem(ends, 512, 1024, seed) for seed, ends in enumerate(([64, 128], [0, 300], [5, 5], [200, 1000]))]

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import hopper
 from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, _numbers, _power_of_two, dequantize
-from tests.support.kernels import arch_or_skip, build
-
-pytestmark = pytest.mark.gpu
+from tests.support.kernels import build
 
 BF16, FP16, FP32, E4, U8 = torch.bfloat16, torch.float16, torch.float32, mx.DATA, torch.uint8
 LIMIT = {BF16: 3e-3, FP16: 5e-4, FP32: 5e-5}  # ‖out - fp64‖ / ‖fp64‖
@@ -28,13 +26,16 @@ KEYS += [(name, "mxfp8", BF16) for _, name in hopper.TILES["mxfp8"]]
 KEYS += [("hopper:128x128", "mxfp8", FP32), ("hopper:128x128", "fp8", FP32), ("hopper:64x8", "fp8", FP16)]
 
 
-@pytest.fixture(scope="module")
+def kernels(arch: str) -> list[jit.JitSpec]:
+    return [OP.spec_of_key((arch, key), arch) for key in KEYS]
+
+
+pytestmark = pytest.mark.gpu(kernels=kernels, arch=hopper.TARGET)
+
+
+@pytest.fixture
 def modules() -> dict[Any, Any]:
-    registry.ops()
-    arch = arch_or_skip(hopper.TARGET, "the kernels tested here")
-    specs = {key: OP.spec_of_key((arch, key), arch) for key in KEYS}
-    made = build(specs.values())
-    return {key: made[spec] for key, spec in specs.items()}
+    return dict(zip(KEYS, build(kernels(hopper.TARGET)).values(), strict=True))
 
 
 def counts_of(kind: str, tokens: int, experts: int) -> list[int]:

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit, registry
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_quantize.op import OP
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 from tests.support.fp8 import rounded
-from tests.support.kernels import arch_or_skip, build
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -28,7 +27,6 @@ E4, E8, U8 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLOATS = [BF16, FP16, FP32]
 quantize = torch.ops.inductor_ext.mxfp8_quantize
-gpu = pytest.mark.gpu
 
 
 def every_number(dtype: torch.dtype) -> torch.Tensor:
@@ -430,11 +428,11 @@ def test_rows_in_registers(on_cpu: ctypes.CDLL, dtype: torch.dtype, threads: int
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    keys = itertools.product(FLOATS, mx.ROUNDINGS, (False, True))
-    build(OP.spec_of_key(key, arch) for key in keys)
+def kernels(arch: str) -> list[jit.JitSpec]:
+    return [OP.spec_of_key(key, arch) for key in itertools.product(FLOATS, mx.ROUNDINGS, (False, True))]
+
+
+gpu = pytest.mark.gpu(kernels=kernels)
 
 
 def check(x: torch.Tensor, offs: Any = None, rounding: str = "rceil", swizzled: bool = False) -> None:
@@ -460,7 +458,7 @@ def ends_of(*ends: int) -> torch.Tensor:
 @pytest.mark.parametrize("swizzled", [False, True])
 @pytest.mark.parametrize("rounding", mx.ROUNDINGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_number(built: None, dtype: torch.dtype, rounding: str, swizzled: bool) -> None:
+def test_every_number(dtype: torch.dtype, rounding: str, swizzled: bool) -> None:
     x = blocks(dtype).cuda()
     check(x, None, rounding, swizzled)
     check(x[: len(x) // 8 * 8].view(-1, 256), None, rounding, swizzled)
@@ -471,7 +469,7 @@ def test_every_number(built: None, dtype: torch.dtype, rounding: str, swizzled: 
 @gpu
 @pytest.mark.parametrize("swizzled", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_shapes_and_strides(built: None, dtype: torch.dtype, swizzled: bool) -> None:
+def test_shapes_and_strides(dtype: torch.dtype, swizzled: bool) -> None:
     for rows, cols in itertools.product((0, 1, 2, 127, 128, 129, 1000), (0, 32, 64, 96, 160, 768, 2048, 2880, 7168)):
         check(on_gpu((rows, cols), dtype), None, "rceil", swizzled)
     wide = on_gpu((500, 4096), dtype)
@@ -485,7 +483,7 @@ def test_shapes_and_strides(built: None, dtype: torch.dtype, swizzled: bool) -> 
 
 
 @gpu
-def test_groups(built: None) -> None:
+def test_groups() -> None:
     for rows, cols in ((300, 64), (300, 2048), (1, 96), (0, 128)):
         x = on_gpu((rows, cols))
         for ends in (*([min(end, rows) for end in each] for each in ENDS), [rows] * 1500, [0] * 1023 + [rows // 2, rows]):
@@ -497,7 +495,7 @@ def test_groups(built: None) -> None:
 
 
 @gpu
-def test_ends_that_are_none_do_no_harm(built: None) -> None:
+def test_ends_that_are_none_do_no_harm() -> None:
     x = on_gpu((300, 256))
     for ends in ((500, 300), (-5, 300), (300, 0, 300, 0), (200, 100, 2**31 - 1)):
         quantize(x, ends_of(*ends), "rceil", True)
@@ -506,7 +504,7 @@ def test_ends_that_are_none_do_no_harm(built: None) -> None:
 
 
 @gpu
-def test_offsets_of_64_bits(built: None) -> None:
+def test_offsets_of_64_bits() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GiB")
     x = torch.zeros(2**20 + 3, 4096, dtype=BF16, device="cuda")  # 8 GiB and a little
@@ -527,7 +525,7 @@ def test_offsets_of_64_bits(built: None) -> None:
 
 @gpu
 @pytest.mark.parametrize("swizzled", [False, True])
-def test_another_stream_and_a_graph(built: None, swizzled: bool) -> None:
+def test_another_stream_and_a_graph(swizzled: bool) -> None:
     x, offs = on_gpu((700, 2048)), ends_of(100, 100, 600)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -545,7 +543,7 @@ def test_another_stream_and_a_graph(built: None, swizzled: bool) -> None:
 
 
 @gpu
-def test_checks_look_at_offs(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_look_at_offs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INDUCTOR_EXT_CHECKS", "1")
     OP._loaded.clear()
     with pytest.raises(ValueError, match="offs: wanted cumulative ends from 0 to 300"):

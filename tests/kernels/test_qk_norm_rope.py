@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels.qk_norm_rope.op import NORMS, OP
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MODELS = {"cast mul": "qwen3.Qwen3", "mul cast": "olmo2.Olmo2", "mul+1 cast": "gemma3.Gemma3"}
-gpu = pytest.mark.gpu
 
 
 def call(q: Any, k: Any, weights: Any, cos: Any, sin: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> Any:
@@ -175,13 +173,13 @@ def test_out_overload_writes_what_the_function_returns() -> None:
 HEAD_DIMS = (2, 30, 64, 72, 80, 96, 128, 136, 192, 256)
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def kernels(arch: str) -> list[jit.JitSpec]:
     keys = [(d, d if norm else None, d, norm, d) for d, norm in itertools.product((BF16, FP16, FP32), NORMS)]
     keys += [(BF16, FP32, BF16, "mul+1 cast", BF16), (BF16, None, FP32, "", BF16), (BF16, None, FP32, "", FP32)]
-    build(OP.spec_of_key(key, arch) for key in keys)
+    return [OP.spec_of_key(key, arch) for key in keys]
+
+
+gpu = pytest.mark.gpu(kernels=kernels)
 
 
 def ordered(x: torch.Tensor) -> torch.Tensor:
@@ -215,7 +213,6 @@ def check(given: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_every_head_dim(dtype: Any, norm: str) -> None:
@@ -225,7 +222,6 @@ def test_every_head_dim(dtype: Any, norm: str) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_layouts_without_a_norm_are_eagers_bytes() -> None:
     for shape in ((2, 19, 4, 2, 128), (2, 2100, 4, 2, 128)):
         q, k, none, cos, sin = operands(shape, BF16, "", batched=True, device="cuda")
@@ -242,7 +238,6 @@ def test_layouts_without_a_norm_are_eagers_bytes() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_fp32_tables_and_weights() -> None:
     for dtype in (BF16, FP32):
         check(operands((2, 33, 4, 2, 128), BF16, "", table=FP32, device="cuda"), "", dtype)
@@ -250,7 +245,6 @@ def test_fp32_tables_and_weights() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_extremes_and_empty_input() -> None:
     for norm in ("", "cast mul"):
         q, k, weights, cos, sin = operands((2, 33, 4, 2, 128), BF16, norm, device="cuda")
@@ -268,7 +262,6 @@ def test_extremes_and_empty_input() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_given_the_factor_every_byte_is_eagers() -> None:
     """Heads whose squares have an exact mean: no order of summation can tell."""
     q, k, weights, cos, sin = operands((2, 700, 16, 8, 128), BF16, "cast mul", device="cuda")
@@ -280,7 +273,6 @@ def test_given_the_factor_every_byte_is_eagers() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_another_stream_and_a_cuda_graph() -> None:
     q, k, none, cos, sin = operands((2, 19, 4, 2, 128), BF16, "", device="cuda")
     wanted = OP.reference(q, k, None, None, cos, sin, 0.0, "", BF16)
@@ -302,7 +294,6 @@ def test_another_stream_and_a_cuda_graph() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_the_kernel_names_a_bad_argument() -> None:
     q, k, _, cos, sin = operands((2, 3, 4, 2, 64), BF16, "", device="cuda")
     outs = torch.empty(2, 3, 4, 64, device="cuda", dtype=BF16), torch.full((2, 3, 2, 64), 7.0, device="cuda", dtype=BF16)

@@ -15,18 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels.qk_norm_rope.op import NORMS
 from inductor_ext.kernels.qk_norm_rope_store.op import OP
 from tests.kernels.test_qk_norm_rope import operands
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4, E5, U8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PROGRAM = "f32 div:s0 max:-448.0 min:448.0"
-gpu = pytest.mark.gpu
 
 
 @dataclasses.dataclass
@@ -478,10 +476,7 @@ def test_source_names_the_token_outside(library: Any) -> None:
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def kernels(arch: str) -> list[jit.JitSpec]:
     specs = []
     for dtype, norm in ((BF16, "cast mul"), (BF16, ""), (FP16, "mul cast"), (FP32, "mul+1 cast")):
         weight = dtype if norm else None
@@ -490,17 +485,16 @@ def built() -> None:
             for v in (program, None):
                 key = (dtype, weight, dtype, norm, dtype, cache, program, v, scale, None if v is None else scale, index)
                 specs.append(OP.spec_of_key(key, arch))
-    build(specs)
+    return specs
 
 
-on_gpu = [gpu, pytest.mark.usefixtures("built")]
 GPU_KINDS = pytest.mark.parametrize(
     ("dtype", "norm"), [(BF16, "cast mul"), (BF16, ""), (FP16, "mul cast"), (FP32, "mul+1 cast")], ids=str
 )
 
 
 class TestOnTheGpu:
-    pytestmark = on_gpu
+    pytestmark = pytest.mark.gpu(kernels=kernels)
 
     @GPU_KINDS
     def test_every_head_dim(self, dtype: Any, norm: str) -> None:

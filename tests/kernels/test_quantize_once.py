@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.fp8_quantize.op import OP as QUANTIZE
 from inductor_ext.kernels.fp8_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE, WORKSPACE_FLOATS
@@ -22,7 +22,6 @@ from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from inductor_ext.kernels.rms_norm_quantize.op import normalise
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4, U8 = torch.float8_e4m3fn, torch.uint8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -180,23 +179,16 @@ def test_the_division_of_vectors_into_rows(made: ctypes.CDLL) -> None:
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
-gpu = pytest.mark.gpu
 PROGRAMS = (TORCHAO_SCALE, TORCHAO_PROGRAM)
 NORM_ROWS = ((1, 8), (1, 1024), (7, 3072), (33, 128), (300, 1032), (700, 8), (1000, 16384), (1024, 1024), (7168, 1024))
 BIG_ROWS = ((7168, 3072), (30011, 1024), (5000, 8192))  # half of y is kept, or less
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def kernels(arch: str) -> list[jit.JitSpec]:
     specs = [RMS_NORM.spec_of_key((d, r, d, "cast mul", "tensor", *PROGRAMS, E4), arch) for d in NAMES for r in (True, False)]
     specs += [ACT_MUL.spec_of_key((d, "silu", "tensor", *PROGRAMS, E4), arch) for d in NAMES]
     specs += [QUANTIZE.spec_of_key((d, "tensor", *PROGRAMS, E4), arch) for d in NAMES]
-    build(specs)
-
-
-on_gpu = [gpu, pytest.mark.usefixtures("built")]
+    return specs
 
 
 def norm(x: Any, residual: Any, weight: Any) -> Any:
@@ -222,7 +214,7 @@ def same_both_ways(monkeypatch: pytest.MonkeyPatch, call: Any, *operands: Any) -
 
 
 class TestOnTheGpu:
-    pytestmark = on_gpu
+    pytestmark = pytest.mark.gpu(kernels=kernels)
 
     @pytest.mark.parametrize("dtype", NAMES, ids=str)
     @pytest.mark.parametrize("residual", [True, False])

@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels import mx
 from inductor_ext.kernels.rms_norm_quantize.op import NORMS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-gpu = pytest.mark.gpu
 
 
 def call(
@@ -156,14 +154,14 @@ def test_fake_agrees(shape: Any, granularity: str, residual: bool) -> None:
 COLUMNS = (8, 64, 100, 128, 520, 1024, 1032, 3072, 4096, 8192, 16384)
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def kernels(arch: str) -> list[jit.JitSpec]:
     every = itertools.product((BF16, FP16, FP32), (True, False), NORMS)
     keys = [(d, r, w, n, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for d, r, n in every for w in dict.fromkeys((d, FP32))]
     keys += [(BF16, r, BF16, "cast mul", "tensor", TORCHAO_SCALE, TORCHAO_PROGRAM, E4) for r in (True, False)]
-    build(OP.spec_of_key(key, arch) for key in keys)
+    return [OP.spec_of_key(key, arch) for key in keys]
+
+
+gpu = pytest.mark.gpu(kernels=kernels)
 
 
 def check(x: Any, residual: Any, weight: Any, norm: str, granularity: str = "row") -> None:
@@ -180,7 +178,6 @@ def check(x: Any, residual: Any, weight: Any, norm: str, granularity: str = "row
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("residual", [True, False])
@@ -193,7 +190,6 @@ def test_every_width(residual: bool, dtype: Any, norm: str) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("residual", [True, False])
 def test_one_scale_for_all(residual: bool) -> None:
     for rows, columns in itertools.product((1, 37, 700, 5000), (8, 100, 128, 1024, 4096, 8192)):
@@ -202,7 +198,6 @@ def test_one_scale_for_all(residual: bool) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_given_the_factor_every_byte_is_eagers() -> None:
     """Rows whose squares have an exact mean: no order of summation can tell."""
     x = torch.tensor([1.0, -1.0, 2.0, -2.0], device="cuda").repeat(64, 256).bfloat16()
@@ -215,7 +210,6 @@ def test_given_the_factor_every_byte_is_eagers() -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("built")
 def test_layouts_extremes_and_empty_input() -> None:
     x, other, weight = operands((40, 1024), BF16, None, "cuda")
     wide = torch.randn(40, 3 * 1024, device="cuda").bfloat16()
@@ -238,17 +232,13 @@ def test_layouts_extremes_and_empty_input() -> None:
 # ---- MXFP8 -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built_mx() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def mx_kernels(arch: str) -> list[jit.JitSpec]:
     kinds = itertools.product((BF16, FP16, FP32), (True, False), ("cast mul", "mul+1 cast"))
     keys = [(d, r, d, n, "mx", rounding, "", E4) for (d, r, n), rounding in zip(kinds, itertools.cycle(mx.ROUNDINGS))]
-    build(OP.spec_of_key(key, arch) for key in keys)
+    return [OP.spec_of_key(key, arch) for key in keys]
 
 
-@gpu
-@pytest.mark.usefixtures("built_mx")
+@pytest.mark.gpu(kernels=mx_kernels)
 def test_mxfp8_given_the_factor_every_byte_is_eagers() -> None:
     """Rows whose squares have an exact mean, of every width: no order of summation can tell."""
     kinds = itertools.product((BF16, FP16, FP32), (True, False), ("cast mul", "mul+1 cast"))
@@ -266,8 +256,7 @@ def test_mxfp8_given_the_factor_every_byte_is_eagers() -> None:
                     assert_same_bytes(one, two, f"{dtype} {norm} {rows} x {columns}")
 
 
-@gpu
-@pytest.mark.usefixtures("built_mx")
+@pytest.mark.gpu(kernels=mx_kernels)
 def test_mxfp8_of_any_rows_extremes_and_none() -> None:
     for columns in (96, 160, 1056, 2880, 3072, 12320):
         x, other, weight = operands((700, columns), BF16, None, "cuda")

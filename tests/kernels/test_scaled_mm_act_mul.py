@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit, registry
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
 from inductor_ext.kernels.scaled_mm_act_mul.op import DEFAULT, EXACT, OP, TABLE, is_ours
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -116,14 +115,15 @@ def test_the_table_says_where_it_pays() -> None:
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hopper() -> None:
-    arch = arch_or_skip("sm_90a")
+def kernels(arch: str) -> list[jit.JitSpec]:
     plain = [(name, E4, E4, BF16, True) for name in CONFIGS if name != EXACT]
     plain += [(DEFAULT, E4, E4, FP16, True), (EXACT, E4, E4, BF16, False)]
     specs = [SCALED_MM.spec_of_key(key, arch) for key in plain] + [OP.spec_of_key((*key, "silu"), arch) for key in plain]
     specs += [OP.spec_of_key((DEFAULT, E4, E4, BF16, True, act), arch) for act in ACTIVATIONS]
-    build(specs)
+    return specs
+
+
+hopper = pytest.mark.gpu(kernels=kernels, arch="sm_90a")
 
 
 def separate(
@@ -144,9 +144,9 @@ def separate(
     return ACTIVATIONS[act](g) * u
 
 
-@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_bytes_of_products_and_an_activation(hopper: None, config: str) -> None:
+def test_the_bytes_of_products_and_an_activation(config: str) -> None:
     fast = config != EXACT
     for (m, n, k), rowwise in itertools.product(SHAPES, (True, False)):
         x = operands("cuda", m, n, k, rowwise)
@@ -156,8 +156,8 @@ def test_the_bytes_of_products_and_an_activation(hopper: None, config: str) -> N
         assert_same_bytes(run(x, **options), separate(x, **options), f"{config} {m} {n} {k}")
 
 
-@pytest.mark.gpu
-def test_every_16_bit_number(hopper: None) -> None:
+@hopper
+def test_every_16_bit_number() -> None:
     """1 · 1 · scale is any number at all: a channel for each that gate can be, in bf16."""
     every = torch.arange(65536, device="cuda", dtype=torch.int32).to(torch.int16).view(BF16)
     ones = torch.zeros(65536, 16, device="cuda").to(E4)
@@ -170,9 +170,9 @@ def test_every_16_bit_number(hopper: None) -> None:
         assert_same_bytes(run(x, config=DEFAULT), wanted)
 
 
-@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_activations(hopper: None, act: str) -> None:
+def test_activations(act: str) -> None:
     for shape in SHAPES:
         x = operands("cuda", *shape)
         found, wanted = run(x, act, config=DEFAULT), separate(x, act, config=DEFAULT)
@@ -182,16 +182,16 @@ def test_activations(hopper: None, act: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=2**-7, atol=2**-9)
 
 
-@pytest.mark.gpu
-def test_fp16(hopper: None) -> None:
+@hopper
+def test_fp16() -> None:
     for m, n, k in SHAPES:
         x = operands("cuda", m, n, k)
         options: dict[str, Any] = {"dtype": FP16, "config": DEFAULT, "bias": biases(n, dtype=FP16)}
         assert_same_bytes(run(x, **options), separate(x, **options))
 
 
-@pytest.mark.gpu
-def test_halves_of_one_weight_another_stream_and_a_graph(hopper: None) -> None:
+@hopper
+def test_halves_of_one_weight_another_stream_and_a_graph() -> None:
     x = operands("cuda", 500, 272, 400)
     both = torch.randn(3 * 272, 400, device="cuda").to(E4)
     for first, second in ((0, 272), (544, 0)):
@@ -212,6 +212,6 @@ def test_halves_of_one_weight_another_stream_and_a_graph(hopper: None) -> None:
     assert_same_bytes(captured, separate(x, config=DEFAULT))
 
 
-@pytest.mark.gpu
-def test_no_rows(hopper: None) -> None:
+@hopper
+def test_no_rows() -> None:
     assert run(operands("cuda", 0, 48, 64), config=DEFAULT).shape == (0, 48)

@@ -14,11 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from inductor_ext import registry
+from inductor_ext import jit, registry
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, TABLE, keys
-from tests.support.kernels import arch_or_skip, build
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -112,12 +111,13 @@ def test_keys_of_a_symbolic_number_of_rows() -> None:
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hopper() -> None:
-    arch = arch_or_skip("sm_90a")
+def kernels(arch: str) -> list[jit.JitSpec]:
     keys = [(name, E4, E4, BF16, True) for name in CONFIGS] + [(DEFAULT, E4, E4, each, True) for each in (FP16, FP32)]
     keys += [("tile:128x128c", E4, E4, BF16, False)]
-    build(OP.spec_of_key(key, arch) for key in keys)
+    return [OP.spec_of_key(key, arch) for key in keys]
+
+
+hopper = pytest.mark.gpu(kernels=kernels, arch="sm_90a")
 
 
 def separate(x: list[torch.Tensor], bias: Any, dtype: torch.dtype, fast: bool, config: str) -> torch.Tensor:
@@ -128,25 +128,25 @@ def separate(x: list[torch.Tensor], bias: Any, dtype: torch.dtype, fast: bool, c
     return product + residual
 
 
-@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_bytes_of_a_product_and_a_sum(hopper: None, config: str) -> None:
+def test_the_bytes_of_a_product_and_a_sum(config: str) -> None:
     for shape, rowwise in itertools.product(SHAPES, (True, False)):
         x = operands("cuda", *shape, rowwise)
         bias = torch.randn(shape[1], device="cuda").to(BF16) if rowwise else None
         assert torch.equal(run(x, bias=bias, config=config), separate(x, bias, BF16, True, config)), (config, shape, rowwise)
 
 
-@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("dtype", [FP16, FP32])
-def test_other_dtypes(hopper: None, dtype: torch.dtype) -> None:
+def test_other_dtypes(dtype: torch.dtype) -> None:
     for shape in SHAPES:
         x = operands("cuda", *shape, dtype=dtype)
         assert torch.equal(run(x, dtype=dtype, config=DEFAULT), separate(x, None, dtype, True, DEFAULT)), shape
 
 
-@pytest.mark.gpu
-def test_exact_accumulation_and_extremes(hopper: None) -> None:
+@hopper
+def test_exact_accumulation_and_extremes() -> None:
     x = operands("cuda", 300, 272, 1040)
     x[4][0, 0], x[4][1, 1], x[4][299, 271] = float("nan"), float("inf"), -float("inf")
     config = "tile:128x128c"
@@ -154,8 +154,8 @@ def test_exact_accumulation_and_extremes(hopper: None) -> None:
     assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
-@pytest.mark.gpu
-def test_a_wide_residual_another_stream_and_a_graph(hopper: None) -> None:
+@hopper
+def test_a_wide_residual_another_stream_and_a_graph() -> None:
     x = operands("cuda", 500, 272, 400)
     wide = torch.randn(500, 816, device="cuda").to(BF16)
     x[4] = wide[:, 272:544]
@@ -175,6 +175,6 @@ def test_a_wide_residual_another_stream_and_a_graph(hopper: None) -> None:
     assert torch.equal(captured, separate([*x[:4], x[4].contiguous()], None, BF16, True, DEFAULT))
 
 
-@pytest.mark.gpu
-def test_no_rows(hopper: None) -> None:
+@hopper
+def test_no_rows() -> None:
     assert run(operands("cuda", 0, 48, 64), config=DEFAULT).shape == (0, 48)

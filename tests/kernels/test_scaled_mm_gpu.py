@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import jit, registry
+from inductor_ext import jit
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import Config, parse
 from inductor_ext.kernels.scaled_mm.op import OP
-from tests.support.kernels import arch_or_skip, build
-
-pytestmark = pytest.mark.gpu
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -31,17 +28,17 @@ SHAPES = ((1, 16, 16), (7, 48, 128), (33, 1040, 272), (130, 528, 2064), (1000, 1
 TENSOR_ARGUMENTS = ("a", "b", "scale_a", "scale_b", "bias")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    registry.ops()
-    arch = arch_or_skip("sm_90a", "the configurations tested here")
-    wanted = [(name, E4, E4, BF16, True) for name in CONFIGS]
-    wanted += [(name, E4, E4, BF16, False) for name in CONFIGS if parse(name).supports(True)]
-    wanted += [(name, *dtypes, True) for name in ("stream:16x64/8", "tile:128x128c") for dtypes in DTYPES]
-    build(OP.spec_of_key(key, arch) for key in wanted)
-
-
 DTYPES = ((E4, E5, BF16), (E5, E4, BF16), (E4, E4, FP16), (E4, E4, FP32), (E5, E4, FP32))
+
+
+def kernels(arch: str) -> list[jit.JitSpec]:
+    keys = [(name, E4, E4, BF16, True) for name in CONFIGS]
+    keys += [(name, E4, E4, BF16, False) for name in CONFIGS if parse(name).supports(True)]
+    keys += [(name, *dtypes, True) for name in ("stream:16x64/8", "tile:128x128c") for dtypes in DTYPES]
+    return [OP.spec_of_key(key, arch) for key in keys]
+
+
+pytestmark = pytest.mark.gpu(kernels=kernels, arch="sm_90a")
 
 
 def operands(

@@ -14,14 +14,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from inductor_ext import registry
+from inductor_ext import jit, registry
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm.op import OP as SCALED_MM
 from inductor_ext.kernels.scaled_mm_rope.op import DEFAULT, EXACT, NORMALISED, NORMS, OP, is_ours, table
 from tests.support import scaled_tables as tables
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 D = 128
@@ -257,15 +256,16 @@ SHAPES = (
 )
 
 
-@pytest.fixture
-def hopper() -> None:
-    arch = arch_or_skip("sm_90a")
+def kernels(arch: str) -> list[jit.JitSpec]:
     keys = [(name, E4, E4, BF16, True, norm) for name in CONFIGS for norm in ("", "cast mul")]
     keys += [(DEFAULT, E4, E4, BF16, True, norm) for norm in NORMS] + [(EXACT, E4, E4, BF16, False, "cast mul")]
     specs = [OP.spec_of_key(key, arch) for key in keys]
     specs += [SCALED_MM.spec_of_key(key[:5], arch) for key in keys]
     specs += [QK_NORM_ROPE.spec_of_key((BF16, BF16 if norm else None, BF16, norm, BF16), arch) for norm in NORMS]
-    build(specs)
+    return specs
+
+
+hopper = pytest.mark.gpu(kernels=kernels, arch="sm_90a")
 
 
 def check(given: Given, found: torch.Tensor, wanted: torch.Tensor, what: Any = "") -> None:
@@ -282,27 +282,27 @@ def check(given: Given, found: torch.Tensor, wanted: torch.Tensor, what: Any = "
     assert int((apart != 0).sum()) <= 3 + a.numel() // 50, f"{what}: more than a rare rounding differs"
 
 
-@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("norm", ["", "cast mul"])
-def test_the_bytes_of_a_product_and_a_rotation(hopper: None, norm: str, config: str) -> None:
+def test_the_bytes_of_a_product_and_a_rotation(norm: str, config: str) -> None:
     for (sequences, positions, heads, k), rowwise, batched in itertools.product(SHAPES, (True, False), (True, False)):
         given = operands(sequences, positions, heads, k, norm, rowwise=rowwise, batched=batched, device="cuda")
         found, wanted = run(given, config=config), separate(given, config=config)
         check(given, found, wanted, (config, sequences, positions, heads, k, rowwise, batched))
 
 
-@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("norm", NORMS)
-def test_every_norm_and_number_of_products(hopper: None, norm: str) -> None:
+def test_every_norm_and_number_of_products(norm: str) -> None:
     for heads in ((1,), (3,), (2, 1), (4, 2, 2, 1)):
         for rotated in range(1, min(len(heads), 2) + 1):
             given = operands(2, 150, heads, 272, norm, rotated=rotated, device="cuda")
             check(given, run(given, config=DEFAULT), separate(given, config=DEFAULT), (norm, heads, rotated))
 
 
-@pytest.mark.gpu
-def test_near_the_reference(hopper: None) -> None:
+@hopper
+def test_near_the_reference() -> None:
     """PyTorch's own operators sum in another order: a last place of the product."""
     for norm in NORMS:
         given = operands(3, 37, (4, 2, 2), 256, norm, device="cuda")
@@ -310,15 +310,15 @@ def test_near_the_reference(hopper: None) -> None:
         assert float((found - wanted).norm()) <= 1e-2 * float(wanted.norm())
 
 
-@pytest.mark.gpu
-def test_exact_accumulation_and_extremes(hopper: None) -> None:
+@hopper
+def test_exact_accumulation_and_extremes() -> None:
     given = operands(2, 150, (2, 1, 1), 1040, device="cuda")
     given.scale_a[3], given.scale_a[7], given.scale_a[299] = float("nan"), float("inf"), 0.0
     check(given, run(given, fast=False, config=EXACT), separate(given, fast=False, config=EXACT))
 
 
-@pytest.mark.gpu
-def test_tables_and_outputs_of_wider_tensors(hopper: None) -> None:
+@hopper
+def test_tables_and_outputs_of_wider_tensors() -> None:
     for norm in ("", "cast mul"):
         given = operands(3, 101, (2, 1, 1), 272, norm, batched=True, device="cuda")
         wide = torch.randn(3, 101, 3, D, device="cuda").to(BF16)
@@ -331,8 +331,8 @@ def test_tables_and_outputs_of_wider_tensors(hopper: None) -> None:
         check(given, run(given, config=DEFAULT), separate(given, config=DEFAULT), "one angle for all")
 
 
-@pytest.mark.gpu
-def test_another_stream_and_a_graph(hopper: None) -> None:
+@hopper
+def test_another_stream_and_a_graph() -> None:
     given = operands(4, 125, (2, 1, 1), 400, "", device="cuda")
     wanted = separate(given, config=DEFAULT)
     stream = torch.cuda.Stream()
@@ -350,7 +350,7 @@ def test_another_stream_and_a_graph(hopper: None) -> None:
     assert_same_bytes(captured, separate(given, config=DEFAULT))
 
 
-@pytest.mark.gpu
-def test_no_rows_on_the_gpu(hopper: None) -> None:
+@hopper
+def test_no_rows_on_the_gpu() -> None:
     for shape in ((0, 5), (2, 0)):
         assert run(operands(*shape, device="cuda"), config=DEFAULT).shape == (0, 4 * D)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit
 from inductor_ext.kernels import static_scale
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, TORCHAO_PROGRAM
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
@@ -18,7 +18,6 @@ from inductor_ext.kernels.rms_norm_quantize.op import NORMS, normalise
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
-from tests.support.kernels import arch_or_skip, build
 
 E4, E5, U8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -290,10 +289,7 @@ ON_GPU: dict[str, tuple[int, torch.dtype, Recipe]] = {
 WIDTHS = (8, 64, 100, 128, 520, 1024, 1032, 3072, 4096, 14336, 16384)
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    arch = arch_or_skip()
-    registry.ops()
+def kernels(arch: str) -> list[jit.JitSpec]:
     specs = []
     for dtype, (count, scale_dtype, recipe) in itertools.product(NAMES, ON_GPU.values()):
         rest = ("static", *recipe, (count, scale_dtype if count else FP32))
@@ -302,11 +298,10 @@ def built() -> None:
     torchao = ("static", *TORCHAO, (1, FP32))
     specs += [RMS_NORM.spec_of_key((BF16, True, weight, kind, *torchao), arch) for kind in NORMS for weight in (BF16, FP32)]
     specs += [ACT_MUL.spec_of_key((dtype, act, *torchao), arch) for dtype in NAMES for act in ACTIVATIONS]
-    build(specs)
+    return specs
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("built")
+@pytest.mark.gpu(kernels=kernels)
 class TestOnTheGpu:
     @pytest.mark.parametrize("case", ON_GPU)
     @pytest.mark.parametrize("dtype", NAMES, ids=str)

@@ -11,16 +11,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from inductor_ext import jit
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention import op as varlen
 from inductor_ext.kernels.varlen_attention.implementations import Problem
 from inductor_ext.kernels.varlen_attention.op import OP
 
 BF16, FP16 = torch.bfloat16, torch.float16
-
-
-def gpu(test: Any) -> Any:
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
 
 
 def call(
@@ -310,6 +307,15 @@ def test_an_extension_built_for_another_torch(monkeypatch: pytest.MonkeyPatch, c
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
+def kernels(arch: str) -> list[jit.JitSpec]:
+    keys = [(BF16, width) for width in implementations.HOPPER_HEADS] + [(FP16, 128)]
+    return [OP.spec_of_key(key, arch) for key in keys] if arch == "sm_90a" else []
+
+
+gpu = pytest.mark.gpu(kernels=kernels)
+hopper_gpu = pytest.mark.gpu(kernels=kernels, arch="sm_90a")
+
+
 def runnable(packed: bool, **changes: Any) -> list[str]:
     wanted = problem(packed=packed, capability=torch.cuda.get_device_capability(), **changes)
     ours = [each for each in implementations.IMPLEMENTATIONS if each.called != "by a rule"]
@@ -361,11 +367,6 @@ def test_every_library_on_packed_sequences(case: dict[str, Any], bounds: tuple[i
         found = call(q, k, v, ends, 256, left=bounds[0], right=bounds[1], implementation=name)
         close(found, q, k, v, ends, 256, case["width"] ** -0.5, *bounds, 0.0, True)
         assert torch.equal(found[sum(lengths) :], torch.zeros_like(found[sum(lengths) :]))
-
-
-def hopper_gpu(test: Any) -> Any:
-    found = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    return pytest.mark.gpu(pytest.mark.skipif(not found, reason="needs a GPU of compute capability 9.0")(test))
 
 
 @hopper_gpu
