@@ -29,11 +29,10 @@ from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 
 def guard(node: Node, context: Context) -> Match | None:
-    found = _usable(node, context.forced)
-    if found is None:
+    ropes = rotations(node, context.forced)
+    if ropes is None:
         return None
-    partner = _partner(found, node, context.forced)
-    ropes = [found] if partner is None else sorted((found, partner), key=lambda each: each.end)
+    found = ropes[0]
     heads = " and ".join(str(each.x.value.shape[2]) for each in ropes)
     norm = f"norm {found.norm.norm!r}" if found.norm else "no norm"
     detail = f"{heads} heads of {found.x.value.shape[3]}, {norm}"
@@ -41,6 +40,21 @@ def guard(node: Node, context: Context) -> Match | None:
     tables = (found.cos.value, found.sin.value)
     made = Call(OP, _arguments(ropes, [each.x.value for each in ropes], tables, value_of))
     return Match(node, (made,), detail, why, ropes)
+
+
+Fits = Callable[[Rope, Rope], bool]
+
+
+def rotations(add: Node, forced: bool, fits: Fits | None = None) -> list[Rope] | None:
+    """The rotation that ends in ``add`` and its partner, if there is one, in the graph's order.
+
+    ``fits`` says whether one call can stand where all that two alike rotations need is there; `_one_place` if it is None.
+    """
+    found = _usable(add, forced)
+    if found is None:
+        return None
+    partner = _partner(found, add, forced, fits or _one_place)
+    return [found] if partner is None else sorted((found, partner), key=lambda each: each.end)
 
 
 def _usable(add: Node, forced: bool) -> Rope | None:
@@ -74,16 +88,18 @@ def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 NEAREST = 2
 
 
-def _partner(found: Rope, add: Node, forced: bool) -> Rope | None:
+def _one_place(one: Rope, two: Rope) -> bool:
+    place = _place(sorted((one, two), key=lambda each: each.end))
+    return all(hoist(needed, place, move=False) is None for needed in (*one.inputs, *two.inputs))
+
+
+def _partner(found: Rope, add: Node, forced: bool, fits: Fits) -> Rope | None:
     """The nearest other rotation that can be in one call with ``found``, which ends in ``add``: a later one if there is one."""
     others = sorted(other for other in set(_rotations_by(in_order(found.cos.node))) if other is not add)
     earlier = [other for other in others if other < add]
     for other in (*others[len(earlier) :][:NEAREST], *earlier[: -NEAREST - 1 : -1]):
         rotation = found_or_none(_usable, other, forced)
-        if rotation is None or not _alike(found, rotation):
-            continue
-        place = _place(sorted((found, rotation), key=lambda each: each.end))
-        if all(hoist(needed, place, move=False) is None for needed in (*found.inputs, *rotation.inputs)):
+        if rotation is not None and _alike(found, rotation) and fits(found, rotation):
             return rotation
     return None
 

@@ -21,11 +21,10 @@ from torch.fx import Node
 from inductor_ext import torch_compat
 from inductor_ext.calls import aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
-from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
 from inductor_ext.kernels.scaled_mm_act_mul.op import OUT_DTYPES
-from inductor_ext.miss import NO_KERNEL, NOT_MEASURED, NOT_WHOLE_COLUMNS, Miss, no_other_users
+from inductor_ext.miss import NOT_MEASURED, NOT_WHOLE_COLUMNS, Miss, no_other_users
 from inductor_ext.patterns.act_mul_quantize import gated
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
@@ -88,20 +87,13 @@ def guard(node: Node, context: Context) -> Match | None:
     own = {node, *inner, *gate.path, *up.path}
     no_other_users(own - {node}, own, "gate or up", "the gated activation alone")
     p = gate.product
-    device = value_of(p.a).device
-    target = scaled_mm.target_of(device)
-    problem = gate.n, p.k, _rowwise(gate, up), p.fast
+    problem = gate.n, p.k, p.rowwise or up.product.rowwise, p.fast
     if act != "silu" and not context.forced:  # the table was measured with SiLU
         raise Miss(NOT_MEASURED, node, f'SiLU, or rules={{"{context.rule}": "always"}}', act)
-    why = scaled_plan.measured(scaled_mm_act_mul.TABLE, target, node, p.m, problem, context)
-    static = isinstance(p.m, int)
-    name = scaled_mm_act_mul.TABLE.choose(target, p.m if static else scaled_mm.bounds(p.m)[1], *problem)
-    if device.type == "cuda" and not name:
-        raise Miss(NO_KERNEL, node, "sm_90a", target)
-    plan = _Plan(gate, up, act, name if static and device.type == "cuda" else "")
+    run = scaled_plan.ended(scaled_mm_act_mul.TABLE, node, p, problem, context, "gate and up are not stored")
+    plan = _Plan(gate, up, act, run.config)
     made = Call(scaled_mm_act_mul.OP, torch.fx.map_arg(plan.arguments(_fake_part), value_of))
-    detail = f"{act}, N = {gate.n}: {name if device.type == 'cuda' else 'reference'}"
-    return Match(node, (made,), detail, why or "gate and up are not stored", plan)
+    return Match(node, (made,), f"{act}, N = {gate.n}: {run.detail}", run.why, plan)
 
 
 def _half(operand: Node) -> _Half | None:
@@ -168,10 +160,6 @@ def _both(halves: Sequence[_Half | None], operands: Sequence[Node]) -> tuple[_Ha
         wanted = "two parts of the weight, from multiples of 16 rows on"
         raise Miss("the halves of the product", q.node, wanted, f"columns from {gate.low} and {up.low} on")
     return gate, up
-
-
-def _rowwise(gate: _Half, up: _Half) -> bool:
-    return gate.product.rowwise or up.product.rowwise
 
 
 # ---- the rewrite ---------------------------------------------------------------------------------------------------------

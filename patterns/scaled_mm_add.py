@@ -19,10 +19,9 @@ from torch.fx import Graph, Node
 from inductor_ext import torch_compat
 from inductor_ext.calls import arguments, aten
 from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
-from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
-from inductor_ext.miss import NO_KERNEL, NOT_WHOLE_COLUMNS, Miss, second_user
+from inductor_ext.miss import NOT_WHOLE_COLUMNS, Miss, second_user
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import scaled_plan, scaled_product
 from inductor_ext.patterns.support.same import in_order
@@ -64,20 +63,11 @@ def guard(node: Node, context: Context) -> Match | None:
     part, residual = operands
     found = scaled_product.parse(in_order(part))
     _check(node, part, residual, found)
-    device = value_of(found.a).device
-    target = scaled_mm.target_of(device)
     problem = found.n, found.k, found.rowwise, found.fast
-    why = scaled_plan.measured(scaled_mm_add.TABLE, target, node, found.m, problem, context)
-    static = isinstance(found.m, int)
-    most = found.m if static else scaled_mm.bounds(found.m)[1]
-    name = scaled_mm_add.TABLE.choose(target, most, *problem)
-    if device.type == "cuda" and not name:
-        raise Miss(NO_KERNEL, node, "sm_90a", target)
-    plan = _Plan(found, residual, name if static and device.type == "cuda" else "")
-    rows = _fake_rows(residual, found)
-    arguments = torch.fx.map_arg(plan.arguments(rows), value_of)
-    detail = name if device.type == "cuda" else "reference"
-    return Match(node, (Call(scaled_mm_add.OP, arguments),), detail, why or "the residual is read with the product", plan)
+    run = scaled_plan.ended(scaled_mm_add.TABLE, node, found, problem, context, "the residual is read with the product")
+    plan = _Plan(found, residual, run.config)
+    arguments = torch.fx.map_arg(plan.arguments(_fake_rows(residual, found)), value_of)
+    return Match(node, (Call(scaled_mm_add.OP, arguments),), run.detail, run.why, plan)
 
 
 def _check(node: Node, part: Node, residual: Node, found: Product) -> None:

@@ -31,6 +31,14 @@ def anchors(graph: Graph) -> list[Node]:
 
 
 def guard(node: Node, context: Context) -> Match | None:
+    products = joined(node)
+    plan = scaled_plan.plan(products, _shared(products), context, "the products are faster apart")
+    detail = f"{len(products)} products, N = {' + '.join(str(each.n) for each in products)}: {plan.detail}"
+    return Match(node, (plan.call,), detail, plan.why, plan)
+
+
+def joined(node: Node) -> list[Product]:
+    """The products that ``node`` concatenates, all of a kind and read by it alone."""
     products: list[Product] = []
     for part in node.args[0]:
         source = in_order(part)
@@ -49,9 +57,7 @@ def guard(node: Node, context: Context) -> Match | None:
     if odd is not None:
         wanted = f"{_described(products[0])}, as the first has"
         raise Miss("the products are not alike", odd.node, wanted, _described(odd))
-    plan = scaled_plan.plan(products, _shared(products), context, "the products are faster apart")
-    detail = f"{len(products)} products, N = {' + '.join(str(each.n) for each in products)}: {plan.detail}"
-    return Match(node, (plan.call,), detail, plan.why, plan)
+    return products
 
 
 def replace(match: Match) -> None:

@@ -1,311 +1,336 @@
 """scaled_mm_rope: q and k are normalised and rotated by the launch that projects them.
 
-    qkv = inductor_ext.scaled_mm([a], [b0, b1, b2], …);  q, k = inductor_ext.qk_norm_rope(qkv[:, q's], qkv[:, k's], …)
-        →   qkv = inductor_ext.scaled_mm_rope(a, [b0, b1, b2], …);  q, k = columns of qkv
+    q = a·b0; k = a·b1; v = a·b2;  q = norm(q) * cos + turned(norm(q)) * sin;  k alike
+        →   qkv = inductor_ext.scaled_mm_rope(a, [b0, b1, b2], …);  q, k, v = columns of qkv
 
-What `scaled_mm_siblings` and `qk_norm_rope` have made becomes one call. Each element is rounded as those two round it. q and k
-are column slices afterwards, as v is already, which attention reads where they lie: of Qwen3-0.6B's 7168 tokens 88 MB of
-traffic a layer go, and a launch. What was measured (``kernels/scaled_mm_rope/table_<target>.json``) decides: on an H200
-1.2 to 1.5 times as fast at 512 rows, and 0.97 to 1.12 above, where products need shared memory's bandwidth themselves.
+Each element is rounded as `scaled_mm_siblings` and `qk_norm_rope` round it, which do the same in two launches where this one
+does not pay. Attention reads q, k and v where they lie: with Qwen3-0.6B's 7168 tokens that saves 88 MB of memory traffic and
+one launch per layer. What was measured (``kernels/scaled_mm_rope/table_<target>.json``) decides: on an H200 1.2 to 1.5 times as
+fast at 512 rows, and 0.97 to 1.12 above, where products need shared memory's bandwidth themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_ext import miss, torch_compat
 from inductor_ext.calls import aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
-from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
-from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_rope import op as scaled_mm_rope
 from inductor_ext.kernels.scaled_mm_rope.op import HEAD_DIM, MAX_PRODUCTS, OUT_DTYPE
 from inductor_ext.memory import is_view, readers
-from inductor_ext.miss import Miss
-from inductor_ext.patterns.qk_norm_rope import _gemma_norm, _llama_norm, _rope
+from inductor_ext.miss import Miss, found_or_none
+from inductor_ext.patterns import scaled_mm_cat, scaled_mm_siblings
+from inductor_ext.patterns.qk_norm_rope import _gemma_norm, _llama_norm, _rope, rotations
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.attention_examples import sdpa
-from inductor_ext.patterns.support.same import in_order
+from inductor_ext.patterns.support.rope import Rope
+from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
+from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 from inductor_ext.settings import RuleMode
 
 _READ_BEFORE = "q or k is read before the rotation too"
-_NOT_ONE_CALL = "q and k are not columns of one call"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Columns:
-    """``buffer[:, low:high]``; ``node`` is the slice, or the buffer itself."""
-
-    node: Node
-    buffer: Node
-    low: int
-    high: int
+_NOT_SIBLINGS = "q and k are not products of one input"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """q or k: what is read, its weight, and which result of the rotation it becomes."""
+    """q or k: its rotation, the product that it is of, and the views between them, the product's end first."""
 
-    x: Node
-    weight: Node | None
-    index: int
-    columns: _Columns
-
-    @property
-    def width(self) -> int:
-        return self.columns.high - self.columns.low
+    rope: Rope
+    product: Node
+    path: tuple[Node, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    node: Node  # the rotation
-    buffer: Node  # the products
-    heads: tuple[_Head, ...]  # in the order of their columns
-    tables: tuple[Node, Node]
-    place: Node  # the one of the two before which the call stands
+    ropes: tuple[Rope, ...]
+    products: tuple[Product, ...]  # the ropes' own first
+    joined: Node | None  # the products concatenated, if they are
+    place: Node  # the call stands before it
     config: str
 
     @property
-    def inputs(self) -> list[Node]:
-        """What the rotation needs besides the products."""
-        return [*self.tables, *(head.weight for head in self.heads if head.weight is not None)]
+    def needed(self) -> list[Node]:
+        """What the call reads besides a and its scale."""
+        tables = [table.node for table in (self.ropes[0].cos, self.ropes[0].sin)]
+        weights = [rope.norm.weight for rope in self.ropes if rope.norm is not None]
+        return [*tables, *weights, *(node for each in self.products for node in (each.b, each.scale_b))]
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self, tables: tuple[Any, Any]) -> tuple[Any, ...]:
         """The op's arguments, nodes for tensors."""
-        (a,), b, (scale_a,), scale_b, _, out_dtype, fast, static_b, _ = self.buffer.args
-        eps, norm = self.node.args[6:8]
-        q_weight, k_weight = (*(head.weight for head in self.heads), None)[:2]
-        rotation = (q_weight, k_weight, *self.tables, len(self.heads), eps, norm)
-        return a, b, scale_a, scale_b, *rotation, out_dtype, fast, static_b, self.config
+        first, norm = self.products[0], self.ropes[0].norm
+        weights = [None if rope.norm is None else rope.norm.weight for rope in self.ropes]
+        q_weight, k_weight = (*weights, None)[:2]
+        rotation = (q_weight, k_weight, *tables, len(self.ropes), norm.eps if norm else 0.0, norm.norm if norm else "")
+        b, scales = ([getattr(each, name) for each in self.products] for name in ("b", "scale_b"))
+        ready = all(static_b(each.a, each.b) for each in self.products)
+        return first.a, b, first.scale_a, scales, *rotation, OUT_DTYPE, first.fast, ready, self.config
 
 
 def guard(node: Node, context: Context) -> Match | None:
+    ropes = found_or_none(rotations, node, True, _siblings)
+    if ropes is None or not any(map(_head, ropes)):
+        return None  # qk_norm_rope says why
+    if len(ropes) == 1:  # or two that are rotated together, and are not siblings
+        ropes = found_or_none(rotations, node, True) or ropes
+    if node is not ropes[0].end and node not in ropes[0].inner:
+        return None  # the pair is looked at where the first of the two ends
+    heads = [_head(rope) for rope in ropes]
     try:
-        heads = _heads(node)
-        if heads is None:
-            return None
-        place = _checked(node, heads, context.forced)
+        plan = _plan(node, ropes, heads, context.forced)
     except Miss as found:
         raise found.at(node) from None  # tables and weights are graph inputs, which have no line
-    buffer = heads[0].columns.buffer
-    (a,), b, scale_a, scale_b, _, _, fast, *_ = buffer.args
-    device, m = value_of(a).device, value_of(a).shape[0]
-    target = scaled_mm.target_of(device)
-    static = isinstance(m, int)
-    ns, k = tuple(value_of(each).shape[1] for each in b), value_of(b[0]).shape[0]
-    rowwise = scaled_mm.is_rowwise([value_of(each) for each in (*scale_a, *scale_b)])
-    table, problem = scaled_mm_rope.table(node.args[7]), (sum(ns), k, rowwise, fast)  # type: ignore[arg-type]
-    why = scaled_plan.measured(table, target, node, m, problem, context)
-    name = table.choose(target, m if static else scaled_mm.bounds(m)[1], *problem)
-    if device.type == "cuda" and not name:
-        raise Miss(miss.NO_KERNEL, node, "sm_90a", target)
-    plan = _Plan(node, buffer, heads, tuple(node.args[4:6]), place, name if static and device.type == "cuda" else "")
-    made = Call(scaled_mm_rope.OP, torch.fx.map_arg(plan.arguments(), value_of))
-    turned = " and ".join(str(head.width // HEAD_DIM) for head in heads)
-    detail = f"{turned} heads, N = {' + '.join(map(str, ns))}: {name if device.type == 'cuda' else 'reference'}"
-    return Match(node, (made,), detail, why or "heads are rotated before they are stored", plan)
+    ns, first = [each.n for each in plan.products], plan.products[0]
+    problem = sum(ns), first.k, any(each.rowwise for each in plan.products), first.fast
+    table = scaled_mm_rope.table(ropes[0].norm.norm if ropes[0].norm else "")
+    run = scaled_plan.ended(table, node, first, problem, context, "heads are rotated before they are stored")
+    plan = dataclasses.replace(plan, config=run.config)
+    arguments = plan.arguments((ropes[0].cos.value, ropes[0].sin.value))
+    turned = " and ".join(str(n // HEAD_DIM) for n in ns[: len(ropes)])
+    detail = f"{turned} heads, N = {' + '.join(map(str, ns))}: {run.detail}"
+    return Match(node, (Call(scaled_mm_rope.OP, torch.fx.map_arg(arguments, value_of)),), detail, run.why, plan)
 
 
-def _heads(node: Node) -> tuple[_Head, ...] | None:
-    """q and, if there is one, k in the order of their columns; None where they come from no FP8 product."""
-    x, weights = [each for each in node.args[:2] if each is not None], node.args[2:4]
-    found = [_columns(in_order(each)) for each in x]
-    buffers = [in_order(each) if columns_ is None else columns_.buffer for each, columns_ in zip(x, found)]
-    if not any(scaled_product.is_product(buffer) or _is_products(buffer) for buffer in buffers):
+def _plan(node: Node, ropes: Sequence[Rope], heads: Sequence[_Head | None], forced: bool) -> _Plan:
+    whole: list[_Head] = []
+    for rope, head in zip(ropes, heads):
+        if head is None:
+            raise Miss(_NOT_SIBLINGS, node, "two FP8 products of one input", describe(rope.x.node))
+        whole.append(head)
+    products, joined = _products(whole, forced)
+    for rope, each in zip(ropes, products):
+        _check_rotation(rope, each)
+    for head in whole:
+        _check_readers(head)
+        # What comes of a permuted view is copied or not as it was: its rows are merged otherwise.
+        plain = head.rope.dims == tuple(sorted(head.rope.dims))
+        columns.check(head.rope.end, forced, products[0].n if plain else head.rope.x.value.shape[-1])
+    plan = _Plan(tuple(ropes), tuple(products), joined, node, "")
+    return dataclasses.replace(plan, place=_place(node, plan))
+
+
+# ---- the products ------------------------------------------------------------------------------------------------------
+
+
+def _head(rope: Rope) -> _Head | None:
+    """The product whose columns, all of them, ``rope`` turns, in the order in which they lie; None where there is none."""
+    if rope.x.dims != tuple(sorted(rope.x.dims)):
         return None
-    other = next((buffer for buffer in buffers if buffer is not buffers[0]), None)
-    wanted = "column slices of one call of inductor_ext.scaled_mm, as scaled_mm_siblings makes of q, k and v"
-    if other is not None:
-        raise Miss(_NOT_ONE_CALL, node, wanted, f"{describe(buffers[0])} and {describe(other)}")
-    if not _is_products(buffers[0]):
-        raise Miss(_NOT_ONE_CALL, node, wanted, describe(buffers[0]))
-    heads = [_Head(each, weights[i], i, columns_) for i, (each, columns_) in enumerate(zip(x, found)) if columns_ is not None]
-    return tuple(sorted(heads, key=lambda head: head.columns.low))
+    path, at = list[Node](), rope.x.node
+    while True:
+        above = in_order(at)
+        while at is not above:
+            path.append(at)
+            at = at.args[0]  # type: ignore[assignment]
+        if scaled_product.is_product(at):
+            return _Head(rope, at, tuple(reversed(path)))
+        inside = columns.taken(at)
+        if inside is None or not columns.is_cat_of_columns(at.args[0]):
+            return None
+        path.append(at)
+        part = _part(at.args[0], inside)  # type: ignore[arg-type]
+        if part is None:
+            return None
+        at = part
 
 
-def _is_products(node: Any) -> bool:
-    return is_call(node, scaled_mm.OP.overload)
+def _siblings(one: Rope, two: Rope) -> bool:
+    """Whether two rotations are of products of one input: wherever the second product stands, it is computed with the first."""
+    heads = _head(one), _head(two)
+    products = [found_or_none(scaled_product.parse, head.product) for head in heads if head is not None]
+    return len(products) == 2 and None not in products and found_or_none(_alike, products) is True
 
 
-def _columns(node: Node) -> _Columns | None:
-    """The columns of a two-dimensional buffer that ``node`` is; None where it is no slice and no call of scaled_mm."""
-    if _is_products(node):
-        return _Columns(node, node, 0, value_of(node).shape[1])
-    inside = columns.taken(node)
-    if inside is None or value_of(node).dim() != 2:
-        return None
-    return _Columns(node, node.args[0], inside.start, inside.stop)  # type: ignore[arg-type]
+def _part(joined: Node, inside: range) -> Node | None:
+    """The operand of a concatenation that is these columns of it."""
+    low = 0
+    for part in joined.args[0]:  # type: ignore[union-attr]
+        width: Any = value_of(part).shape[-1]  # type: ignore[arg-type]
+        if low == inside.start and known_equal(width, len(inside)):
+            return part  # type: ignore[return-value]
+        low += width if isinstance(width, int) else 0
+    return None
+
+
+def _products(heads: Sequence[_Head], forced: bool) -> tuple[list[Product], Node | None]:
+    """The heads' products and those that are written beside them; and the node that concatenates them, if one does."""
+    own = [scaled_product.parse(head.product) for head in heads]
+    _alike(own)
+    joined = next((user for user in _users(heads[0]) if columns.is_cat_of_columns(user)), None)
+    if joined is None:
+        others = [each for each in scaled_mm_siblings.siblings(own[0]) if each.node not in [one.node for one in own]]
+        found = [*own, *(each for each in others if columns.may_be_columns(each.node, forced))]
+    else:
+        found = scaled_mm_cat.joined(joined)
+        _alike(found)
+        if [each.node for each in found[: len(own)]] != [each.node for each in own]:
+            names = " and ".join(describe(each.node) for each in own)
+            raise Miss("q and k are not the first products", joined, names, describe(found[0].node))
+        _check_joined(joined, heads, sum(each.n for each in own))
+    for each in found:
+        if each.bias is not None:
+            raise Miss("the products have a bias", each.node, "none", describe(each.bias))
+        if each.out_dtype is not OUT_DTYPE:
+            raise Miss(miss.OUTPUT_DTYPE, each.node, str(OUT_DTYPE), str(each.out_dtype))
+    if len(found) > MAX_PRODUCTS or any(each.n % HEAD_DIM for each in found):
+        wanted = f"at most {MAX_PRODUCTS} of multiples of {HEAD_DIM} columns"
+        raise Miss("the products are not whole heads", heads[0].product, wanted, f"N = {' + '.join(str(p.n) for p in found)}")
+    return found, joined
+
+
+def _users(head: _Head) -> Iterator[Node]:
+    for node in (head.product, *head.path):
+        yield from node.users
+
+
+def _alike(products: Sequence[Product]) -> bool:
+    """True, or a Miss."""
+    first = products[0]
+    for each in products[1:]:
+        if not same_tensor(first.a, each.a) or not same_elements(first.scale_a, each.scale_a):
+            raise Miss(_NOT_SIBLINGS, each.node, f"{describe(first.a)}, and one scale of it", describe(each.a))
+        if first.fast != each.fast or value_of(first.b).dtype is not value_of(each.b).dtype:
+            raise Miss("q and k are products of other options", each.node, describe(first.node), describe(each.node))
+    return True
+
+
+def _check_joined(joined: Node, heads: Sequence[_Head], rotated: int) -> None:
+    """Miss where something else than the heads reads q's or k's columns of what is concatenated."""
+    own = {node for head in heads for node in head.path}
+    for user in joined.users:
+        inside = columns.taken(user)
+        if user not in own and (inside is None or inside.start < rotated):
+            raise Miss(_READ_BEFORE, user, "readers of the columns behind them only", describe(user))
 
 
 # ---- what the kernel takes ---------------------------------------------------------------------------------------------
 
 
-def _checked(node: Node, heads: tuple[_Head, ...], forced: bool) -> Node:
-    """Where the call stands."""
-    _check_products(heads[0].columns.buffer)
-    _check_columns(heads)
-    _check_rotation(node, heads)
-    _check_readers(node, heads)
-    for head in heads:
-        result = _result(node, head)
-        if result is not None:
-            columns.check(result, forced, head.width)
-    return _place(node, heads)
-
-
-def _check_products(buffer: Node) -> None:
-    a, b, _, _, bias, out_dtype, *_ = buffer.args
-    if len(a) != 1:
-        raise Miss("the products do not share a", buffer, "one left side for q, k and v", f"{len(a)} of them")
-    if any(each is not None for each in bias):
-        found = describe(next(each for each in bias if each is not None))
-        raise Miss("the products have a bias", buffer, "none", found)
-    if out_dtype is not OUT_DTYPE:
-        raise Miss(miss.OUTPUT_DTYPE, buffer, str(OUT_DTYPE), str(out_dtype))
-    ns = [value_of(each).shape[1] for each in b]
-    if len(ns) > MAX_PRODUCTS or any(n % HEAD_DIM for n in ns):
-        wanted = f"at most {MAX_PRODUCTS} of multiples of {HEAD_DIM} columns"
-        raise Miss("the products are not whole heads", buffer, wanted, f"N = {' + '.join(map(str, ns))}")
-
-
-def _check_columns(heads: Sequence[_Head]) -> None:
-    """Whether q and k are not the first products and nothing but them."""
-    low = 0
-    for head, weight in zip(heads, heads[0].columns.buffer.args[1]):
-        high, at = low + value_of(weight).shape[1], head.columns
-        if (at.low, at.high) != (low, high):
-            wanted = f"columns {low} to {high}"
-            raise Miss("q and k are not the first products", head.x, wanted, f"columns {at.low} to {at.high}")
-        low = high
-
-
-def _check_rotation(node: Node, heads: Sequence[_Head]) -> None:
-    rows = value_of(heads[0].columns.buffer).shape[0]
-    for head in heads:
-        sequences, positions, count, size = value_of(head.x).shape
-        if not known_equal(size, HEAD_DIM):
-            raise Miss(miss.HEAD_DIM, head.x, str(HEAD_DIM), str(size))
-        if not known_equal(count * HEAD_DIM, head.width) or not known_equal(sequences * positions, rows):
-            wanted = f"[B, S, {head.width // HEAD_DIM}, {HEAD_DIM}] of B · S = {rows} rows"
-            raise Miss("q or k is not a view of whole rows", head.x, wanted, describe(head.x))
-    if node.args[8] is not OUT_DTYPE:
-        raise Miss(miss.OUTPUT_DTYPE, node, str(OUT_DTYPE), str(node.args[8]))
-    for table in node.args[4:6]:
-        value = value_of(table)
+def _check_rotation(rope: Rope, made_by: Product) -> None:
+    sequences, positions, count, size = rope.x.value.shape
+    if not known_equal(size, HEAD_DIM):
+        raise Miss(miss.HEAD_DIM, rope.end, str(HEAD_DIM), str(size))
+    if not known_equal(count * HEAD_DIM, made_by.n) or not known_equal(sequences * positions, made_by.m):
+        wanted = f"[B, S, {made_by.n // HEAD_DIM}, {HEAD_DIM}] of B · S = {made_by.m} rows"
+        raise Miss("q or k is not a view of whole rows", rope.end, wanted, describe(rope.x.node))
+    if rope.dtype is not OUT_DTYPE:
+        raise Miss(miss.OUTPUT_DTYPE, rope.end, str(OUT_DTYPE), str(rope.dtype))
+    for table in (rope.cos, rope.sin):
+        value = table.value
         if value.dtype is not OUT_DTYPE:
-            raise Miss("cos and sin are not of the output's dtype", table, str(OUT_DTYPE), describe(table))
+            raise Miss("cos and sin are not of the output's dtype", table.node, str(OUT_DTYPE), describe(table.node))
         strides = [value.stride(dim) for dim in (0, 1) if not known_equal(value.shape[dim], 1)]
         if not known_equal(value.stride(2), 1) or not all(map(_aligned, (*strides, value.storage_offset()))):
             wanted = "rows of unit stride at multiples of 16 bytes"
-            found = f"{describe(table)} strides {list(value.stride())} offset {value.storage_offset()}"
-            raise Miss("the layout of cos and sin", table, wanted, found)
-    for head in heads:
-        if head.weight is not None and (value_of(head.weight).dtype is not OUT_DTYPE or value_of(head.weight).stride(0) != 1):
-            found = f"{describe(head.weight)} strides {list(value_of(head.weight).stride())}"
-            raise Miss("the norm's weight", head.weight, f"{OUT_DTYPE} in a row", found)
+            found = f"{describe(table.node)} strides {list(value.stride())} offset {value.storage_offset()}"
+            raise Miss("the layout of cos and sin", table.node, wanted, found)
+    weight = None if rope.norm is None else rope.norm.weight
+    if weight is not None and (value_of(weight).dtype is not OUT_DTYPE or value_of(weight).stride(0) != 1):
+        found = f"{describe(weight)} strides {list(value_of(weight).stride())}"
+        raise Miss("the norm's weight", weight, f"{OUT_DTYPE} in a row", found)
 
 
 def _aligned(elements: Any) -> bool:
     return statically_known_true(elements * OUT_DTYPE.itemsize % 16 == 0)
 
 
-# ---- what else reads q, k and v ------------------------------------------------------------------------------------------
-
-
-def _check_readers(node: Node, heads: Sequence[_Head]) -> None:
-    """A reader of q or k besides the rotation: it would find them rotated."""
-    buffer, rotated = heads[0].columns.buffer, heads[-1].columns.high
-    wanted = "readers of the columns behind them only"
-    own = {head.columns.node for head in heads}
-    for user in buffer.users:
-        found = _columns(user)
-        behind = found is not None and found.low >= rotated
-        if not behind and user not in own and buffer not in own:
-            raise Miss(_READ_BEFORE, user, wanted, describe(user))
-    for head in heads:
-        below, above = node, head.x
-        while True:
-            other = next((user for user in above.users if user is not below), None)
-            if other is not None:
-                raise Miss(_READ_BEFORE, above, "the rotation as the only reader", describe(other))
-            if above is head.columns.node:
-                break
-            below, above = above, above.args[0]  # type: ignore[assignment]
-    return None
-
-
-def _result(node: Node, head: _Head) -> Node | None:
-    return next((user for user in node.users if is_call(user, operator.getitem) and user.args[1] == head.index), None)
+def _check_readers(head: _Head) -> None:
+    """Miss where something besides the rotation reads q or k, which it would find rotated."""
+    own, pending = {*head.path, *head.rope.inner, head.rope.end}, [head.product, *head.path]
+    while pending:
+        for user in pending.pop().users:
+            if user in own or columns.is_cat_of_columns(user):  # whose readers are looked at by themselves
+                continue
+            if not is_call(user, aten.permute.default):
+                raise Miss(_READ_BEFORE, user, "the rotation as the only reader", describe(user))
+            own.add(user)
+            pending.append(user)
 
 
 # ---- where the call stands -------------------------------------------------------------------------------------------------
 
 
-def _place(node: Node, heads: Sequence[_Head]) -> Node:
-    """Where the products are, if all that the rotation needs can be there; else where the rotation is, if v can wait."""
-    buffer = heads[0].columns.buffer
-    needed = [*node.args[4:6], *(head.weight for head in heads)]
-    stuck = [late for late in (columns.hoist(each, buffer, move=False) for each in needed) if late is not None]
-    if not stuck:
-        return buffer
-    early = next((user for user in _readers(buffer) if user < node and not is_view(user)), None)
-    if early is None:
-        return node
-    wanted = "cos, sin and weights that exist before the products, or no earlier reader of v"
-    found = f"{describe(stuck[0])}, and before it {describe(early)}"
-    raise Miss("the rotation needs something computed later", node, wanted, found)
+def _outputs(plan: _Plan) -> list[Node]:
+    """What the call's columns replace."""
+    return [*(rope.end for rope in plan.ropes), *(each.node for each in plan.products[len(plan.ropes) :])]
 
 
-def _readers(buffer: Node) -> list[Node]:
-    """Users of ``buffer`` and of views of it, in the graph's order."""
-    return sorted({user for _, user in readers(buffer)})
+def _place(node: Node, plan: _Plan) -> Node:
+    """The first of the products, if all that the call needs can be there; else the first reader of what it gives."""
+    first = min(each.node for each in plan.products)
+    stuck = _stuck(plan, first)
+    if stuck is None:
+        return first
+    behind = min((user for user in _readers(plan) if not is_view(user)), default=node)
+    late = _stuck(plan, behind)
+    if late is None and behind.op != "output":
+        return behind
+    wanted = "cos, sin and weights that exist before the products, or before what reads them"
+    raise Miss("the rotation needs something computed later", node, wanted, f"{describe(stuck)}, and {describe(behind)}")
+
+
+def _stuck(plan: _Plan, above: Node) -> Node | None:
+    late = (columns.hoist(each, above, move=False) for each in plan.needed)
+    return next((each for each in late if each is not None), None)
+
+
+def _readers(plan: _Plan) -> set[Node]:
+    """Users of what the call gives, and of views of it."""
+    own = {node for rope in plan.ropes for node in (*rope.inner, rope.end)} | {each.node for each in plan.products}
+    sources = [plan.joined, *_outputs(plan)] if plan.joined is not None else _outputs(plan)
+    return {user for source in sources for _, user in readers(source) if user not in own and user is not plan.joined}
 
 
 def replace(match: Match) -> None:
     plan: _Plan = match.data
-    graph, node, buffer = match.node.graph, plan.node, plan.buffer
-    for needed in plan.inputs:
-        columns.hoist(needed, plan.place, move=True)
-    waiting = [view for view in _readers(buffer) if view < node] if plan.place is node else []
-    with graph.inserting_before(plan.place):
-        made = call(graph, scaled_mm_rope.OP.overload, *plan.arguments(), like=buffer)
+    graph, place, like = match.node.graph, plan.place, plan.products[0].node
+    for needed in plan.needed:
+        columns.hoist(needed, place, move=True)
+    waiting = sorted(view for view in _readers(plan) if view < place and is_view(view))
+    with graph.inserting_before(place):
+        first = plan.ropes[0]
+        tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
+        made = call(graph, scaled_mm_rope.OP.overload, *plan.arguments(tables), like=like)
+        low, parts = 0, list[Node]()
+        for index, each in enumerate(plan.products):
+            part = call(graph, aten.slice.Tensor, made, 1, low, low + each.n, like=each.node)
+            parts.append(_turned(graph, plan.ropes[index], part) if index < len(plan.ropes) else part)
+            low += each.n
     for view in waiting:
-        node.prepend(view)
-    results = {head: found for head in plan.heads if (found := _result(node, head)) is not None}
-    turned = {}
-    with graph.inserting_before(node):
-        for head, result in results.items():
-            part = call(graph, aten.slice.Tensor, made, 1, head.columns.low, head.columns.high, like=result)
-            shape = torch_compat.symbolic(graph, list(value_of(result).shape))
-            turned[head] = call(graph, aten.reshape.default, part, shape, like=result)
-    for head, result in results.items():
-        result.replace_all_uses_with(turned[head])
-        erase_dead(result)
-        columns.refresh(turned[head])
-    buffer.replace_all_uses_with(made)  # v's columns are where they were
-    erase_dead(buffer)
+        place.prepend(view)
+    if plan.joined is not None:
+        plan.joined.replace_all_uses_with(made)
+        columns.refresh(made)
+    for old, new in zip(_outputs(plan), [*parts[: len(plan.ropes)], *parts[len(plan.ropes) :]]):
+        old.replace_all_uses_with(new)
+        columns.refresh(new)
+        erase_dead(old)
+        erase_dead(new)
+    if plan.joined is not None:
+        erase_dead(plan.joined)
+
+
+def _turned(graph: Graph, rope: Rope, part: Node) -> Node:
+    shape = torch_compat.symbolic(graph, list(rope.x.value.shape))
+    return rope.put_result(graph, call(graph, aten.reshape.default, part, shape, like=rope.end))
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 B, S, HEADS, KV_HEADS, K = 2, 20, 2, 1, 64
 WIDTHS = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-#: The rules that make what this one reads; attention stays as it is.
-BEFORE: tuple[tuple[str, RuleMode], ...] = (
-    ("scaled_mm_cat", "always"),
-    ("scaled_mm_siblings", "always"),
-    ("qk_norm_rope", "always"),
-    ("causal_attention", "off"),
-)
+#: Attention stays as it is.
+BEFORE: tuple[tuple[str, RuleMode], ...] = (("causal_attention", "off"),)
 
 Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -537,7 +562,7 @@ def _miss(name: str, fn: Any, inputs: Any, reason: str, **options: Any) -> Examp
 RULE = Rule(
     name="scaled_mm_rope",
     doc="FP8 projections of q, k and v, then the norm and rotation of q and k → one launch",
-    anchors=lambda graph: calling(QK_NORM_ROPE.overload)(graph),
+    anchors=calling(aten.add.Tensor),
     guard=guard,
     replace=replace,
     exact=False,
@@ -560,15 +585,15 @@ RULE = Rule(
         _miss("heads_of_64", _heads_of_64, _operands, miss.HEAD_DIM),
         _miss("bias", _biased, _with_bias_of_q, "the products have a bias"),
         _miss("v_of_64", _v_of_64, _operands, "the products are not whole heads"),
-        _miss("joined_products", _joined_products, _with_another_input, "the products do not share a"),
+        _miss("joined_products", _joined_products, _with_another_input, _NOT_SIBLINGS),
         _miss("heads_as_tokens", _heads_as_tokens, _operands, "q or k is not a view of whole rows"),
         _miss("tables_in_fp32", _in_fp32, _operands, "cos and sin are not of the output's dtype"),
         _miss("fp16", _in_fp16, _operands, miss.OUTPUT_DTYPE),
         _miss("tables_not_aligned", _llama, _unaligned, "the layout of cos and sin"),
         _miss("weights_in_fp32", _gemma3, _weighted_in_fp32, "the norm's weight"),
         _miss("q_is_read", _q_is_read, _operands, _READ_BEFORE),
-        _miss("k_of_another_input", _k_of_another_input, _with_another_input, _NOT_ONE_CALL),
-        _miss("v_first", _v_first, _operands, "q and k are not the first products"),
+        _miss("k_of_another_input", _k_of_another_input, _with_another_input, _NOT_SIBLINGS),
+        _miss("v_first", _v_first, _operands, "the rotation needs something computed later"),
         _miss("tables_of_v", _tables_of_v, _operands, "the rotation needs something computed later"),
         _miss("returned", _returned, _operands, "a sibling is returned to the caller"),
         _miss("rows_merged", _rows_merged, _operands, "a user merges its rows: a column slice would be copied"),

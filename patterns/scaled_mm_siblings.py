@@ -27,15 +27,15 @@ def guard(node: Node, context: Context) -> Match | None:
     first = found_or_none(scaled_product.parse, node)
     if first is None:
         return None  # scaled_mm reports it
-    others = list(_siblings(first))
+    others = list(siblings(first))
     if not others:
         return None
     columns.check(node, context.forced)
     others = [other for other in others if columns.may_be_columns(other.node, context.forced)]
-    if any(other.node < node and _stuck(first, other.node) is None for other in others):
+    if any(other.node < node and stuck(first, other.node) is None for other in others):
         return None  # of the group that the other one begins
     later = [other for other in others if node < other.node]
-    group = [first, *(other for other in later if _stuck(other, node) is None)]
+    group = [first, *(other for other in later if stuck(other, node) is None)]
     if len(group) == 1:
         _check_order(node, later)
         return None
@@ -54,7 +54,7 @@ def replace(match: Match) -> None:
     columns.split(graph, buffer, [each.node for each in plan.products])
 
 
-def _siblings(first: Product) -> Iterator[Product]:
+def siblings(first: Product) -> Iterator[Product]:
     """Products with the same a and scale_a as ``first``, and the same options, in the graph's order."""
     for node in sorted(_products_below(root(first.a))):
         if node is first.node:
@@ -86,15 +86,15 @@ def _products_below(source: Node) -> set[Node]:
     return found
 
 
-def _stuck(product: Product, above: Node) -> Node | None:
+def stuck(product: Product, above: Node) -> Node | None:
     """What keeps a product from being computed before ``above``; a and scale_a are the other one's."""
-    stuck = (columns.hoist(operand, above, move=False) for operand in (product.b, product.scale_b, product.bias))
-    return next((node for node in stuck if node is not None), None)
+    late = (columns.hoist(operand, above, move=False) for operand in (product.b, product.scale_b, product.bias))
+    return next((node for node in late if node is not None), None)
 
 
 def _check_order(node: Node, later: list[Product]) -> None:
     for other in later:
-        found = _stuck(other, node)
+        found = stuck(other, node)
         if found is not None:
             wanted = "weights, scales and biases that exist before the first of the products"
             raise Miss("a sibling needs something computed later", node, wanted, describe(found))

@@ -81,6 +81,7 @@ class Rope:
     sin: Table
     dtype: torch.dtype
     dims: tuple[int, ...]  # permutes x's view (and the result) into the shape of ``end``, without a batch put before it
+    inner: frozenset[Node]  # what the rotation alone reads
 
     @property
     def inputs(self) -> list[Node]:
@@ -142,7 +143,7 @@ def trace(add: Node) -> Rope | None:
             raise Miss("only part of a head is rotated", end, "all columns of a head", describe(user))
     to_rows = _to_rows(value_of(x).dim(), heads)
     view = View(source[0], tuple(source[1][dim] for dim in to_rows))
-    return Rope(end, view, norm, *tables, value_of(end).dtype, to_rows)
+    return Rope(end, view, norm, *tables, value_of(end).dtype, to_rows, frozenset(kept - {end}))
 
 
 def _terms(add: Node) -> tuple[Node, Node, Node, Node] | None:

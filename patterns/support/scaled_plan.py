@@ -20,7 +20,7 @@ from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.op_table import OpTable
 from inductor_ext.kernels.scaled_mm.ready import static_b
-from inductor_ext.miss import NOT_FASTER, NOT_MEASURED, Miss
+from inductor_ext.miss import NO_KERNEL, NOT_FASTER, NOT_MEASURED, Miss
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import Call, Context
 
@@ -127,7 +127,33 @@ def _sizes(target: str, m: Any, ns: tuple[int, ...], k: int, rowwise: bool, fast
     return sorted(size for size in sizes if least <= size <= most)
 
 
-def measured(table: OpTable, target: str, node: Node, rows: Any, problem: tuple[int, int, bool, bool], context: Context) -> str:
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a product with an end of its own runs: ``config`` where the call names it, ``detail`` and ``why`` for people."""
+
+    config: str
+    detail: str
+    why: str
+
+
+def ended(
+    table: OpTable, node: Node, product: Product, problem: tuple[int, int, bool, bool], context: Context, why: str
+) -> Ended:
+    """What ``table`` says of ``problem`` (N, K, row-wise, fast) for the rows of ``product``; ``why`` is for forced rules."""
+    device, static = value_of(product.a).device, isinstance(product.m, int)
+    target = scaled_mm.target_of(device)
+    gain = _measured(table, target, node, product.m, problem, context)
+    name = table.choose(target, product.m if static else scaled_mm.bounds(product.m)[1], *problem)
+    if device.type != "cuda":
+        return Ended("", "reference", gain or why)
+    if not name:
+        raise Miss(NO_KERNEL, node, "sm_90a", target)
+    return Ended(name if static else "", name, gain or why)
+
+
+def _measured(
+    table: OpTable, target: str, node: Node, rows: Any, problem: tuple[int, int, bool, bool], context: Context
+) -> str:
     """What an op's own table says of ``problem`` (N, K, row-wise, fast), where it is a gain for every M that ``rows`` may be;
     "" where the rule is forced."""
     if context.forced:

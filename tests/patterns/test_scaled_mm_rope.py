@@ -117,7 +117,7 @@ def test_the_model_computes_what_it_did(kind: str, rows: bool) -> None:
         found = inductor_ext.verify(made, tokens, rules=QUIET, end_to_end=False)
     (check,) = [check for check in found.checks if check.rule == "scaled_mm_rope"]
     assert check.ok and check.rewrites == LAYERS and check.elements > 0
-    assert check.differing == 0, "the reference is the composition of the two operators'"
+    assert check.local < 1e-3, "the reference is the composition of the two operators', whose sums are side by side"
 
 
 def test_the_compiled_model_is_that_of_two_launches() -> None:
@@ -226,7 +226,7 @@ def test_other_tables_for_k_leave_it_to_a_launch_of_its_own() -> None:
         return torch.ops.aten._scaled_dot_product_flash_attention(*(each.transpose(1, 2) for each in (q, k, v)), 0.0, True)[0]
 
     found = explained(fn, layer_inputs, **QUIET)
-    assert found.counts() == {"scaled_mm_siblings": 1, "qk_norm_rope": 2, "scaled_mm_rope": 1}
+    assert found.counts() == {"scaled_mm_rope": 1, "qk_norm_rope": 1}
     (graph,) = found.graphs
     assert "inductor_ext.scaled_mm_rope.default(" in graph.after and ", None, None, " in graph.after
 
