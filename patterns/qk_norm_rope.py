@@ -38,7 +38,8 @@ def guard(node: Node, context: Context) -> Match | None:
     detail = f"{heads} heads of {found.x.value.shape[3]}, {norm}"
     why = "forced" if context.forced else f"its input is in memory: {describe(found.x.node)}"
     tables = (found.cos.value, found.sin.value)
-    made = Call(OP, _arguments(ropes, [each.x.value for each in ropes], tables, value_of))
+    arguments = rotation_arguments(ropes, [each.x.value for each in ropes], tables)
+    made = Call(OP, torch.fx.map_arg(arguments, value_of))
     return Match(node, (made,), detail, why, ropes)
 
 
@@ -137,10 +138,10 @@ def _same_table(a: Table, b: Table) -> bool:
     return known_equal(a.value.shape[0], b.value.shape[0]) and same_elements(a.node, b.node)
 
 
-def _arguments(ropes: list[Rope], x: list[Any], tables: tuple[Any, Any], weight_of: Any) -> tuple[Any, ...]:
-    """The op's arguments, of nodes or of fake values."""
+def rotation_arguments(ropes: Sequence[Rope], x: list[Any], tables: tuple[Any, Any]) -> tuple[Any, ...]:
+    """The op's arguments with nodes for weights; x and tables are nodes or fake tensors, as they are given."""
     norm = ropes[0].norm
-    weights = [None if each.norm is None else weight_of(each.norm.weight) for each in ropes]
+    weights = [None if each.norm is None else each.norm.weight for each in ropes]
     q, k = (*x, None)[:2]
     q_weight, k_weight = (*weights, None)[:2]
     rest = (0.0, "") if norm is None else (norm.eps, norm.norm)
@@ -155,7 +156,7 @@ def replace(match: Match) -> None:
     with graph.inserting_before(place):
         x = [each.x.put(graph, each.end) for each in ropes]
         tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
-        made = call(graph, OP.overload, *_arguments(ropes, x, tables, lambda weight: weight), like=first.end)
+        made = call(graph, OP.overload, *rotation_arguments(ropes, x, tables), like=first.end)
         results = []
         for index, each in enumerate(ropes):
             out = call(graph, operator.getitem, made, index, like=each.end)

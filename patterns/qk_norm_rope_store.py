@@ -1,6 +1,6 @@
 """qk_norm_rope_store: the launch that turns q and k stores k, and v with it, into the KV cache.
 
-    q, k = inductor_ext.qk_norm_rope(q, k, …);  k_cache = index_put(k_cache, [slots], cast(k));  v_cache = … cast(v)
+    k = norm(k) * cos + turned(norm(k)) * sin;  q alike;  k_cache = index_put(k_cache, [slots], cast(k));  v_cache = … cast(v)
         →  q, _ = inductor_ext.qk_norm_rope_store(k, q, v, …, k_cache!, v_cache!, …)
 
 Stores that `downcast_fp8` takes, and the same of rows in the cache's own dtype; also along the third dimension of a cache
@@ -16,7 +16,6 @@ the rule waits for ``always``: two launches do then what it does in one.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,13 +26,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from inductor_ext import torch_compat
 from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
-from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
-from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss
+from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, found_or_none
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
-from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope
-from inductor_ext.patterns.support import cache_store, has_run, kv_store
+from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope, rotation_arguments, rotations
+from inductor_ext.patterns.support import cache_store, columns, has_run, kv_store
 from inductor_ext.patterns.support.kv_store import Half
+from inductor_ext.patterns.support.rope import Rope
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 #: What a search for k's store follows: the steps of an FP8 cast, and copies.
@@ -54,8 +53,8 @@ _STEPS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    node: Node  # the rotation
-    index: int  # of k among its results
+    ropes: tuple[Rope, ...]
+    index: int  # of k among them
     k: Half
     v: Half | None
     why_not_v: str
@@ -68,9 +67,14 @@ class _Plan:
     def halves(self) -> list[Half]:
         return [self.k] if self.v is None else [self.k, self.v]
 
+    @property
+    def end(self) -> Node:
+        """k, turned."""
+        return self.ropes[self.index].end
+
     def sizes(self) -> tuple[Any, ...]:
         """[B, S, Hkv, D]."""
-        return tuple(value_of(self.node.args[self.index]).shape)
+        return tuple(self.ropes[self.index].x.value.shape)
 
     def view(self, half: Half, base: torch.Tensor) -> torch.Tensor:
         """The cache as [N, S, Hkv, D]."""
@@ -94,12 +98,12 @@ class _Plan:
             return None
         rows = self.v.insert_input(graph)
         if self.v.by_sequence:
-            return call(graph, aten.permute.default, rows, [0, 2, 1, 3], like=self.node)
-        return call(graph, aten.reshape.default, rows, torch_compat.symbolic(graph, list(self.sizes())), like=self.node)
+            return call(graph, aten.permute.default, rows, [0, 2, 1, 3], like=self.end)
+        return call(graph, aten.reshape.default, rows, torch_compat.symbolic(graph, list(self.sizes())), like=self.end)
 
-    def arguments(self, v: Any, caches: Sequence[Any]) -> dict[str, Any]:
+    def arguments(self, x: list[Any], tables: tuple[Any, Any], v: Any, caches: Sequence[Any]) -> dict[str, Any]:
         """The op's arguments by name, nodes for tensors but for what is given."""
-        one, two, weight, other_weight, cos, sin, eps, norm, dtype = self.node.args
+        one, two, weight, other_weight, cos, sin, eps, norm, dtype = rotation_arguments(self.ropes, x, tables)
         k, q, k_weight, q_weight = (one, two, weight, other_weight) if self.index == 0 else (two, one, other_weight, weight)
         k_cache, v_cache = (*caches, None, None)[:2]
         return {
@@ -128,28 +132,40 @@ class _Plan:
             "check": self.check,
         }
 
+    def insert_arguments(self, graph: Graph) -> dict[str, Any]:
+        """`arguments` of nodes, but for the caches."""
+        first = self.ropes[0]
+        x = [rope.x.put(graph, rope.end) for rope in self.ropes]
+        tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
+        named = self.arguments(x, tables, self.insert_v(graph), ())
+        return {name: value for name, value in named.items() if name not in kv_store.NAMES}
+
     def fake_arguments(self) -> tuple[Any, ...]:
         """The op's arguments in schema order, fakes for tensors."""
         caches = [self.view(half, value_of(half.store.root)) for half in self.halves]
-        return tuple(map(value_of, self.arguments(self.v_value(), caches).values()))
+        first = self.ropes[0]
+        named = self.arguments([r.x.value for r in self.ropes], (first.cos.value, first.sin.value), self.v_value(), caches)
+        return tuple(map(value_of, named.values()))
 
     def outputs(self) -> tuple[torch.Tensor, ...]:
-        k = value_of(self.node.args[self.index])
-        with k.fake_mode:
+        with value_of(self.end).fake_mode:
             return OP.fake(*self.fake_arguments())
 
 
 def guard(node: Node, context: Context) -> Match | None:
-    found = _plan(node, context.forced)
+    ropes = found_or_none(rotations, node, context.forced)
+    if ropes is None or (node is not ropes[0].end and node not in ropes[0].inner):
+        return None  # qk_norm_rope says why; or a pair, which is looked at where the first of the two ends
+    found = _plan(tuple(ropes), context.forced)
     if found is None:
         return None
     found = dataclasses.replace(found, check=kv_store.checked(found.k, context))
-    has_run.check(node, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
+    has_run.check(found.end, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
     _check_gain(found, context)
     stored = "K and V" if found.v else f"K alone ({found.why_not_v})"
     detail = f"{stored}: {found.k.program or 'copied'} → {found.k.dtype}{', k is read too' if found.keep_k else ''}"
     why = "forced" if context.forced else "k is stored while it is in registers"
-    return Match(node, (Call(OP, found.fake_arguments()),), detail, why, found)
+    return Match(found.end, (Call(OP, found.fake_arguments()),), detail, why, found)
 
 
 #: Tokens from which storing rows as they are was faster in one launch.
@@ -166,23 +182,33 @@ def _check_gain(found: _Plan, context: Context) -> None:
         return
     sizes = f"one token into an FP8 cache, {LEAST_COPIED} or more into one of k's dtype"
     wanted = f'{sizes}, or rules={{"{context.rule}": "always"}}'
-    raise Miss("two launches measured faster", found.node, wanted, f"{tokens} into {found.k.dtype}")
+    raise Miss("two launches measured faster", found.end, wanted, f"{tokens} into {found.k.dtype}")
 
 
-def _plan(node: Node, forced: bool) -> _Plan | None:
-    """How k's store, and v's, go into ``node``; the first Miss where there is a store and they do not."""
+def _plan(ropes: tuple[Rope, ...], forced: bool) -> _Plan | None:
+    """How k's store, and v's, go into the launch; the first Miss where there is a store and they do not."""
     missed = None
-    for result in (user for user in node.users if is_call(user, operator.getitem)):
-        for scatter in _stores_of(result):
+    for index, rope in enumerate(ropes):
+        for scatter in _stores_of(rope.end):
             try:
-                k = kv_store.trace_any(scatter)
+                k = _stored(rope, scatter)
                 if k is not None:
-                    return _with_v(node, result, k, forced)
+                    return _with_v(ropes, index, k, forced)
             except Miss as miss:
                 missed = missed or miss
     if missed is not None:
         raise missed
     return None
+
+
+def _stored(rope: Rope, scatter: Node) -> Half | None:
+    """The store of ``rope``'s end: a rounding that ends the rotation is not the first step of the cast."""
+    k = kv_store.trace_any(scatter)
+    shorter = None if k is None or k.chain is None or k.x is rope.end else k.chain.behind_convert()
+    if k is None or shorter is None or shorter.x is not rope.end:
+        return k
+    views = [view for view in k.input_views if view not in k.chain.pre_views] if k.chain is not None else []
+    return dataclasses.replace(k, chain=shorter, x=shorter.x, input_views=views)
 
 
 def _stores_of(result: Node) -> Iterator[Node]:
@@ -199,24 +225,24 @@ def _stores_of(result: Node) -> Iterator[Node]:
                 pending.append(user)
 
 
-def _with_v(node: Node, result: Node, k: Half, forced: bool) -> _Plan:
-    _check_k(result, k)
+def _with_v(ropes: tuple[Rope, ...], index: int, k: Half, forced: bool) -> _Plan:
+    _check_k(ropes[index], k)
     v = kv_store.partner(k, kv_store.trace_any, sink=True) or kv_store.follower(k, kv_store.trace_any, sink=True)
-    why_not = "v does not go to the same rows, in k's dtype" if v is None else _why_not_v(node, k, v, forced)
+    why_not = "v does not go to the same rows, in k's dtype" if v is None else _why_not_v(ropes, k, v, forced)
     if v is not None and not why_not:
         try:
-            return _placed(node, result, k, v)
+            return _placed(ropes, index, k, v)
         except Miss as miss:
             why_not = f"{miss.reason}: {miss.found}"
-    return _placed(node, result, k, None, why_not)
+    return _placed(ropes, index, k, None, why_not)
 
 
-def _check_k(result: Node, k: Half) -> None:
-    if k.x is not result:
+def _check_k(rope: Rope, k: Half) -> None:
+    if k.x is not rope.end:
         wanted = "k through views and the steps of an FP8 cast"
         raise Miss("k is changed on its way to the cache", k.scatter, wanted, describe(k.x))
-    batch, sequence, heads, columns = value_of(result).shape
-    turned, rows = value_of(result), k.input_value()
+    turned, rows = rope.turned, k.input_value()
+    batch, sequence, heads, columns = turned.shape
     same = turned.untyped_storage()._cdata == rows.untyped_storage()._cdata
     if k.by_sequence:
         with turned.fake_mode:
@@ -237,35 +263,35 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(known_equal(x, y) and (known_equal(x, 1) or known_equal(s, t)) for x, y, s, t in sizes)
 
 
-def _why_not_v(node: Node, k: Half, v: Half, forced: bool) -> str:
+def _why_not_v(ropes: tuple[Rope, ...], k: Half, v: Half, forced: bool) -> str:
     """Why ``v``, which goes to k's rows, is not stored with it; "" where it is."""
-    before = next(arg for arg in node.args[:2] if arg is not None)
-    if value_of(v.x).dtype != value_of(before).dtype:
-        return f"v is {value_of(v.x).dtype}, k was {value_of(before).dtype}"
-    if k.by_sequence != v.by_sequence or node in (v.x, *v.x.all_input_nodes):
+    before = ropes[0].x.value.dtype
+    if value_of(v.x).dtype != before:
+        return f"v is {value_of(v.x).dtype}, k was {before}"
+    if k.by_sequence != v.by_sequence or any(v.x is rope.end for rope in ropes):
         return "v is another result of the rotation"
     if not forced and not is_opaque(v.x):
         return f"Inductor fuses v's store into {describe(v.x)} for free"
     return ""
 
 
-def _placed(node: Node, result: Node, k: Half, v: Half | None, why_not_v: str = "") -> _Plan:
+def _placed(ropes: tuple[Rope, ...], index: int, k: Half, v: Half | None, why_not_v: str = "") -> _Plan:
     """The plan, if there is a place where all that the stores need is there and nothing that they make is needed yet."""
     halves = sorted([k] if v is None else [k, v], key=lambda half: half.scatter)
-    kv_store.check_inputs(halves, node.all_input_nodes)
+    kv_store.check_inputs(halves, [node for rope in ropes for node in rope.inputs])
     waiting: list[Node] = []
-    place = kv_store.insertion_point(halves, waiting)
+    ends = [rope.end for rope in ropes]
+    inputs = [columns.floor(node) for rope in ropes for node in rope.inputs]
+    place = kv_store.insertion_point(halves, waiting, ends, inputs)
     if place is None:
         raise Miss(OLD_ROWS_READ_LATE, k.scatter, kv_store.OLD_ROWS_FIRST, describe(k.store.root))
     dying = _dying(k)
-    results = [user for user in node.users if is_call(user, operator.getitem)]
-    early = kv_store.early_reader(results, dying, place, waiting)
+    early = kv_store.early_reader(ends, dying, place, waiting)
     if early is not None:
         wanted, found = "readers behind everything that the stores need", f"{describe(early)} before {describe(place)}"
         raise Miss("q or k is read before k can be stored", early, wanted, found)
-    keep_k = any(user not in dying for user in result.users)
-    index: Any = result.args[1]
-    return _Plan(node, index, k, v, why_not_v, place, tuple(sorted(waiting)), keep_k)
+    keep_k = any(user not in dying for user in ends[index].users)
+    return _Plan(ropes, index, k, v, why_not_v, place, tuple(sorted(waiting)), keep_k)
 
 
 def _dying(k: Half) -> set[Node]:
@@ -284,21 +310,24 @@ def _dying(k: Half) -> set[Node]:
 
 def replace(match: Match) -> None:
     plan: _Plan = match.data
-    graph, node = match.node.graph, plan.node
-    results = {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}
-    outputs = plan.outputs()
+    graph, ends, outputs = match.node.graph, [rope.end for rope in plan.ropes], plan.outputs()
     for view in reversed(plan.waiting):
         plan.place.append(view)
-    with kv_store.after(graph, plan.place):
-        arguments = plan.arguments(plan.insert_v(graph), ())
-        for name in kv_store.NAMES:
-            del arguments[name]
-        q, k = kv_store.put(graph, OP.overload, arguments, plan.halves, node, plan.view, outputs)
-    turned = {plan.index: k, 1 - plan.index: q}
-    for index, result in results.items():
-        result.replace_all_uses_with(turned[index])  # type: ignore[index]
-        erase_dead(result)
-    erase_dead(node)
+    place = plan.place
+    for needed in columns.behind((node for rope in plan.ropes for node in rope.inputs), place):
+        place.append(needed)
+        place = needed
+    with kv_store.after(graph, place):
+        arguments = plan.insert_arguments(graph)
+        q, k = kv_store.put(graph, OP.overload, arguments, plan.halves, plan.end, plan.view, outputs)
+    made = [k if index == plan.index else q for index in range(len(ends))]
+    read = [not end._erased and len(end.users) > 0 for end in ends]  # k may have been read by its store alone
+    with graph.inserting_before(k.next):  # what stood behind the place may have gone with the stores
+        results = [rope.put_result(graph, each) if live else None for rope, each, live in zip(plan.ropes, made, read)]
+    for end, result in zip(ends, results):
+        if result is not None:
+            end.replace_all_uses_with(result)
+        erase_dead(end)
     for each in (q, k):
         erase_dead(each)
 
@@ -494,7 +523,7 @@ def _match(name: str, fn: Any, inputs: Any, **options: Any) -> Example:
 RULE = Rule(
     name="qk_norm_rope_store",
     doc="qk_norm_rope, then k and v stored into their KV caches → one launch",
-    anchors=lambda graph: calling(QK_NORM_ROPE.overload)(graph),
+    anchors=calling(aten.add.Tensor),
     guard=guard,
     replace=replace,
     matches=(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from inductor_ext import jit, registry
 from inductor_ext.errors import BuildError
+from inductor_ext.patterns.mxfp8_grouped_mm import _quantised
 from inductor_ext.report.events import GraphReport
 from inductor_ext.rule import Example, Rule
 from tests.support.compiled import Recorder
@@ -15,7 +17,21 @@ from tests.support.fakegpu import fake_gpu
 
 RULE = registry.rule_named("scaled_mm_rope")
 EXAMPLE = next(example for example in RULE.matches if example.name == "llama")
-STORE = registry.rule_named("qk_norm_rope_store")
+EXPERTS = registry.rule_named("mxfp8_grouped_mm")
+
+
+def _two_products(device: str) -> tuple[Any, ...]:
+    x, wide, offs = _quantised(device, k=64, activations="mxfp8")
+    return x, wide, offs, _quantised(device, k=32, activations="mxfp8")[1]
+
+
+def _gated(x: Any, wide: Any, offs: Any, down: Any) -> torch.Tensor:
+    gate, up = torch._grouped_mm(x, wide.transpose(-2, -1), offs).split([32, 16], -1)[0].split([16, 16], -1)
+    gate, up = (torch.cat([each, each], -1) for each in (gate, up))
+    return torch._grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(-2, -1), offs)
+
+
+TWO_PRODUCTS = Example("gated", _gated, _two_products, mode="always", before=(("act_mul_quantize", "always"),))
 
 
 #: What the fused launch replaces, forced too: tables know nothing of sizes as small as the examples'.
@@ -45,10 +61,12 @@ def _compiled(rule: Rule = RULE, example: Example = EXAMPLE, **options: Any) -> 
 
 def test_a_chain_of_rules_asks_once_and_for_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     builds = Builds(monkeypatch)
-    _, report = _compiled(STORE, STORE.matches[0])
-    assert report.counts() == {"qk_norm_rope": 1, "qk_norm_rope_store": 1}
-    assert builds.asked == [["qk_norm_rope_store"]], "the rotation's own kernel is not built for nothing"
-    assert [kernel["name"] for kernel in report.kernels] == ["qk_norm_rope_store"]
+    _, report = _compiled(EXPERTS, TWO_PRODUCTS)
+    assert report.counts() == {"mxfp8_grouped_mm": 2, "act_mul_quantize": 1}
+    (asked,) = builds.asked
+    assert sorted(set(asked)) == ["act_mul_quantize", "mxfp8_grouped_mm", "mxfp8_quantize"]
+    assert asked.count("mxfp8_quantize") == 1, "that of the activation went into its kernel before it was built"
+    assert sorted(kernel["name"] for kernel in report.kernels) == sorted(asked)
 
 
 def test_the_largest_rewrite_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ reductions, attention and matrix products read it as it is. `check` finds those 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,24 @@ def hoist(node: Node | None, above: Node, move: bool) -> Node | None:
     if move:
         above.prepend(node)
     return None
+
+
+def floor(node: Node) -> Node:
+    """The last node that has to be there before ``node`` can be computed, once all that may be moved up is."""
+    if node.op != "call_function" or node.target not in _MOVABLE:
+        return node
+    return max(map(floor, node.all_input_nodes), default=node)
+
+
+def behind(needed: Iterable[Node], place: Node) -> list[Node]:
+    """What ``needed`` is computed with and stands behind ``place``, itself behind each one's `floor`: in order, to be moved."""
+    found, pending = set[Node](), list(needed)
+    while pending:
+        node = pending.pop()
+        if node > place and node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return sorted(found)
 
 
 def split(graph: Graph, buffer: Node, matrices: Sequence[Node]) -> None:

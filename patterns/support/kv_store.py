@@ -247,11 +247,14 @@ def follower(first: Half, tracer: Tracer = trace, *, sink: bool = False) -> Half
     return second if found is not None and found.scatter is first.scatter else None
 
 
-def insertion_point(halves: Sequence[Half], waiting: list[Node] | None = None) -> Node | None:
-    """The node after which one op can do the stores: its inputs are there and the caches' old rows have been read, but not
-    yet the new ones. None when there is no such place. With ``waiting``, views and copies of the new rows do not count as long
-    as what reads them comes later: they are added to it, to be moved behind the op."""
-    inputs = [half.x for half in halves] + [halves[0].store.root]
+def insertion_point(
+    halves: Sequence[Half], waiting: list[Node] | None = None, made: Sequence[Node] = (), others: Sequence[Node] = ()
+) -> Node | None:
+    """The node after which one op can do the stores: its inputs, and ``others``, are there and the caches' old rows have been
+    read, but not yet the new ones. None when there is no such place. What is stored and the op itself has ``made`` is no input.
+    With ``waiting``, views and copies of the new rows do not count as long as what reads them comes later: they are added to
+    it, to be moved behind the op."""
+    inputs = [*others, *(half.x for half in halves if half.x not in made), halves[0].store.root]
     inputs += [node for half in halves for node in (half.scale, half.store.loc, half.store.mult, half.store.offset)]
     for half in halves:  # symbolic sizes may be computed where they are used
         inputs += [node for view in half.input_views for node in view.all_input_nodes[1:]]
@@ -262,8 +265,8 @@ def insertion_point(halves: Sequence[Half], waiting: list[Node] | None = None) -
     last = max(node for node in inputs if isinstance(node, Node))
     if last.op == "output":  # the caller gets the old rows, and nothing comes after that
         return None
-    made = [node for half in halves for node in (half.store.top, half.scatter)]
-    return last if early_reader(made, own, last, waiting) is None else None
+    stored = [node for half in halves for node in (half.store.top, half.scatter)]
+    return last if early_reader(stored, own, last, waiting) is None else None
 
 
 def early_reader(made: Sequence[Node], own: set[Node], last: Node, waiting: list[Node] | None) -> Node | None:

@@ -96,6 +96,14 @@ class Rope:
         return call(graph, aten.permute.default, out, list(self.dims), like=self.end)
 
     @property
+    def turned(self) -> torch.Tensor:
+        """The fake of ``end`` as [B, S, H, D]."""
+        value = value_of(self.end)
+        with value.fake_mode:
+            value = value.permute(self.dims)
+            return value if value.dim() == 4 else value.unsqueeze(0)
+
+    @property
     def result(self) -> torch.Tensor:
         """What `put_result` gives, as a fake."""
         value = self.x.value
