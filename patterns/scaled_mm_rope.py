@@ -68,7 +68,7 @@ class _Plan:
 
     def arguments(self, tables: tuple[Any, Any]) -> tuple[Any, ...]:
         """The op's arguments, nodes for tensors."""
-        first, norm = self.products[0], self.ropes[0].norm
+        first, norm = min(self.products, key=lambda each: each.node), self.ropes[0].norm  # whose a is there first
         weights = [None if rope.norm is None else rope.norm.weight for rope in self.ropes]
         q_weight, k_weight = (*weights, None)[:2]
         rotation = (q_weight, k_weight, *tables, len(self.ropes), norm.eps if norm else 0.0, norm.norm if norm else "")
