@@ -74,6 +74,19 @@ def quantize(x: torch.Tensor, rounding: str, block: int = BLOCK) -> tuple[torch.
     return scaled.clamp(-448.0, 448.0).to(DATA).view(x.shape), byte.repeat_interleave(block // BLOCK, -1).view(SCALE)
 
 
+def dequantize(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """MXFP8 with plain scales as numbers; exact in float64, and within their range in bf16 and float32."""
+    values = data.to(dtype).unflatten(-1, (-1, BLOCK))
+    return (values * power_of_two(scales).to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def power_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """e8m0 as float32, whatever this torch's own cast makes of the edges: byte 0 is 2^-127, a subnormal, and 255 NaN."""
+    exponent = scales.view(torch.uint8).to(torch.int32)
+    edge = (exponent == 0) | (exponent == 255)
+    return torch.where(edge, (exponent << 23) | (1 << 22), exponent << 23).view(torch.float32)
+
+
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from inductor_ext import registry
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.rms_norm_quantize.op import NORMS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
+from inductor_ext.moe import mx
 from tests.support.equal import assert_same_bytes
 from tests.support.kernels import arch_or_skip, build
 
