@@ -13,68 +13,26 @@ a graph is compiled, a backward graph long after its forward too. Sizes must be 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch.fx import Node
 
 from inductor_ext import jit
-
-if TYPE_CHECKING:
-    from inductor_ext.op import Op
-    from inductor_ext.passes import RewritePass
+from inductor_ext.op import Autotune, Op, Operand, Problem
+from inductor_ext.settings import Settings
 
 log = logging.getLogger("inductor_ext")
 
 
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A tensor of a call that is being compiled, all sizes known. ``offset`` is in elements from its storage's begin."""
+class Compiling(Protocol):
+    """What the autotuner wants of our pass in Inductor's config, the mark of a graph of ours."""
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
+    settings: Settings
 
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A call of PyTorch's operator that Inductor is about to autotune.
-
-    ``node`` is the call in the post-grad graph; ``operands`` what Inductor passes by position, ``options`` by keyword.
-    """
-
-    node: Node
-    operands: tuple[Operand, ...]
-    out: Operand
-    options: Mapping[str, Any]
-    device: torch.device
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One kernel for a problem: the key of its `Kernel`, and the literals by which generated code names it."""
-
-    label: str
-    key: Hashable
-    options: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Autotune:
-    """How an op's kernels take part where Inductor autotunes ``stock``, its name for PyTorch's operator.
-
-    ``candidates(problem)`` are the kernels worth measuring, none for a problem that the op cannot compute.
-    ``arguments(*operands, out=…, **options)`` are the op's arguments for a call that a candidate with these options won.
-    """
-
-    stock: str
-    candidates: Callable[[Problem], Sequence[Candidate]]
-    arguments: Callable[..., tuple[Any, ...]]
+    def add_autotuned(self, line: str, kernel: jit.JitSpec | None) -> None: ...
 
 
 def active() -> bool:
@@ -97,8 +55,8 @@ def active() -> bool:
 _ways: dict[str, list[tuple[Op, Autotune, Any]]] = {}  # by stock name: op, its declaration, Inductor's ExternKernelChoice
 
 
-def register(op: Op) -> None:
-    """Put an op's kernels into Inductor's autotuner. Called once, with its lowering."""
+def register(op: Op, digest: bytes) -> None:
+    """Put an op's kernels into Inductor's autotuner. Called once, with its lowering. ``digest``: of all sources."""
     from torch._inductor.select_algorithm import ExternKernelChoice, add_feedback_saver, add_preprocessing_fn
 
     way = op.autotune
@@ -106,32 +64,27 @@ def register(op: Op) -> None:
     if not _ways:
         add_preprocessing_fn(_with_candidates)
         add_feedback_saver(_report)
-    _ways.setdefault(way.stock, []).append((op, way, ExternKernelChoice(_caller(op, way), name=_name(op))))
+    _ways.setdefault(way.stock, []).append((op, way, ExternKernelChoice(_caller(op, way, digest), name=_name(op))))
 
 
 def _name(op: Op) -> str:
     return f"inductor_ext_{op.name}_tuned"
 
 
-def _caller(op: Op, way: Autotune) -> Callable[..., None]:
-    from inductor_ext import registry
-
+def _caller(op: Op, way: Autotune, digest: bytes) -> Callable[..., None]:
     def call(*operands: Any, out: torch.Tensor, **options: Any) -> None:
         op._call(*way.arguments(*operands, out=out, **options), out=out)
 
     # Inductor keeps timings under a hash of the function's name and text: those of other kernels must not be found.
-    call.__name__ = f"{_name(op)}_{registry.source_digest().hex()[:16]}"
+    call.__name__ = f"{_name(op)}_{digest.hex()[:16]}"
     return call
 
 
-def _compiling() -> RewritePass | None:
-    """Our pass in Inductor's config, the mark of a graph of ours."""
+def _compiling() -> Compiling | None:
     import torch._inductor.config as config
 
-    from inductor_ext.passes import RewritePass
-
     found = config.post_grad_custom_post_pass
-    return found if isinstance(found, RewritePass) else None
+    return found if hasattr(found, "add_autotuned") else None
 
 
 def _with_candidates(choices: list[Any]) -> list[Any]:
@@ -151,7 +104,7 @@ def _with_candidates(choices: list[Any]) -> list[Any]:
     return [*choices, *added]
 
 
-def _callers(op: Op, way: Autotune, choice: Any, problem: Problem, stock: Any, ours: RewritePass) -> list[Any]:
+def _callers(op: Op, way: Autotune, choice: Any, problem: Problem, stock: Any, ours: Compiling) -> list[Any]:
     """Inductor's callers of the candidates whose kernel can be had. Kernels are built in parallel, before anything is timed."""
     arch = jit.current_arch(ours.settings)
     candidates = [(each, op.spec_of_key(each.key, arch) if arch else None) for each in way.candidates(problem)]

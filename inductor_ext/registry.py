@@ -11,6 +11,7 @@ import hashlib
 from importlib import import_module
 from pathlib import Path
 
+from inductor_ext import autotune, lowering
 from inductor_ext.errors import SettingError
 from inductor_ext.op import Op
 from inductor_ext.rule import Rule
@@ -109,7 +110,9 @@ def check_rules(chosen: Settings) -> None:
 def define_lowerings() -> None:
     """Register every op's Inductor lowering; imports Inductor, so only the backend asks for it."""
     for op in ops():
-        op.define_lowering()
+        lowering.define(op)
+        if op.autotune is not None:
+            autotune.register(op, source_digest())
 
 
 @functools.cache

@@ -40,10 +40,10 @@ def check(
             raise ValueError(f"{name}: scales: wanted one element each, found shape {tuple(scale.shape)}")
         if scale.device != x.device:
             raise ValueError(f"{name}: scales: wanted tensors on {x.device}, found one on {scale.device}")
-    steps.check_program(name, scale_program, 0)
+    steps.check_program(f"{name}: scale_program", scale_program, 0)
     if not scales and (scale_program or any(step.operand == "scale" for step in steps.parse(program))):
         raise ValueError(f"{name}: scales: wanted one for {program!r} and {scale_program!r}, found none")
-    steps.check_program(name, program, 0, scale=True)
+    steps.check_program(f"{name}: program", program, 0, scale=True)
 
 
 def outputs(x: torch.Tensor, dtype: torch.dtype, scales: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +79,3 @@ def quantisation_types(dtype: torch.dtype, scale_program: str, program: str, fp8
         steps.to_cpp(program, dtype, first_const=numbers, fp8=fp8),
         f"inductor_ext::StaticScales<{count}, {steps.CPP_TYPES[scale_dtype]}, {steps.to_cpp(scale_program, scale_dtype)}>",
     )
-
-
-def padded(scales: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """The kernels' s0 … s3."""
-    return (*scales, *(None,) * (MAX_SCALES - len(scales)))

@@ -233,3 +233,9 @@ def check_program(name: str, text: str, operands: int, *, scale: bool = False) -
             raise ValueError(f"{name}: {text!r} names {operand}, but {operands} operands were given")
     if len(constants(text)) > MAX_CONSTS:
         raise ValueError(f"{name}: wanted at most {MAX_CONSTS} numbers, found {len(constants(text))} in {text!r}")
+
+
+def check_numbers(name: str, *texts: str) -> None:
+    """ValueError where two programs of one kernel have more numbers than it takes."""
+    if (found := len(constants(*texts))) > MAX_CONSTS:
+        raise ValueError(f"{name}: wanted at most {MAX_CONSTS} numbers in both programs together, found {found}")

@@ -18,10 +18,9 @@ from torch.fx import Node
 
 from inductor_ext.calls import CONVERT, arguments, aten, calling, is_call
 from inductor_ext.graph import describe, erase_dead, known_equal, value_of
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_round.op import OP as ROUND
 from inductor_ext.miss import Miss
-from inductor_ext.moe import MXFP8Weight
+from inductor_ext.moe import MXFP8Weight, mx
 from inductor_ext.patterns.support import grouped_product, mx_weight
 from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 

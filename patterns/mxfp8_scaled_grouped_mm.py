@@ -23,8 +23,8 @@ from torch.fx import Node
 
 from inductor_ext.calls import arguments, aten, calling, is_call
 from inductor_ext.graph import describe, erase_dead, value_of
-from inductor_ext.kernels import mx
 from inductor_ext.miss import CONTRACTION_DIM, SCALE_DTYPE, SCALE_LAYOUT, Miss
+from inductor_ext.moe import mx
 from inductor_ext.patterns.support import grouped_product
 from inductor_ext.rule import Context, Example, Match, Rule, source_line
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inductor_ext import jit, registry
+from inductor_ext import jit, lowering, registry
 from inductor_ext.errors import BuildError
 from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 from tests.support.fakegpu import fake_gpu
@@ -20,26 +21,26 @@ E4 = torch.float8_e4m3fn
 PROGRAM = "f32 div:s0 max:-448.0 min:448.0"
 
 
-def _halves(x: torch.Tensor, times: float) -> Any:
+def _halves(x: torch.Tensor, times: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x * times, (x * times).sum(-1)
 
 
 @pytest.fixture(scope="module")
 def two_outputs() -> Op:
     op = Op(
-        schema="test_two_outputs(Tensor x, float times) -> (Tensor, Tensor)",
-        doc="for tests",
-        fake=lambda x, times: (torch.empty_like(x), x.new_empty(x.shape[:-1])),
+        "test_two_outputs",
+        "for tests",
         reference=_halves,
+        fake=lambda x: (torch.empty_like(x), x.new_empty(x.shape[:-1])),
         kernel=Kernel(
             source="nowhere.cuh",
-            key=lambda x, times: x.dtype,
-            exports=lambda key: (("run", "nowhere::run"),),
+            key=lambda x: x.dtype,
+            exports=lambda key: "nowhere::run",
             bind=lambda module, key: module,
         ),
     )
     op.define()
-    op.define_lowering()
+    lowering.define(op)
     return op
 
 
@@ -122,6 +123,57 @@ def test_the_spec_of_a_call() -> None:
     assert jit.JitSpec.from_dict(spec.to_dict()) == spec
 
 
+def _shift(key: torch.Tensor, device: int, run: float) -> torch.Tensor:
+    return key * run + device
+
+
+def _positive(device: int) -> None:
+    if device < 0:
+        raise ValueError(f"test_names: device: wanted 0 or more, found {device}")
+
+
+@pytest.fixture(scope="module")
+def names() -> Op:
+    """Its arguments are called what the function that runs an op might call its own."""
+    op = Op(
+        "test_names",
+        "for tests",
+        reference=_shift,
+        checks=[_positive],
+        fake=lambda key: torch.empty_like(key),
+        kernel=Kernel(
+            source="nowhere.cuh",
+            key=lambda run, key: (key.dtype, run),
+            exports=lambda key: "nowhere::run",
+            bind=lambda module, key: Call(module, "out, scale, key, device", scale=key[1]),
+        ),
+    )
+    op.define()
+    return op
+
+
+def test_a_call_takes_outputs_by_name(names: Op) -> None:
+    out = torch.empty(4, 8)
+    names._call(x := torch.randn(4, 8), 3, 0.5, out=out)
+    assert_same_bytes(out, _shift(x, 3, 0.5))
+
+
+def test_a_kernel_gets_what_bind_names(names: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Op, "_bound", lambda self, key, device: self.kernel.bind(lambda *args: given.append(args), key))
+    names._loaded.clear()
+    x, out = torch.randn(4, 8), torch.empty(4, 8)
+    names._call(x, 3, 0.5, out=out)
+    ((first, scale, second, device),) = given
+    assert (scale, device) == (0.5, 3) and first is out and second is x
+
+
+def test_checks_come_before_the_fake_and_the_reference(names: Op) -> None:
+    for function in (names.fake, names.reference, names.overload):
+        with pytest.raises(ValueError, match="test_names: device: wanted 0 or more, found -1"):
+            function(torch.randn(4, 8), -1, 0.5)
+
+
 # ---- kernels that cannot be had -------------------------------------------------------------------------------------------
 
 
@@ -181,21 +233,24 @@ def test_reads_of_a_buffer_come_before_an_ops_write_to_it() -> None:
 
 @pytest.fixture(scope="module")
 def scratching() -> Op:
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
     op = Op(
-        schema="test_keeps(Tensor x) -> Tensor",
-        doc="for tests",
+        "test_keeps",
+        "for tests",
+        reference=reference,
         fake=torch.empty_like,
-        reference=lambda x: x + 1,
         kernel=Kernel(
             source="nowhere.cuh",
             key=lambda x: None if x.dtype is torch.float64 else x.dtype,
-            exports=lambda key: (("run", "nowhere::run"),),
+            exports=lambda key: "nowhere::run",
             bind=lambda module, key: module,
             scratch=lambda x: 0 if x.dtype is torch.float64 else 96,
         ),
     )
     op.define()
-    op.define_lowering()
+    lowering.define(op)
     return op
 
 

@@ -21,8 +21,8 @@ import typer
 from benchmarks import timing
 from benchmarks.kernels.shared import built, show
 from inductor_ext import jit, registry, settings
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_quantize.op import OP
+from inductor_ext.moe import mx
 
 BF16, FP32, U8 = torch.bfloat16, torch.float32, torch.uint8
 ROUNDS = 3

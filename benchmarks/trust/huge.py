@@ -17,10 +17,11 @@ import torch
 from benchmarks.trust import running
 from benchmarks.trust.calls import op_named
 from benchmarks.trust.operands import ATTENTION, BF16, E4, FP32, I32, PRODUCT, ROUNDED, U8, Args
-from inductor_ext.kernels import mx, steps
+from inductor_ext.kernels import steps
 from inductor_ext.kernels.downcast_fp8.op import PROGRAM_F32 as STATIC
 from inductor_ext.kernels.fp8_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.rms_norm_quantize.op import normalise
+from inductor_ext.moe import mx
 
 HALF = 1 << 31  # the first element that 32 bits with a sign do not reach
 #: (what, found, wanted, limit of `running.difference`)

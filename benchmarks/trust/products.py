@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from benchmarks.trust.operands import ATTENTION, BF16, E4, E5, FP16, FP32, I32, I64, PRODUCT, ROUNDED, Args, Call, Maker
-from inductor_ext.kernels import mx
+from inductor_ext.moe import mx
 
 # ---- products --------------------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ def _build_once(job: _Job) -> tuple[Entry, bytes] | None:
         _compile(job, command, stage)
         seconds = time.perf_counter() - started
         read = headers.parse_depfile(os.fsdecode(read_regular(stage / "kernel.d", 64 << 20)))
-        hashes, packages = headers.collect((p for p in read if not p.startswith(str(stage))), job.toolchain)
+        hashes, packages = headers.collect((p for p in read if not p.startswith(str(stage))), job.toolchain.system_dirs)
         if any(before.get(name, hashes[name]) != hashes[name] for name in hashes):
             return None
         code = read_regular(staged / BINARY, BINARY_LIMIT, links=False)

@@ -13,14 +13,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from inductor_ext.jit.files import read_regular
-
-if TYPE_CHECKING:
-    from inductor_ext.jit.toolchain import Toolchain
 
 PACKAGE, TVM_FFI, CUTLASS = "inductor-ext", "apache-tvm-ffi", "nvidia-cutlass"
 _OURS = "kernels:"
@@ -92,8 +88,11 @@ def parse_depfile(text: str) -> list[str]:
     return [word.replace("\0", " ") for word in body.split()]
 
 
-def collect(paths: Iterable[str], toolchain: Toolchain) -> tuple[dict[str, str], dict[str, str]]:
-    """Split what nvcc read: (hash by path of ours and unknown ones, version by package of the packages used)."""
+def collect(paths: Iterable[str], compilers: Sequence[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """Split what nvcc read: (hash by path of ours and unknown ones, version by package of the packages used).
+
+    ``compilers``: directories of headers that belong to them.
+    """
     root = kernels_root()
     packaged = [(TVM_FFI, directory) for directory in tvm_ffi_includes()]
     cutlass = cutlass_include()
@@ -111,7 +110,7 @@ def collect(paths: Iterable[str], toolchain: Toolchain) -> tuple[dict[str, str],
         package = next((name for name, directory in packaged if real.is_relative_to(directory)), None)
         if package:
             packages[package] = package_version(package) or ""
-        elif not any(real.is_relative_to(directory) for directory in toolchain.system_dirs):
+        elif not any(real.is_relative_to(directory) for directory in compilers):
             hashes[str(path if path.is_absolute() else real)] = _sha256(real)
     return hashes, packages
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from inductor_ext.kernels import mx
+from inductor_ext.moe import mx
 
 log = logging.getLogger("inductor_ext")
 

@@ -10,36 +10,32 @@ or ±448 (from 2.13 on). Bit-exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from inductor_ext.kernels import steps
 from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
 
 STATIC_F32 = "f32 div:s0 max:-448.0 min:448.0"
 
 
-def fake(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> torch.Tensor:
-    _check(x, operands, program, dtype)
-    return torch.empty_like(x, dtype=dtype)
-
-
 def reference(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> torch.Tensor:
-    _check(x, operands, program, dtype)
     return steps.evaluate(program, x, operands).to(dtype)
 
 
-def _check(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> None:
+def check(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> None:
     if x.dtype not in steps.TOKEN_OF_DTYPE:
         raise TypeError(f"fp8_downcast: x: wanted bfloat16, float16 or float32, found {x.dtype}")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"fp8_downcast: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
-    steps.check_program("fp8_downcast", program, len(operands))
+    steps.check_program("fp8_downcast: program", program, len(operands))
     numbers = len(steps.constants(program)) + sum(operand.device != x.device for operand in operands)
     if numbers > steps.MAX_CONSTS:
-        raise ValueError(f"fp8_downcast: wanted at most {steps.MAX_CONSTS} numbers and host operands, found {numbers}")
+        wanted = f"at most {steps.MAX_CONSTS} numbers and host operands"
+        raise ValueError(f"fp8_downcast: program, operands: wanted {wanted}, found {numbers}")
 
 
 def key(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: torch.dtype) -> Any:
@@ -48,44 +44,38 @@ def key(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype: 
     return x.dtype, program, dtype, tuple(None if o.device != x.device else o.dtype for o in operands)
 
 
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
+def exports(key: Any) -> str:
     x_dtype, program, dtype, operands = key
     operands = operands if isinstance(operands, tuple) else (operands,)
     saturated = str(steps.saturated(program, dtype)).lower()
     chain = steps.to_cpp(program, x_dtype, operands, fp8=dtype)
-    types = f"{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {chain}"
-    return (("run", f"inductor_ext::Fp8Downcast<{types}>::run"),)
+    return f"inductor_ext::Fp8Downcast<{steps.CPP_TYPES[x_dtype]}, {steps.CPP_FP8[dtype]}, {saturated}, {chain}>::run"
 
 
-def bind(module: Any, key: Any) -> Callable[..., None]:
-    run, program, operands = module.run, key[1], key[3]
+def bind(module: Any, key: Any) -> Any:
+    run, program, given = module.run, key[1], key[3]
     constants = steps.padded_constants(program)
-    if not isinstance(operands, tuple):
+    if not isinstance(given, tuple):
+        return Call(run, "x, out, operands[0], None, None, None, *constants", constants=constants)
 
-        def one(x: Any, scales: Any, program: str, dtype: Any, out: Any) -> None:
-            run(x, out, scales[0], None, None, None, *constants)
-
-        return one
-
-    def many(x: Any, scales: Any, program: str, dtype: Any, out: Any) -> None:
-        device = [scale if scale.is_cuda else None for scale in scales] + [None] * (steps.MAX_OPERANDS - len(scales))
-        run(x, out, *device, *(constants if None not in operands else steps.call_constants(program, scales)))
+    def many(x: torch.Tensor, operands: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        device = [scale if scale.is_cuda else None for scale in operands] + [None] * (steps.MAX_OPERANDS - len(operands))
+        run(x, out, *device, *(constants if None not in given else steps.call_constants(program, operands)))
 
     return many
 
 
 OP = Op(
-    schema="fp8_downcast(Tensor x, Tensor[] operands, str program, ScalarType dtype) -> Tensor",
-    doc="scale, clamp and cast to FP8 with static scales, in one pass",
-    fake=fake,
+    "fp8_downcast",
+    "scale, clamp and cast to FP8 with static scales, in one pass",
     reference=reference,
+    fake=lambda x, dtype: torch.empty_like(x, dtype=dtype),
+    checks=[check],
     kernel=Kernel(
         source="fp8_downcast/fp8_downcast.cuh",
         key=key,
         exports=exports,
         bind=bind,
-        examples=tuple(
-            (x_dtype, STATIC_F32, torch.float8_e4m3fn, torch.float32) for x_dtype in (torch.bfloat16, torch.float16)
-        ),
+        examples=[(x_dtype, STATIC_F32, torch.float8_e4m3fn, torch.float32) for x_dtype in (torch.bfloat16, torch.float16)],
     ),
 )

@@ -16,13 +16,13 @@ and the token becomes NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from inductor_ext.kernels import steps
 from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
 
 #: Architectures on which the kernel has run and was compared with the reference. The rule asks in mode ``auto``.
 HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
@@ -36,18 +36,6 @@ def product_dtype(y: torch.Tensor, weights: torch.Tensor | None) -> torch.dtype:
     return y.dtype if weights is None else torch.promote_types(y.dtype, weights.dtype)
 
 
-def fake(
-    y: torch.Tensor,
-    weights: torch.Tensor | None,
-    inverse: torch.Tensor,
-    expert_ids: torch.Tensor | None,
-    experts: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    check(y, weights, inverse, expert_ids, dtype)
-    return y.new_empty((inverse.shape[0], y.shape[1]), dtype=dtype)
-
-
 def reference(
     y: torch.Tensor,
     weights: torch.Tensor | None,
@@ -56,7 +44,6 @@ def reference(
     experts: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    check(y, weights, inverse, expert_ids, dtype)
     rows = y[inverse.reshape(-1)].view(*inverse.shape, y.shape[1])
     if weights is not None:
         rows = rows * weights.unsqueeze(-1)
@@ -98,26 +85,18 @@ def check(
         raise TypeError(f"moe_combine: dtype: wanted bfloat16, float16 or float32, found {dtype}")
 
 
-def key(y: Any, weights: Any, inverse: Any, expert_ids: Any, experts: int, dtype: Any) -> Any:
+def key(
+    y: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor, expert_ids: torch.Tensor | None, dtype: torch.dtype
+) -> Any:
     ids = inverse.dtype if expert_ids is None else expert_ids.dtype
     return y.dtype, None if weights is None else weights.dtype, inverse.dtype, ids, dtype
 
 
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
+def exports(key: Any) -> str:
     y, weights, inverse, ids, dtype = key
     weights = weights or y
     floats = (steps.CPP_TYPES[each] for each in (y, weights, torch.promote_types(y, weights), dtype))
-    types = ", ".join((*floats, _CPP_INTEGERS[inverse], _CPP_INTEGERS[ids]))
-    return (("run", f"inductor_ext::MoeCombine<{types}>::run"),)
-
-
-def bind(module: Any, key: Any) -> Callable[..., None]:
-    run = module.run
-
-    def call(y: Any, weights: Any, inverse: Any, expert_ids: Any, experts: int, _d: Any, out: Any) -> None:
-        run(y, weights, inverse, expert_ids, experts, out)
-
-    return call
+    return f"inductor_ext::MoeCombine<{', '.join((*floats, _CPP_INTEGERS[inverse], _CPP_INTEGERS[ids]))}>::run"
 
 
 def moe(_target: str) -> tuple[Any, ...]:
@@ -127,17 +106,16 @@ def moe(_target: str) -> tuple[Any, ...]:
 
 
 OP = Op(
-    schema=(
-        "moe_combine(Tensor y, Tensor? weights, Tensor inverse, Tensor? expert_ids, int experts, ScalarType dtype) -> Tensor"
-    ),
-    doc="a mixture of experts' rows back in the tokens' order, weighted and summed",
-    fake=fake,
+    "moe_combine",
+    "a mixture of experts' rows back in the tokens' order, weighted and summed",
     reference=reference,
+    fake=lambda y, inverse, dtype: y.new_empty((inverse.shape[0], y.shape[1]), dtype=dtype),
+    checks=[check],
     kernel=Kernel(
         source="moe_combine/moe_combine.cuh",
         key=key,
         exports=exports,
-        bind=bind,
+        bind=lambda module, key: Call(module.run, "y, weights, inverse, expert_ids, experts, out"),
         examples=moe,
     ),
 )

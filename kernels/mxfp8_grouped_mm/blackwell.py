@@ -54,23 +54,10 @@ def tile(tokens: int, experts: int) -> str:
     return next(name for most, name, _ in TILES if most is None or mean <= most)
 
 
-def key(
-    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
-) -> Hashable:
-    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
-        return None
-    return tile(x.shape[0], w.shape[0]), out_dtype
-
-
-def keys(
-    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
-) -> list[Hashable]:
-    """Every key that some number of tokens leads to."""
-    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
-        return []
-    if isinstance(x.shape[0], int):
-        return [(tile(x.shape[0], w.shape[0]), out_dtype)]
-    return [(name, out_dtype) for name in ARGUMENTS]
+def keys(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, w_block: int) -> list[Hashable]:
+    """The key of a call or, where the number of tokens is symbolic, every key that some number leads to."""
+    tokens = x.shape[0]
+    return [(name, out_dtype) for name in ([tile(tokens, w.shape[0])] if isinstance(tokens, int) else ARGUMENTS)]
 
 
 # ---- scratch ---------------------------------------------------------------------------------------------------------
@@ -88,11 +75,7 @@ def scratch_bytes(experts: int, sms: int) -> int:
     return 128 * (5 * sms + 1) + array(12) + 8 * array(8) + 2 * array(20)
 
 
-def scratch(
-    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
-) -> int:
-    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
-        return 0
+def scratch(x: Any, x_scale: Any, w: Any) -> int:
     return scratch_bytes(w.shape[0], torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
@@ -112,12 +95,9 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
 def bind(module: Any, key: Any) -> Callable[..., None]:
     launch = module.run
 
-    def run(
-        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, dtype: Any, swizzled: Any, w_block: Any, out: Any,
-        kept: Any = None,
-    ) -> None:  # fmt: skip
+    def run(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out: Any, kept: Any = None) -> None:
         if kept is None:  # a call outside of compiled code
-            kept = x.new_empty(scratch(x, x_scale, w, w_scale, offs, dtype, swizzled, w_block), dtype=torch.uint8)
+            kept = x.new_empty(scratch(x, x_scale, w), dtype=torch.uint8)
         launch(x, x_scale, w, w_scale, offs, out, kept)
 
     return run

@@ -123,25 +123,11 @@ def tile(kind: str, tokens: int, experts: int) -> str:
     return next(name for most, name in TILES[kind] if mean <= most)
 
 
-def key(
-    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
-) -> Hashable:
-    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
-        return None
-    of = kind(x_scale, w_block)
-    return tile(of, x.shape[0], w.shape[0]), of, out_dtype
-
-
-def keys(
-    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
-) -> list[Hashable]:
-    """Every key that some number of tokens leads to."""
-    if unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
-        return []
-    if isinstance(x.shape[0], int):
-        return [key(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)]
-    of = kind(x_scale, w_block)
-    return [(name, of, out_dtype) for name in dict.fromkeys(name for _, name in TILES[of])]
+def keys(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, w_block: int) -> list[Hashable]:
+    """The key of a call or, where the number of tokens is symbolic, every key that some number leads to."""
+    of, tokens = kind(x_scale, w_block), x.shape[0]
+    names = [tile(of, tokens, w.shape[0])] if isinstance(tokens, int) else dict.fromkeys(name for _, name in TILES[of])
+    return [(name, of, out_dtype) for name in names]
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -171,27 +157,22 @@ def exports(key: Any) -> tuple[tuple[str, str], ...]:
     return (*run, ("to_bf16", "inductor_ext::Mxfp8ToBf16::run")) if key[1] == "mxfp8" else run
 
 
-def scratch(
-    x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int
-) -> Any:
+def scratch(x: Any, x_scale: Any, w: Any) -> Any:
     """Bytes of x in bf16, where it is MXFP8."""
-    served = unsupported(x, x_scale, w, out_dtype, swizzled) is None
-    return 2 * x.shape[0] * x.shape[1] if served and kind(x_scale, w_block) == "mxfp8" else 0
+    return 2 * x.shape[0] * x.shape[1] if kind(x_scale, 32) == "mxfp8" else 0
 
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
-    launch, to_bf16 = module.run, module.to_bf16 if key[1] == "mxfp8" else None
+    launch = module.run
+    if key[1] != "mxfp8":
+        return lambda x, x_scale, w, w_scale, offs, out, scratch=None: launch(x, x_scale, w, w_scale, offs, out)
+    to_bf16 = module.to_bf16
 
-    def run(
-        x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, _dtype: Any, _swizzled: Any, _block: Any, out: Any,
-        kept: Any = None,
-    ) -> None:  # fmt: skip
-        if to_bf16 is not None:
-            if kept is None:  # a call outside of compiled code
-                kept = torch.empty(2 * x.numel(), dtype=torch.uint8, device=x.device)
-            to_bf16(x, x_scale, kept)
-            x, x_scale = kept.view(torch.bfloat16).view(x.shape), None
-        launch(x, x_scale, w, w_scale, offs, out)
+    def run(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out: Any, scratch: Any = None) -> None:
+        if scratch is None:  # a call outside of compiled code
+            scratch = torch.empty(2 * x.numel(), dtype=torch.uint8, device=x.device)
+        to_bf16(x, x_scale, scratch)
+        launch(scratch.view(torch.bfloat16).view(x.shape), None, w, w_scale, offs, out)
 
     return run
 

@@ -12,7 +12,7 @@ the sum of 32 products (128 where `w_block` is), which is then added in fp32.
 * offs [E] int32, the groups' cumulative ends, ascending. A group may be empty. Rows from ``offs[-1]`` on belong to no group:
   ``.out`` does not write them; what the functional form gives there is not defined (zeros on a CPU).
 * scales, plain: ``x_scale`` [T, K/32], ``w_scale`` [E, N, K/32], contiguous.
-* scales, ``swizzled``: as tensor cores of compute capability 10.0 read them, in tiles of 128 × 4 scales (``kernels/mx.py``).
+* scales, ``swizzled``: as tensor cores of compute capability 10.0 read them, in tiles of 128 × 4 scales (``moe/mx.py``).
   ``w_scale`` [E, ceil128(N) · ceil4(K/32)]. ``x_scale`` [R, ceil4(K/32)]: group after group, each padded to 128 rows of its
   own; how many R has to be depends on ``offs``, and T + 128 · E is enough for any. Too few are an error on a CPU, and not
   looked at on a GPU.
@@ -33,8 +33,10 @@ from typing import Any
 import torch
 
 from inductor_ext import torch_compat
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import blackwell, hopper
+from inductor_ext.kernels.target import target_of
+from inductor_ext.moe import mx
+from inductor_ext.moe.mx import dequantize
 from inductor_ext.op import Kernel, Op
 
 X_DTYPES = (torch.bfloat16, torch.float16)
@@ -45,53 +47,30 @@ W_BLOCKS = (32, 128)
 #: device; a kernel that has only been compiled is for "always".
 HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
 
-#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``slower``, ``key``, ``keys``, ``scratch``,
-#: ``exports``, ``bind``, ``examples``.
+#: The kernels by GPU target: modules with ``SOURCE``, ``unsupported``, ``slower``, ``keys``, ``scratch``, ``exports``,
+#: ``bind``, ``examples``.
 KERNELS: dict[str, Any] = {hopper.TARGET: hopper, blackwell.TARGET: blackwell}
 
 
-def fake(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    offs: torch.Tensor,
-    out_dtype: torch.dtype,
-    swizzled: bool,
-    w_block: int,
-) -> torch.Tensor:
-    _check(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)
+def fake(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     return x.new_empty((x.shape[0], w.shape[1]), dtype=out_dtype)
 
 
 def reference(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    offs: torch.Tensor,
-    out_dtype: torch.dtype,
-    swizzled: bool,
-    w_block: int,
-) -> torch.Tensor:
+    x: torch.Tensor, x_scale: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor, offs: torch.Tensor,
+    out_dtype: torch.dtype, swizzled: bool, w_block: int,
+) -> torch.Tensor:  # fmt: skip
     out = x.new_zeros((x.shape[0], w.shape[1]), dtype=out_dtype)
     reference_into(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block, out)
     return out
 
 
 def reference_into(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    offs: torch.Tensor,
-    out_dtype: torch.dtype,
-    swizzled: bool,
-    w_block: int,
-    out: torch.Tensor,
-) -> None:
+    x: torch.Tensor, x_scale: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor, offs: torch.Tensor,
+    out_dtype: torch.dtype, swizzled: bool, w_block: int, out: torch.Tensor,
+) -> None:  # fmt: skip
     """Rows of groups only. On a CPU sums in float64; on a GPU without a host sync, and as PyTorch sums."""
-    _check(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)
+    check(x, x_scale, w, w_scale, offs, out_dtype, swizzled, w_block)
     if tuple(out.shape) != (x.shape[0], w.shape[1]) or out.dtype is not out_dtype or out.device != x.device:
         wanted = f"{out_dtype} [{x.shape[0]}, {w.shape[1]}] on {x.device}"
         raise ValueError(f"mxfp8_grouped_mm: out: wanted {wanted}, found {out.dtype} {list(out.shape)} on {out.device}")
@@ -156,20 +135,7 @@ def _numbers(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
     return dequantize(data, scales, dtype)
 
 
-def dequantize(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """MXFP8 with plain scales as numbers; exact in float64, and within their range in bf16 and float32."""
-    values = data.to(dtype).unflatten(-1, (-1, mx.BLOCK))
-    return (values * _power_of_two(scales).to(dtype).unsqueeze(-1)).flatten(-2)
-
-
-def _power_of_two(scales: torch.Tensor) -> torch.Tensor:
-    """e8m0 as float32, whatever this torch's own cast makes of the edges: byte 0 is 2^-127, a subnormal, and 255 NaN."""
-    exponent = scales.view(torch.uint8).to(torch.int32)
-    edge = (exponent == 0) | (exponent == 255)
-    return torch.where(edge, (exponent << 23) | (1 << 22), exponent << 23).view(torch.float32)
-
-
-def _check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any, swizzled: bool, w_block: int) -> None:
+def check(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out_dtype: Any, swizzled: bool, w_block: int) -> None:
     """TypeError or ValueError naming the argument that is wrong."""
     _check_data(x, w, out_dtype)
     if (x.dtype is mx.DATA) != (x_scale is not None):
@@ -252,24 +218,11 @@ def _check_scale(
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-_targets: dict[int | None, str] = {}
-
-
-def target_of(device: torch.device) -> str:
-    known = _targets.get(device.index)
-    if known is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        known = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-        if torch.cuda.is_initialized():  # not for fake tensors of a GPU that is not there
-            _targets[device.index] = known
-    return known
-
-
 def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool) -> tuple[str, str] | None:
     """What is wanted and what was found where no kernel of x's GPU serves such a call; None where one does, and on a CPU."""
-    if x.device.type != "cuda":
-        return None
     target = target_of(x.device)
+    if not target:
+        return None
     if target not in KERNELS:
         return f"one of {', '.join(KERNELS)}", target
     found: tuple[str, str] | None = KERNELS[target].unsupported(x, x_scale, w, out_dtype, swizzled)
@@ -278,57 +231,54 @@ def unsupported(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: 
 
 def slower(x: Any, x_scale: Any, w: Any) -> tuple[str, str] | None:
     """What is wanted and what was found where PyTorch's product of dequantised weights measured faster."""
-    target = target_of(x.device) if x.device.type == "cuda" else ""
+    target = target_of(x.device)
     found: tuple[str, str] | None = KERNELS[target].slower(x, x_scale, w) if target in KERNELS else None
     return found
 
 
-def key(x: Any, *rest: Any) -> Hashable:
-    """(target, its module's key), or None where PyTorch's own operators run."""
-    target = target_of(x.device) if x.device.type == "cuda" else ""
-    found = KERNELS[target].key(x, *rest) if target in KERNELS else None
-    return None if found is None else (target, found)
-
-
-def keys(x: Any, *rest: Any) -> list[Hashable]:
+def keys(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int) -> list[Hashable]:
+    """(target, its module's key) of every kernel that such a call may take; none where PyTorch's own operators run."""
     target = target_of(x.device)
-    return [(target, each) for each in KERNELS[target].keys(x, *rest)] if target in KERNELS else []
+    if target not in KERNELS or KERNELS[target].unsupported(x, x_scale, w, out_dtype, swizzled) is not None:
+        return []
+    return [(target, each) for each in KERNELS[target].keys(x, x_scale, w, out_dtype, w_block)]
+
+
+def key(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool, w_block: int) -> Hashable:
+    return next(iter(keys(x, x_scale, w, out_dtype, swizzled, w_block)), None)
+
+
+def scratch(x: Any, x_scale: Any, w: Any, out_dtype: torch.dtype, swizzled: bool) -> Any:
+    """Bytes that a kernel keeps its schedule in (10.0), or x as bf16 (9.0, where x is MXFP8)."""
+    target = target_of(x.device)
+    served = target in KERNELS and KERNELS[target].unsupported(x, x_scale, w, out_dtype, swizzled) is None
+    return KERNELS[target].scratch(x, x_scale, w) if served else 0
 
 
 def bind(module: Any, key: Any) -> Callable[..., None]:
     run = KERNELS[key[0]].bind(module, key[1])
 
-    def with_bytes(x: Any, x_scale: Any, w: Any, w_scale: Any, *rest: Any) -> None:
+    def with_bytes(x: Any, x_scale: Any, w: Any, w_scale: Any, offs: Any, out: Any, scratch: Any) -> None:
         if w_scale.dtype is torch.uint8:
             w_scale = w_scale.view(mx.SCALE)
         if x_scale is not None and x_scale.dtype is torch.uint8:
             x_scale = x_scale.view(mx.SCALE)
-        run(x, x_scale, w, w_scale, *rest)
+        run(x, x_scale, w, w_scale, offs, out, scratch)
 
     return with_bytes
-
-
-def scratch(x: Any, *rest: Any) -> Any:
-    """Bytes that a kernel keeps its schedule in (10.0), or x as bf16 (9.0, where x is MXFP8)."""
-    target = target_of(x.device) if x.device.type == "cuda" else ""
-    return KERNELS[target].scratch(x, *rest) if target in KERNELS else 0
 
 
 def examples(target: str) -> tuple[Hashable, ...]:
     return tuple((target, each) for each in KERNELS[target].examples()) if target in KERNELS else ()
 
 
-torch_compat.computes_mx_grouped(reference)
-
 OP = Op(
-    schema=(
-        "mxfp8_grouped_mm(Tensor x, Tensor? x_scale, Tensor w, Tensor w_scale, Tensor offs, ScalarType out_dtype, "
-        "bool swizzled, int w_block) -> Tensor"
-    ),
-    doc="a matrix product an expert with MXFP8 weights, x in bf16, fp16, FP8 or MXFP8, into a planned buffer",
-    fake=fake,
+    "mxfp8_grouped_mm",
+    "a matrix product an expert with MXFP8 weights, x in bf16, fp16, FP8 or MXFP8, into a planned buffer",
     reference=reference,
     reference_into=reference_into,
+    fake=fake,
+    checks=[check],
     kernel=Kernel(
         source=lambda key: KERNELS[key[0]].SOURCE,
         key=key,
@@ -341,3 +291,4 @@ OP = Op(
         scratch=scratch,
     ),
 )
+torch_compat.computes_mx_grouped(OP.reference)

@@ -7,29 +7,29 @@ e4m3 of x's shape, contiguous. Scales are plain, [T, K/32] or [E, N, K/32], or `
 capability 10.0, which alone read them: [T, K] as one group, [rows padded to 128, K/32 padded to 4]; [E, N, K] as E groups,
 [E, the bytes of one]. ``offs`` [E] int32 are the cumulative ends of groups of x's rows (sorted tokens of experts): every
 group of the scale buffer is padded to 128 rows, [T + 128·E, K/32 padded to 4] being enough wherever they end. Padding is
-zero. Rows past ``offs[-1]`` have data and, swizzled, no scales. The bytes are those of ``kernels/mx.py``, torchao's.
+zero. Rows past ``offs[-1]`` have data and, swizzled, no scales. The bytes are those of ``moe/mx.py``, torchao's.
 
 One pass over memory, and no host sync: the kernel finds its group from ``offs`` on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from inductor_ext import settings
-from inductor_ext.kernels import mx, steps
+from inductor_ext.kernels import steps
+from inductor_ext.moe import mx
 from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
 
 #: Targets whose kernels have run on a GPU and been compared with the reference there, those of the ops that quantise what they
 #: compute ("mx" of rms_norm_quantize and act_mul_quantize) too. Rules in mode "auto" ask this on a CUDA device.
 HAS_RUN: frozenset[str] = frozenset({"sm_90a"})
 
 
-def fake(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool) -> Any:
-    _check(x, offs, rounding)
+def fake(x: torch.Tensor, offs: torch.Tensor | None, swizzled: bool) -> Any:
     cols = x.shape[-1] // mx.BLOCK
     shape: tuple[int, ...] = (*x.shape[:-1], cols)
     if swizzled and offs is not None:
@@ -40,15 +40,16 @@ def fake(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bo
     return x.new_empty(x.shape, dtype=mx.DATA), x.new_empty(shape, dtype=mx.SCALE)
 
 
-def reference(x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool) -> Any:
-    _check(x, offs, rounding)
+def reference(
+    x: torch.Tensor, offs: torch.Tensor | None, rounding: str, swizzled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     if offs is not None and (settings.checks_enabled() or not offs.is_cuda):
         mx.check_offs("mxfp8_quantize", offs, x.shape[0])
     data, scales = mx.quantize(x, rounding)
     return data, mx.swizzle(scales, offs) if swizzled else scales
 
 
-def _check(x: torch.Tensor, offs: torch.Tensor | None, rounding: str) -> None:
+def check(x: torch.Tensor, offs: torch.Tensor | None, rounding: str) -> None:
     if x.dtype not in steps.TOKEN_OF_DTYPE:
         raise TypeError(f"mxfp8_quantize: x: wanted bfloat16, float16 or float32, found {x.dtype}")
     if x.dim() not in (2, 3):
@@ -66,42 +67,38 @@ def _check(x: torch.Tensor, offs: torch.Tensor | None, rounding: str) -> None:
         raise ValueError(f"mxfp8_quantize: offs: wanted int32 [E] on {x.device}, found {found}")
 
 
-def key(x: Any, offs: Any, rounding: str, swizzled: bool) -> Any:
-    return x.dtype, rounding, swizzled
-
-
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
+def exports(key: Any) -> str:
     dtype, rounding, swizzled = key
     layout = "Swizzled" if swizzled else "Plain"
-    rounded = f"inductor_ext::mx::{rounding.capitalize()}"
-    return (("run", f"inductor_ext::Mxfp8Quantize{layout}<{steps.CPP_TYPES[dtype]}, {rounded}>::run"),)
+    return f"inductor_ext::Mxfp8Quantize{layout}<{steps.CPP_TYPES[dtype]}, inductor_ext::mx::{rounding.capitalize()}>::run"
 
 
-def bind(module: Any, key: Any) -> Callable[..., None]:
+def bind(module: Any, key: Any) -> Any:
     run = module.run
-    check = settings.checks_enabled()
+    if not key[2]:
+        return Call(run, "x, out0, out1")
+    if not settings.checks_enabled():
+        return Call(run, "x, offs, out0, out1")
 
-    def plain(x: Any, offs: Any, _r: str, _s: bool, data: Any, scales: Any) -> None:
-        run(x, data, scales)
-
-    def swizzled(x: Any, offs: Any, _r: str, _s: bool, data: Any, scales: Any) -> None:
-        if check and offs is not None:
+    def checked(x: torch.Tensor, offs: torch.Tensor | None, out0: torch.Tensor, out1: torch.Tensor) -> None:
+        if offs is not None:
             mx.check_offs("mxfp8_quantize", offs, x.shape[0])
-        run(x, offs, data, scales)
+        run(x, offs, out0, out1)
 
-    return swizzled if key[2] else plain
+    return checked
 
 
 OP = Op(
-    schema="mxfp8_quantize(Tensor x, Tensor? offs, str rounding, bool swizzled) -> (Tensor, Tensor)",
-    doc="e4m3 data and one e8m0 scale for every 32 elements of a row, plain or in tiles for compute capability 10.0",
-    fake=fake,
+    "mxfp8_quantize",
+    "e4m3 data and one e8m0 scale for every 32 elements of a row, plain or in tiles for compute capability 10.0",
     reference=reference,
+    fake=fake,
+    checks=[check],
     kernel=Kernel(
         source="mxfp8_quantize/mxfp8_quantize.cuh",
-        key=key,
+        key=lambda x, rounding, swizzled: (x.dtype, rounding, swizzled),
         exports=exports,
         bind=bind,
-        examples=((torch.bfloat16, "rceil", False), (torch.bfloat16, "rceil", True), (torch.float32, "floor", True)),
+        examples=[(torch.bfloat16, "rceil", False), (torch.bfloat16, "rceil", True), (torch.float32, "floor", True)],
     ),
 )

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from inductor_ext.kernels.mxfp8_grouped_mm.op import dequantize
 from inductor_ext.kernels.mxfp8_quantize.op import OP as QUANTIZE
+from inductor_ext.kernels.mxfp8_quantize.op import check
+from inductor_ext.moe.mx import dequantize
 from inductor_ext.op import Op
-
-
-def fake(x: torch.Tensor, rounding: str) -> torch.Tensor:
-    QUANTIZE.fake(x, None, rounding, False)  # checks
-    return x.new_empty(x.shape)
 
 
 def reference(x: torch.Tensor, rounding: str) -> torch.Tensor:
@@ -27,8 +23,9 @@ def reference(x: torch.Tensor, rounding: str) -> torch.Tensor:
 
 
 OP = Op(
-    schema="mxfp8_round(Tensor x, str rounding) -> Tensor",
-    doc="x rounded to what MXFP8 holds of it, in its own dtype",
-    fake=fake,
+    "mxfp8_round",
+    "x rounded to what MXFP8 holds of it, in its own dtype",
     reference=reference,
+    fake=lambda x: x.new_empty(x.shape),
+    checks=[lambda x, rounding: check(x, None, rounding)],
 )

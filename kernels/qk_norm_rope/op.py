@@ -12,7 +12,7 @@ Only the mean's order of summation differs from eager: without a norm every byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,38 +21,16 @@ from inductor_ext.kernels import steps
 from inductor_ext.kernels.rms_norm_quantize.op import CPP_NORMS, normalise
 from inductor_ext.kernels.rms_norm_quantize.op import NORMS as _NORMS
 from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
 
 NORMS = ("", *_NORMS)
 MAX_HEAD_DIM = 256
 
 
-def fake(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    norm: str,
-    dtype: torch.dtype,
-) -> Any:
-    check("qk_norm_rope", (("q", q, q_weight), ("k", k, k_weight)), cos, sin, norm, dtype)
-    return q.new_empty(q.shape, dtype=dtype), q.new_empty((0,) if k is None else k.shape, dtype=dtype)
-
-
 def reference(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    norm: str,
-    dtype: torch.dtype,
-) -> Any:
-    check("qk_norm_rope", (("q", q, q_weight), ("k", k, k_weight)), cos, sin, norm, dtype)
+    q: torch.Tensor, k: torch.Tensor | None, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
+    sin: torch.Tensor, eps: float, norm: str, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
 
     def one(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -115,50 +93,35 @@ def _check_weight(op: str, name: str, weight: torch.Tensor | None, q: torch.Tens
         raise ValueError(f"{op}: {name}: wanted shape ({q.shape[3]},), found {tuple(weight.shape)}")
 
 
-def key(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, norm: str, dtype: Any) -> Any:
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def key(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, norm: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return q.dtype, None if q_weight is None else q_weight.dtype, cos.dtype, norm, dtype
 
 
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
-    q_dtype, weight_dtype, table_dtype, norm, dtype = key
-    types = ", ".join(
-        (
-            *(steps.CPP_TYPES[each] for each in (q_dtype, weight_dtype or q_dtype, table_dtype, dtype)),
-            f"inductor_ext::{CPP_NORMS[norm] if norm else 'NoNorm'}",
-        )
-    )
-    return (("run", f"inductor_ext::QkNormRope<{types}>::run"),)
+def types(q: torch.dtype, weight: torch.dtype | None, table: torch.dtype, norm: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The template arguments of a key."""
+    floats = (steps.CPP_TYPES[each] for each in (q, weight or q, table, dtype))
+    return (*floats, f"inductor_ext::{CPP_NORMS[norm] if norm else 'NoNorm'}")
 
 
-def bind(module: Any, key: Any) -> Callable[..., None]:
-    run = module.run
-
-    def call(
-        q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, _n: str, _d: Any, q_out: Any, k_out: Any
-    ) -> None:
-        run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out)
-
-    return call
-
-
+BF16 = torch.bfloat16
+#: Keys of bf16 models: Qwen 3, Llama and Gemma 3.
+QWEN3, GEMMA3 = ((BF16, BF16, BF16, norm, BF16) for norm in ("cast mul", "mul+1 cast"))
+LLAMA = (BF16, None, BF16, "", BF16)
 OP = Op(
-    schema=(
-        "qk_norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, float eps, str norm, "
-        "ScalarType dtype) -> (Tensor, Tensor)"
-    ),
-    doc="RMSNorm of each head of q and k, if the model has it, and rotate-half RoPE on both",
-    fake=fake,
+    "qk_norm_rope",
+    "RMSNorm of each head of q and k, if the model has it, and rotate-half RoPE on both",
     reference=reference,
+    fake=lambda q, k, dtype: (q.new_empty(q.shape, dtype=dtype), q.new_empty((0,) if k is None else k.shape, dtype=dtype)),
+    checks=[Call(check, "'qk_norm_rope', (('q', q, q_weight), ('k', k, k_weight)), cos, sin, norm, dtype")],
     kernel=Kernel(
         source="qk_norm_rope/qk_norm_rope.cuh",
         key=key,
-        exports=exports,
-        bind=bind,
-        examples=(
-            (torch.bfloat16, torch.bfloat16, torch.bfloat16, "cast mul", torch.bfloat16),
-            (torch.bfloat16, None, torch.bfloat16, "", torch.bfloat16),
-            (torch.bfloat16, torch.bfloat16, torch.bfloat16, "mul+1 cast", torch.bfloat16),
-        ),
-        presets={"qwen3": lambda _: ((torch.bfloat16, torch.bfloat16, torch.bfloat16, "cast mul", torch.bfloat16),)},
+        exports=lambda key: f"inductor_ext::QkNormRope<{', '.join(types(*key))}>::run",
+        bind=lambda module, key: Call(module.run, "q, k, q_weight, k_weight, cos, sin, eps, out0, out1"),
+        examples=[QWEN3, LLAMA, GEMMA3],
+        presets={"qwen3": lambda _: [QWEN3]},
     ),
 )

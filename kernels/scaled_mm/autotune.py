@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.autotune import Autotune, Candidate, Operand, Problem
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import CPP_TYPES, Config, parse
+from inductor_ext.kernels.scaled_mm.product import ALIGNMENT, FP8, target_of
 from inductor_ext.kernels.scaled_mm.ready import static_b
+from inductor_ext.op import Autotune, Candidate, Operand, Problem
 
 #: Kernels measured for one problem, at most so many of them from the table, which looks at so many measured shapes.
 MOST, MOST_OF_TABLE, NEIGHBOURS = 8, 5, 3
-ALIGNMENT = 16
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _TENSOR_WISE, _ROW_WISE = 0, 1  # torch.nn.functional.ScalingType
 _SMS = 132
 _WIDE = ("128x128p", "128x128p@2x1", "128x160p", "128x192c", "128x256c@2x1", "256x128c@2x1")
@@ -32,8 +31,6 @@ def candidates(problem: Problem) -> list[Candidate]:
     """The kernels worth measuring; none for a product that the op cannot compute."""
     if not _computable(problem):
         return []
-    from inductor_ext.kernels.scaled_mm.op import target_of
-
     a, b, scale_a, scale_b = problem.operands[:4]
     m, k, n = a.shape[0], a.shape[1], b.shape[1]
     fast = bool(problem.options.get("use_fast_accum"))
@@ -103,10 +100,10 @@ def _hopper(m: int, n: int, k: int) -> Iterator[str]:
 
 
 def _computable(problem: Problem) -> bool:
-    if len(problem.operands) < 4 or problem.out.dtype not in CPP_TYPES or problem.out.dtype in _FP8:
+    if len(problem.operands) < 4 or problem.out.dtype not in CPP_TYPES or problem.out.dtype in FP8:
         return False
     a, b, scale_a, scale_b, *bias = problem.operands
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.dtype not in _FP8 or b.dtype not in _FP8 or not all((*a.shape, *b.shape)):
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.dtype not in FP8 or b.dtype not in FP8 or not all((*a.shape, *b.shape)):
         return False
     (m, k), n = a.shape, b.shape[1]
     return (

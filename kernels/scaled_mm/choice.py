@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inductor_ext.kernels.scaled_mm.config import Config, parse
 
 _HERE = Path(__file__).parent
@@ -127,3 +129,11 @@ def sizes_of(rows: Sequence[Row], least_m: int, most_m: int) -> list[int]:
     sizes = {least_m, *(row.m for row in rows if least_m <= row.m <= most_m)}
     sizes |= {m + 1 for m in sizes if m < most_m}
     return sorted(m for m in sizes if m <= most_m)
+
+
+def bounds(size: torch.SymInt) -> tuple[int, int]:
+    """Least and greatest M that a symbolic one may be, at most `MAX_M`."""
+    environment, expression = size.node.shape_env, size.node.expr
+    bounds = environment.bound_sympy(expression)
+    finite = bounds.upper.is_Integer and int(bounds.upper) < MAX_M
+    return max(int(bounds.lower), 1), int(bounds.upper) if finite else MAX_M

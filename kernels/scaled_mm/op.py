@@ -26,49 +26,38 @@ import torch
 
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.autotune import AUTOTUNE
+from inductor_ext.kernels.scaled_mm.choice import bounds
 from inductor_ext.kernels.scaled_mm.config import parse
+from inductor_ext.kernels.scaled_mm.product import (
+    ALIGNMENT,
+    FP8,
+    MIN_CAPABILITY,
+    OUT_DTYPES,
+    Tensors,
+    at,
+    check_operands,
+    empty,
+    is_rowwise,
+    source,
+    target_of,
+)
 from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ALIGNMENT = 16
+__all__ = ["ALIGNMENT", "FP8", "OP", "OUT_DTYPES", "bounds", "decide", "is_rowwise", "target_of", "untuned"]
+
 #: Problems in one launch; more are cut into several.
 MAX_GROUP = 4
 
-Tensors = Sequence[torch.Tensor]
-
-
-def fake(
-    a: Tensors,
-    b: Tensors,
-    scale_a: Tensors,
-    scale_b: Tensors,
-    bias: Sequence[torch.Tensor | None],
-    out_dtype: torch.dtype,
-    use_fast_accum: bool,
-    static_b: bool,
-    config: str,
-) -> torch.Tensor:
-    _check(a, b, scale_a, scale_b, bias, out_dtype, config)
-    return a[0].new_empty((a[0].shape[0], sum(each.shape[1] for each in b)), dtype=out_dtype)
-
 
 def reference(
-    a: Tensors,
-    b: Tensors,
-    scale_a: Tensors,
-    scale_b: Tensors,
-    bias: Sequence[torch.Tensor | None],
-    out_dtype: torch.dtype,
-    use_fast_accum: bool,
-    static_b: bool,
-    config: str,
-) -> torch.Tensor:
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scale_a: Sequence[torch.Tensor], scale_b: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None], out_dtype: torch.dtype, use_fast_accum: bool, static_b: bool, config: str,
+) -> torch.Tensor:  # fmt: skip
     """The sum in fp32 on a CPU; on a GPU, PyTorch's own operator."""
-    _check(a, b, scale_a, scale_b, bias, out_dtype, config)
     parts = []
     for i, b_i in enumerate(b):
-        a_i, scale = _at(a, i), _at(scale_a, i)
+        a_i, scale = at(a, i), at(scale_a, i)
         row, column = _column(scale, a_i.shape[0]), _row(scale_b[i], b_i.shape[1])
         if a_i.device.type == "cuda":
             parts.append(_stock(a_i, b_i, row, column, bias[i], out_dtype, use_fast_accum))
@@ -88,10 +77,6 @@ def _stock(a: Any, b: Any, row: Any, column: Any, bias: Any, out_dtype: torch.dt
     return torch._scaled_mm(a, b, row, column, bias=bias, out_dtype=out_dtype, use_fast_accum=fast)
 
 
-def _at(values: Sequence[Any], i: int) -> Any:
-    return values[i if len(values) > 1 else 0]
-
-
 def _column(scale: torch.Tensor, m: int) -> torch.Tensor:
     return scale.reshape(()) if scale.numel() == 1 else scale.reshape(m, 1)
 
@@ -100,65 +85,7 @@ def _row(scale: torch.Tensor, n: int) -> torch.Tensor:
     return scale.reshape(()) if scale.numel() == 1 else scale.reshape(1, n)
 
 
-def _check(
-    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Sequence[Any], out_dtype: Any, config: str
-) -> None:
-    if not b or len(a) not in (1, len(b)) or len(scale_a) != len(a):
-        found = f"{len(a)}, {len(scale_a)} for {len(b)} b"
-        raise ValueError(f"scaled_mm: a, scale_a: wanted one of each, shared, or as many as b (at least one), found {found}")
-    if len(scale_b) != len(b) or len(bias) != len(b):
-        raise ValueError(f"scaled_mm: scale_b, bias: wanted {len(b)} of each, as of b, found {len(scale_b)}, {len(bias)}")
-    if out_dtype not in OUT_DTYPES:
-        raise TypeError(f"scaled_mm: out_dtype: wanted bfloat16, float16 or float32, found {out_dtype}")
-    if config:
-        parse(config)
-    for i, b_i in enumerate(b):
-        a_i = _at(a, i)
-        for name, tensor in ((f"a[{i}]", a_i), (f"b[{i}]", b_i)):
-            if tensor.dim() != 2:
-                raise ValueError(f"scaled_mm: {name}: wanted two dimensions, found shape {tuple(tensor.shape)}")
-            if tensor.dtype not in FP8:
-                raise TypeError(f"scaled_mm: {name}: wanted float8_e4m3fn or float8_e5m2, found {tensor.dtype}")
-        if a_i.dtype is torch.float8_e5m2 and b_i.dtype is torch.float8_e5m2:
-            raise TypeError("scaled_mm: a, b: wanted at most one of them in float8_e5m2, found both")
-        if b_i.shape[0] != a_i.shape[1] or b_i.shape[0] % ALIGNMENT or b_i.shape[1] % ALIGNMENT:
-            wanted = f"[{a_i.shape[1]}, N] with both multiples of {ALIGNMENT}"
-            raise ValueError(f"scaled_mm: b[{i}]: wanted {wanted}, found {tuple(b_i.shape)}")
-        if a_i.shape[0] != a[0].shape[0]:
-            raise ValueError(f"scaled_mm: a[{i}]: wanted {a[0].shape[0]} rows, as a[0] has, found {a_i.shape[0]}")
-        if b_i.stride(0) != 1 and b_i.shape[0] != 1:
-            raise ValueError(f"scaled_mm: b[{i}]: wanted a column-major tensor, found strides {tuple(b_i.stride())}")
-        _check_scale(f"scale_a[{i}]", _at(scale_a, i), a_i.shape[0])
-        _check_scale(f"scale_b[{i}]", scale_b[i], b_i.shape[1])
-        added = bias[i]
-        if added is not None and (added.numel() != b_i.shape[1] or added.dtype != out_dtype):
-            wanted = f"{b_i.shape[1]} elements of {out_dtype}"
-            raise ValueError(f"scaled_mm: bias[{i}]: wanted {wanted}, found {added.dtype} of shape {tuple(added.shape)}")
-
-
-def _check_scale(name: str, scale: torch.Tensor, extent: Any) -> None:
-    if scale.dtype is not torch.float32:
-        raise TypeError(f"scaled_mm: {name}: wanted float32, found {scale.dtype}")
-    if scale.numel() != 1 and scale.numel() != extent:
-        raise ValueError(f"scaled_mm: {name}: wanted one element or {extent}, found shape {tuple(scale.shape)}")
-
-
 # ---- which kernel ----------------------------------------------------------------------------------------------------
-
-_targets: dict[int | None, str] = {}
-
-
-def target_of(device: torch.device) -> str:
-    """The GPU target that a device's choice is made for. A CPU, which runs the reference, shows what an H200 would take."""
-    if device.type != "cuda":
-        return "sm_90a"
-    known = _targets.get(device.index)
-    if known is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        known = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-        if torch.cuda.is_initialized():  # not for fake tensors of a GPU that is not there
-            _targets[device.index] = known
-    return known
 
 
 def untuned(target: str, m: int) -> str:
@@ -166,10 +93,6 @@ def untuned(target: str, m: int) -> str:
     if target == "sm_100a":
         return "blackwell:128x128" if m <= 128 else "blackwell:256x128@2x1"
     return ""
-
-
-def is_rowwise(scales: Sequence[torch.Tensor]) -> bool:
-    return any(scale.numel() != 1 for scale in scales)
 
 
 def decide(target: str, m: int, ns: tuple[int, ...], k: int, rowwise: bool, fast: bool) -> choice.Choice | None:
@@ -200,76 +123,43 @@ def _problem(a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors) -> tupl
 
 
 def key(
-    a: Tensors,
-    b: Tensors,
-    scale_a: Tensors,
-    scale_b: Tensors,
-    bias: Any,
-    out_dtype: Any,
-    fast: bool,
-    static_b: bool,
-    config: str,
+    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, out_dtype: torch.dtype, use_fast_accum: bool, config: str
 ) -> Hashable:
     if not config:
         first_a, first_b = a[0], b[0]
         if len(b) == 1:  # the hot path of a dynamic M: half the time of the general one
             k, n = first_b.shape
             rowwise = scale_b[0].numel() != 1 or scale_a[0].numel() != 1
-            chosen = choice.choose(target_of(first_a.device), first_a.shape[0], n, k, rowwise, fast)
+            chosen = choice.choose(target_of(first_a.device), first_a.shape[0], n, k, rowwise, use_fast_accum)
         else:
             target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
-            chosen = decide(target, first_a.shape[0], ns, k, rowwise, fast)
+            chosen = decide(target, first_a.shape[0], ns, k, rowwise, use_fast_accum)
         if chosen is None or not (chosen.use or len(b) > 1):  # several in one buffer have no way back without a copy
             return None
         config = chosen.config.name
-    return config, a[0].dtype, b[0].dtype, out_dtype, fast
+    return config, a[0].dtype, b[0].dtype, out_dtype, use_fast_accum
 
 
 def keys(
-    a: Tensors,
-    b: Tensors,
-    scale_a: Tensors,
-    scale_b: Tensors,
-    bias: Any,
-    out_dtype: Any,
-    fast: bool,
-    static_b: bool,
-    config: str,
+    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, out_dtype: torch.dtype, use_fast_accum: bool, config: str
 ) -> list[Hashable]:
     """Every key that some M in its range leads to."""
     m = a[0].shape[0]
     if config or isinstance(m, int):
-        return [key(a, b, scale_a, scale_b, bias, out_dtype, fast, static_b, config)]
+        return [key(a, b, scale_a, scale_b, out_dtype, use_fast_accum, config)]
     target, ns, k, rowwise = _problem(a, b, scale_a, scale_b)
-    least, most = bounds(m)
-    found = choice.possible(target, sum(ns), k, rowwise, fast, least, most)
+    found = choice.possible(target, sum(ns), k, rowwise, use_fast_accum, *bounds(m))
     names = dict.fromkeys(each.config.name for each in found if len(ns) > 1 or each.use)
-    return [(name, a[0].dtype, b[0].dtype, out_dtype, fast) for name in names]
-
-
-def bounds(size: torch.SymInt) -> tuple[int, int]:
-    """Least and greatest M that a symbolic one may be, at most `choice.MAX_M`."""
-    environment, expression = size.node.shape_env, size.node.expr
-    bounds = environment.bound_sympy(expression)
-    finite = bounds.upper.is_Integer and int(bounds.upper) < choice.MAX_M
-    return max(int(bounds.lower), 1), int(bounds.upper) if finite else choice.MAX_M
+    return [(name, a[0].dtype, b[0].dtype, out_dtype, use_fast_accum) for name in names]
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
 def stock(
-    a: Tensors,
-    b: Tensors,
-    scale_a: Tensors,
-    scale_b: Tensors,
-    bias: Sequence[torch.Tensor | None],
-    out_dtype: torch.dtype,
-    use_fast_accum: bool,
-    static_b: bool,
-    config: str,
-    out: torch.Tensor,
-) -> None:
+    a: Tensors, b: Tensors, scale_a: Tensors, scale_b: Tensors, bias: Sequence[torch.Tensor | None], out_dtype: torch.dtype,
+    use_fast_accum: bool, out: torch.Tensor,
+) -> None:  # fmt: skip
     """PyTorch's operator into ``out``; what it cannot do goes through the reference and a copy."""
     row, column = _column(scale_a[0], a[0].shape[0]), _row(scale_b[0], b[0].shape[1])
     alike = (row.dim() == 0) == (column.dim() == 0) and (row.dim() == 0 or out_dtype is torch.bfloat16)
@@ -277,11 +167,7 @@ def stock(
         aten_out = torch.ops.aten._scaled_mm.out
         aten_out(a[0], b[0], row, column, bias[0], None, out_dtype, use_fast_accum, out=out)
     else:
-        out.copy_(reference(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum, static_b, config))
-
-
-def source(key: Any) -> str:
-    return parse(key[0]).source
+        out.copy_(OP.reference(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum, False, ""))
 
 
 def exports(key: Any) -> tuple[tuple[str, str], ...]:
@@ -294,9 +180,7 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
     one, group = module.run, module.run_group
     first, second = parse(key[0]).launch_options()
 
-    def run(
-        a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Any, _dtype: Any, _fast: Any, static_b: bool, _config: str, out: Any
-    ) -> None:
+    def run(a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Any, static_b: bool, out: Any) -> None:
         if len(b) == 1:
             one(a[0], b[0], scale_a[0], scale_b[0], bias[0], out, static_b, first, second)
             return
@@ -305,13 +189,11 @@ def bind(module: Any, key: Any) -> Callable[..., None]:
             return
         column = 0
         for start in range(0, len(b), MAX_GROUP):
-            stop = min(start + MAX_GROUP, len(b))
-            width = sum(each.shape[1] for each in b[start:stop])
-            part = out.narrow(1, column, width)
-            shared = len(a) == 1
-            chosen_a, chosen_scale_a = (a, scale_a) if shared else (a[start:stop], scale_a[start:stop])
-            chosen_b, chosen_scale_b, chosen_bias = b[start:stop], scale_b[start:stop], bias[start:stop]
-            group(chosen_a, chosen_b, chosen_scale_a, chosen_scale_b, chosen_bias, part, static_b, first, second)
+            part = slice(start, start + MAX_GROUP)
+            left, scale_left = (a, scale_a) if len(a) == 1 else (a[part], scale_a[part])
+            width = sum(each.shape[1] for each in b[part])
+            columns = out.narrow(1, column, width)
+            group(left, b[part], scale_left, scale_b[part], bias[part], columns, static_b, first, second)
             column += width
 
     return run
@@ -345,19 +227,17 @@ def qwen3(target: str) -> list[Hashable]:
 
 
 OP = Op(
-    schema=(
-        "scaled_mm(Tensor[] a, Tensor[] b, Tensor[] scale_a, Tensor[] scale_b, Tensor?[] bias, ScalarType out_dtype, "
-        "bool use_fast_accum, bool static_b, str config) -> Tensor"
-    ),
-    doc="FP8 matrix products with tensor-wise or row-wise scales, side by side in one planned buffer",
-    fake=fake,
+    "scaled_mm",
+    "FP8 matrix products with tensor-wise or row-wise scales, side by side in one planned buffer",
     reference=reference,
+    checks=[Call(check_operands, "a, b, scale_a, scale_b, bias, out_dtype, config")],
+    fake=Call(empty, "a[0], b, out_dtype"),
     kernel=Kernel(
         source=source,
         key=key,
         exports=exports,
         bind=bind,
-        min_capability=(9, 0),
+        min_capability=MIN_CAPABILITY,
         examples=examples,
         keys=keys,
         stock=stock,

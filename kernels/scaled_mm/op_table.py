@@ -7,14 +7,11 @@ a product: what comes after it too. So nothing is known of fewer rows than the l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from inductor_ext.kernels.scaled_mm import choice
-from inductor_ext.kernels.scaled_mm import op as scaled_mm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +51,7 @@ class OpTable:
             return [m]
         found = choice.table(target, self.folder)
         rows = found.rows(self.kind(rowwise, fast), n, k) if found is not None else []
-        return choice.sizes_of(rows, *scaled_mm.bounds(m))
-
-    def name(self, a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor], fast: bool) -> str:
-        """The configuration of a call."""
-        rowwise = scaled_mm.is_rowwise(scales)
-        return self.choose(scaled_mm.target_of(a.device), a.shape[0], b.shape[1], b.shape[0], rowwise, fast)
-
-    def names(self, a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor], fast: bool) -> list[str]:
-        """Those of a call for every M in its range."""
-        target, (k, n) = scaled_mm.target_of(a.device), b.shape
-        return self.choices(target, a.shape[0], n, k, scaled_mm.is_rowwise(scales), fast)
+        return choice.sizes_of(rows, *choice.bounds(m))
 
     def choices(self, target: str, m: Any, n: int, k: int, rowwise: bool, fast: bool) -> list[str]:
         """What `choose` may say for M, symbolic or not."""

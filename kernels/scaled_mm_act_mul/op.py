@@ -15,17 +15,15 @@ whether it is faster than products and ``act_mul_quantize``, is in ``table_<targ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, CPP_ACTIVATIONS
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm import product
 from inductor_ext.kernels.scaled_mm.config import Config, parse
 from inductor_ext.kernels.scaled_mm.op_table import OpTable
-from inductor_ext.op import Kernel, Op
 
 OUT_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -34,31 +32,12 @@ DEFAULT, EXACT = "tile:128x128p", "tile:128x128c"
 TABLE = OpTable(Path(__file__).parent, DEFAULT, EXACT)
 
 
-def fake(
-    a: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scale_a: torch.Tensor, scale_gate: torch.Tensor,
-    scale_up: torch.Tensor, bias_gate: torch.Tensor | None, bias_up: torch.Tensor | None, act: str, out_dtype: torch.dtype,
-    use_fast_accum: bool, static_b: bool, config: str,
-) -> torch.Tensor:  # fmt: skip
-    _check(gate, up, act, out_dtype, config)
-    rest = (out_dtype, use_fast_accum, static_b, config)
-    both = scaled_mm.fake([a], [gate, up], [scale_a], [scale_gate, scale_up], [bias_gate, bias_up], *rest)
-    return both.new_empty((a.shape[0], gate.shape[1]))
+def is_ours(config: Config) -> bool:
+    """Whether half of a configuration's tile is stored in rows of 128 bytes."""
+    return config.family == "tile" and config.n in (128, 256) and config.accumulators <= 128
 
 
-def reference(
-    a: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scale_a: torch.Tensor, scale_gate: torch.Tensor,
-    scale_up: torch.Tensor, bias_gate: torch.Tensor | None, bias_up: torch.Tensor | None, act: str, out_dtype: torch.dtype,
-    use_fast_accum: bool, static_b: bool, config: str,
-) -> torch.Tensor:  # fmt: skip
-    _check(gate, up, act, out_dtype, config)
-    rest = (out_dtype, use_fast_accum, static_b, config)
-    both = scaled_mm.reference([a], [gate, up], [scale_a], [scale_gate, scale_up], [bias_gate, bias_up], *rest)
-    g, u = both.chunk(2, 1)
-    return ACTIVATIONS[act](g) * u
-
-
-def _check(gate: torch.Tensor, up: torch.Tensor, act: str, out_dtype: torch.dtype, config: str) -> None:
-    """What is asked besides what ``scaled_mm`` asks: it checks the operands."""
+def check(gate: torch.Tensor, up: torch.Tensor, act: str, out_dtype: torch.dtype, config: str) -> None:
     if act not in ACTIVATIONS:
         raise ValueError(f"scaled_mm_act_mul: act: wanted one of {', '.join(ACTIVATIONS)}, found {act!r}")
     if out_dtype not in OUT_DTYPES:
@@ -71,82 +50,34 @@ def _check(gate: torch.Tensor, up: torch.Tensor, act: str, out_dtype: torch.dtyp
         raise ValueError(f"scaled_mm_act_mul: config: wanted a tile of 128 or 256 channels, found {config!r}")
 
 
-# ---- which kernel ----------------------------------------------------------------------------------------------------
+def _named(what: str, i: int) -> str:
+    of = ("gate", "up")[i]
+    return {"b": of, "scale_b": f"scale_{of}", "bias": f"bias_{of}"}.get(what, what)
 
 
-def is_ours(config: Config) -> bool:
-    """Whether half of a configuration's tile is stored in rows of 128 bytes."""
-    return config.family == "tile" and config.n in (128, 256) and config.accumulators <= 128
-
-
-def key(
+def reference(
     a: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scale_a: torch.Tensor, scale_gate: torch.Tensor,
-    scale_up: torch.Tensor, bias_gate: Any, bias_up: Any, act: str, out_dtype: torch.dtype, fast: bool, static_b: bool,
-    config: str,
-) -> Hashable:  # fmt: skip
-    config = config or TABLE.name(a, gate, (scale_a, scale_gate, scale_up), fast)
-    return (config, a.dtype, gate.dtype, out_dtype, fast, act) if config else None
+    scale_up: torch.Tensor, bias_gate: torch.Tensor | None, bias_up: torch.Tensor | None, act: str, out_dtype: torch.dtype,
+    use_fast_accum: bool, static_b: bool, config: str,
+) -> torch.Tensor:  # fmt: skip
+    operands = [a], [gate, up], [scale_a], [scale_gate, scale_up], [bias_gate, bias_up]
+    g, u = scaled_mm.reference(*operands, out_dtype, use_fast_accum, static_b, config).chunk(2, 1)
+    return ACTIVATIONS[act](g) * u
 
 
-def keys(
-    a: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scale_a: torch.Tensor, scale_gate: torch.Tensor,
-    scale_up: torch.Tensor, bias_gate: Any, bias_up: Any, act: str, out_dtype: torch.dtype, fast: bool, static_b: bool,
-    config: str,
-) -> list[Hashable]:  # fmt: skip
-    """Every key that some M in its range leads to."""
-    names = [config] if config else TABLE.names(a, gate, (scale_a, scale_gate, scale_up), fast)
-    return [(name, a.dtype, gate.dtype, out_dtype, fast, act) for name in names if name]
-
-
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
-    name, a_dtype, b_dtype, out_dtype, fast, act = key
-    end = f"inductor_ext::Gate<inductor_ext::{CPP_ACTIVATIONS[act]}>"
-    return (("run", f"{parse(name).cpp(a_dtype, b_dtype, out_dtype, not fast, end=end)}::run_act_mul"),)
-
-
-def bind(module: Any, key: Any) -> Callable[..., None]:
-    kernel = module.run
-    first, second = parse(key[0]).launch_options()
-
-    def run(
-        a: Any, gate: Any, up: Any, scale_a: Any, scale_gate: Any, scale_up: Any, bias_gate: Any, bias_up: Any, _act: str,
-        _dtype: Any, _fast: bool, static_b: bool, _config: str, out: Any,
-    ) -> None:  # fmt: skip
-        kernel(a, gate, up, scale_a, scale_gate, scale_up, bias_gate, bias_up, out, static_b, first, second)
-
-    return run
-
-
-def examples(target: str) -> tuple[Hashable, ...]:
-    e4, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    if target != "sm_90a":
-        return ()
-    return ((DEFAULT, e4, e4, bf16, True, "silu"), ("tile:64x256p", e4, e4, bf16, True, "gelu_tanh"))
-
-
-def qwen3(target: str) -> list[Hashable]:
-    """Every kernel that the gate and up of Qwen3-0.6B may take, for any M."""
-    e4 = torch.float8_e4m3fn
-    return [(name, e4, e4, torch.bfloat16, True, "silu") for name in TABLE.preset(target, ((3072, 1024),))]
-
-
-OP = Op(
-    schema=(
-        "scaled_mm_act_mul(Tensor a, Tensor gate, Tensor up, Tensor scale_a, Tensor scale_gate, Tensor scale_up, "
-        "Tensor? bias_gate, Tensor? bias_up, str act, ScalarType out_dtype, bool use_fast_accum, bool static_b, "
-        "str config) -> Tensor"
-    ),
-    doc="the FP8 products of gate and up, and the gated activation of both, in one kernel",
-    fake=fake,
+OP = product.ended(
+    "scaled_mm_act_mul",
+    "the FP8 products of gate and up, and the gated activation of both, in one kernel",
     reference=reference,
-    kernel=Kernel(
-        source=scaled_mm.source,
-        key=key,
-        exports=exports,
-        bind=bind,
-        min_capability=(9, 0),
-        examples=examples,
-        keys=keys,
-        presets={"qwen3": qwen3},
-    ),
+    check=check,
+    operands="[a], [gate, up], [scale_a], [scale_gate, scale_up], [bias_gate, bias_up]",
+    named=_named,
+    product="a, (gate,), (scale_a, scale_gate, scale_up)",
+    end=lambda act: f"Gate<inductor_ext::{CPP_ACTIVATIONS[act]}>",
+    compiled="act",
+    run=("run_act_mul", "a, gate, up, scale_a, scale_gate, scale_up, bias_gate, bias_up"),
+    table=TABLE,
+    examples=[(DEFAULT, True, "silu"), ("tile:64x256p", True, "gelu_tanh")],
+    qwen3=[(3072, 1024)],
+    qwen3_end=("silu",),
 )

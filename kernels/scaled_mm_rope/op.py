@@ -17,18 +17,17 @@ order. Kernels are the tile family's (``kernels/scaled_mm/tile.cuh``). Which one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from inductor_ext.kernels.qk_norm_rope import op as qk_norm_rope
 from inductor_ext.kernels.rms_norm_quantize.op import CPP_NORMS
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm import product
 from inductor_ext.kernels.scaled_mm.config import Config, parse
 from inductor_ext.kernels.scaled_mm.op_table import OpTable
-from inductor_ext.op import Kernel, Op
 
 #: Of a head, and so of a tile.
 HEAD_DIM = 128
@@ -43,26 +42,27 @@ DEFAULT, EXACT = "tile:128x128p", "tile:128x128c"
 NORMALISED = "normalised heads"
 _TABLES = {bool(end): OpTable(Path(__file__).parent, DEFAULT, EXACT, end) for end in ("", NORMALISED)}
 
-Tensors = Sequence[torch.Tensor]
+
+def is_ours(config: Config) -> bool:
+    """Whether a configuration's tile holds whole heads, in rows that a warpgroup has to itself."""
+    return config.family == "tile" and config.n == HEAD_DIM and config.m <= 128
 
 
-def fake(
-    a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors, q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, rotated: int, eps: float, norm: str,
-    out_dtype: torch.dtype, use_fast_accum: bool, static_b: bool, config: str,
-) -> torch.Tensor:  # fmt: skip
-    _check(a, b, q_weight, k_weight, cos, sin, rotated, norm, out_dtype, config)
-    return scaled_mm.fake([a], b, [scale_a], scale_b, [None] * len(b), out_dtype, use_fast_accum, static_b, config)
+def table(norm: str) -> OpTable:
+    """What was measured, of heads with or without a norm. N is that of all products together."""
+    return _TABLES[bool(norm)]
+
+
+# ---- what it computes ------------------------------------------------------------------------------------------------
 
 
 def reference(
-    a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors, q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, rotated: int, eps: float, norm: str,
-    out_dtype: torch.dtype, use_fast_accum: bool, static_b: bool, config: str,
+    a: torch.Tensor, b: Sequence[torch.Tensor], scale_a: torch.Tensor, scale_b: Sequence[torch.Tensor],
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, rotated: int,
+    eps: float, norm: str, out_dtype: torch.dtype, use_fast_accum: bool, static_b: bool, config: str,
 ) -> torch.Tensor:  # fmt: skip
-    _check(a, b, q_weight, k_weight, cos, sin, rotated, norm, out_dtype, config)
-    none = [None] * len(b)
-    out = scaled_mm.reference([a], b, [scale_a], scale_b, none, out_dtype, use_fast_accum, static_b, config)
+    operands = [a], b, [scale_a], scale_b, [None] * len(b)
+    out = scaled_mm.reference(*operands, out_dtype, use_fast_accum, static_b, config)
     rows, positions = a.shape[0], cos.shape[1]
     sequences = rows // positions if positions else cos.shape[0]
     parts = out.split([each.shape[1] for each in b], 1)
@@ -72,12 +72,11 @@ def reference(
     return torch.cat([*(each.flatten(2).flatten(0, 1) for each in turned), *parts[rotated:]], 1)
 
 
-def _check(
-    a: torch.Tensor, b: Tensors, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
+def check(
+    a: torch.Tensor, b: Sequence[torch.Tensor], q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
     sin: torch.Tensor, rotated: int, norm: str, out_dtype: torch.dtype, config: str,
 ) -> None:  # fmt: skip
-    """What is asked besides what ``scaled_mm`` asks: it checks the operands."""
-    if not 1 <= len(b) <= MAX_PRODUCTS:
+    if len(b) > MAX_PRODUCTS:
         raise ValueError(f"scaled_mm_rope: b: wanted 1 to {MAX_PRODUCTS} products, found {len(b)}")
     if rotated not in (1, 2) or rotated > len(b):
         raise ValueError(f"scaled_mm_rope: rotated: wanted 1 or 2 of {len(b)} products, found {rotated}")
@@ -88,7 +87,7 @@ def _check(
     if config and not is_ours(parse(config)):
         raise ValueError(f"scaled_mm_rope: config: wanted a tile of 64 or 128 by {HEAD_DIM}, found {config!r}")
     for i, each in enumerate(b):
-        if each.dim() != 2 or each.shape[1] % HEAD_DIM:
+        if each.shape[1] % HEAD_DIM:
             raise ValueError(f"scaled_mm_rope: b[{i}]: wanted [K, N], N a multiple of {HEAD_DIM}, found {tuple(each.shape)}")
     _check_weight("q_weight", q_weight, bool(norm), out_dtype)
     _check_weight("k_weight", k_weight, bool(norm) and rotated == 2, out_dtype)
@@ -119,8 +118,6 @@ def _check_tables(a: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: 
             raise ValueError(f"scaled_mm_rope: {name}: wanted columns of unit stride, found strides {tuple(table.stride())}")
     if sin.shape[0] != cos.shape[0] or sin.shape[1] != cos.shape[1]:
         raise ValueError(f"scaled_mm_rope: sin: wanted the shape of cos, {tuple(cos.shape)}, found {tuple(sin.shape)}")
-    if a.dim() != 2:
-        raise ValueError(f"scaled_mm_rope: a: wanted two dimensions, found shape {tuple(a.shape)}")
     rows, positions = a.shape[0], cos.shape[1]
     if (rows % positions if positions != 0 else rows) != 0:
         raise ValueError(f"scaled_mm_rope: a: wanted rows of whole sequences of {positions}, as cos has, found {rows}")
@@ -129,96 +126,20 @@ def _check_tables(a: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: 
         raise ValueError(f"scaled_mm_rope: cos: wanted {wanted}, found shape {tuple(cos.shape)}")
 
 
-# ---- which kernel ----------------------------------------------------------------------------------------------------
-
-
-def is_ours(config: Config) -> bool:
-    """Whether a configuration's tile holds whole heads, in rows that a warpgroup has to itself."""
-    return config.family == "tile" and config.n == HEAD_DIM and config.m <= 128
-
-
-def table(norm: str) -> OpTable:
-    """What was measured, of heads with or without a norm. N is that of all products together."""
-    return _TABLES[bool(norm)]
-
-
-def _problem(a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors) -> tuple[str, int, int, bool]:
-    """Target, output channels, K, and whether any scale is a vector."""
-    n = sum(each.shape[1] for each in b)
-    return scaled_mm.target_of(a.device), n, b[0].shape[0], scaled_mm.is_rowwise((scale_a, *scale_b))
-
-
-def key(
-    a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
-    rotated: int, eps: float, norm: str, out_dtype: torch.dtype, fast: bool, static_b: bool, config: str,
-) -> Hashable:  # fmt: skip
-    if not config:
-        target, n, k, rowwise = _problem(a, b, scale_a, scale_b)
-        config = table(norm).choose(target, a.shape[0], n, k, rowwise, fast)
-    return (config, a.dtype, b[0].dtype, out_dtype, fast, norm) if config else None
-
-
-def keys(
-    a: torch.Tensor, b: Tensors, scale_a: torch.Tensor, scale_b: Tensors, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
-    rotated: int, eps: float, norm: str, out_dtype: torch.dtype, fast: bool, static_b: bool, config: str,
-) -> list[Hashable]:  # fmt: skip
-    """Every key that some M in its range leads to."""
-    target, n, k, rowwise = _problem(a, b, scale_a, scale_b)
-    names = [config] if config else table(norm).choices(target, a.shape[0], n, k, rowwise, fast)
-    return [(name, a.dtype, b[0].dtype, out_dtype, fast, norm) for name in names if name]
-
-
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
-    name, a_dtype, b_dtype, out_dtype, fast, norm = key
-    end = f"inductor_ext::NormRope<inductor_ext::{CPP_NORMS[norm] if norm else 'NoNorm'}>"
-    return (("run", f"{parse(name).cpp(a_dtype, b_dtype, out_dtype, not fast, end=end)}::run_rope"),)
-
-
-def bind(module: Any, key: Any) -> Callable[..., None]:
-    kernel = module.run
-    first, second = parse(key[0]).launch_options()
-
-    def run(
-        a: Any, b: Any, scale_a: Any, scale_b: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, rotated: int, eps: float,
-        _norm: str, _dtype: Any, _fast: bool, static_b: bool, _config: str, out: Any,
-    ) -> None:  # fmt: skip
-        kernel(a, b, scale_a, scale_b, q_weight, k_weight, cos, sin, rotated, eps, out, static_b, first, second)
-
-    return run
-
-
-def examples(target: str) -> tuple[Hashable, ...]:
-    """Each norm once, one with exact accumulation. Qwen3 has "cast mul", Gemma 3 "mul+1 cast", Llama none."""
-    e4, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    if target != "sm_90a":
-        return ()
-    fast = tuple((DEFAULT, e4, e4, bf16, True, norm) for norm in ("cast mul", ""))
-    return (*fast, (EXACT, e4, e4, bf16, False, "mul+1 cast"))
-
-
-def qwen3(target: str) -> list[Hashable]:
-    """Every kernel that the q, k and v of Qwen3-0.6B may take, for any M."""
-    e4, norm = torch.float8_e4m3fn, "cast mul"
-    return [(name, e4, e4, OUT_DTYPE, True, norm) for name in table(norm).preset(target, ((4096, 1024),))]
-
-
-OP = Op(
-    schema=(
-        "scaled_mm_rope(Tensor a, Tensor[] b, Tensor scale_a, Tensor[] scale_b, Tensor? q_weight, Tensor? k_weight, "
-        "Tensor cos, Tensor sin, int rotated, float eps, str norm, ScalarType out_dtype, bool use_fast_accum, bool static_b, "
-        "str config) -> Tensor"
-    ),
-    doc="FP8 products side by side, the first ones normalised by heads and rotated: q, k and v, in one kernel",
-    fake=fake,
+OP = product.ended(
+    "scaled_mm_rope",
+    "FP8 products side by side, the first ones normalised by heads and rotated: q, k and v, in one kernel",
     reference=reference,
-    kernel=Kernel(
-        source=scaled_mm.source,
-        key=key,
-        exports=exports,
-        bind=bind,
-        min_capability=(9, 0),
-        examples=examples,
-        keys=keys,
-        presets={"qwen3": qwen3},
-    ),
+    check=check,
+    operands="[a], b, [scale_a], scale_b, [None for _ in b]",
+    named=lambda what, i: what if what in ("a", "scale_a") else f"{what}[{i}]",
+    product="a, b, (scale_a, *scale_b)",
+    end=lambda norm: f"NormRope<inductor_ext::{CPP_NORMS[norm] if norm else 'NoNorm'}>",
+    compiled="norm",
+    run=("run_rope", "a, b, scale_a, scale_b, q_weight, k_weight, cos, sin, rotated, eps"),
+    table=table,
+    # Each norm once, one with exact accumulation: Qwen3's, Llama's, which has none, and Gemma 3's.
+    examples=[(DEFAULT, True, "cast mul"), (DEFAULT, True, ""), (EXACT, False, "mul+1 cast")],
+    qwen3=[(4096, 1024)],
+    qwen3_end=("cast mul",),
 )

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,21 +32,13 @@ from inductor_ext.kernels import steps
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.implementations import Problem
 from inductor_ext.op import Kernel, Op
-
-
-def fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, scale: float,
-    left: int, right: int, softcap: float, padded: bool, implementation: str,
-) -> torch.Tensor:  # fmt: skip
-    check(q, k, v, cu_seqlens, left, right, softcap, implementation)
-    return q.new_empty(q.shape)
+from inductor_ext.signature import Call, SymInt
 
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: SymInt, scale: float,
     left: int, right: int, softcap: float, padded: bool, implementation: str,
 ) -> torch.Tensor:  # fmt: skip
-    check(q, k, v, cu_seqlens, left, right, softcap, implementation)
     if cu_seqlens is None:
         return _dense(q, k, v, scale, left, right, softcap)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -136,7 +127,7 @@ def library(
         usable = wanted is not None and wanted.load is not None and not implementations.missing(wanted, problem)
         found = wanted if usable else implementations.choose(problem, called=("as a library",))[0]
         if found is None or found.load is None:
-            out.copy_(reference(*rest[:-1], ""))
+            out.copy_(OP.reference(*rest[:-1], ""))
             return
         try:
             run = found.load(importlib.import_module(found.module) if found.module else torch)
@@ -165,9 +156,8 @@ _chosen: dict[Any, Any] = {}  # what decides about a key → the key
 
 
 def key(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, scale: float,
-    left: int, right: int, softcap: float, padded: bool, implementation: str,
-) -> Any:  # fmt: skip
+    q: torch.Tensor, cu_seqlens: torch.Tensor | None, scale: float, left: int, right: int, softcap: float, implementation: str
+) -> Any:
     """(dtype, D) where the own kernel is what such a call takes, or None."""
     packed = cu_seqlens is not None
     length = 0 if packed or not isinstance(q.shape[1], int) else q.shape[1]
@@ -187,26 +177,21 @@ def key(
     return found
 
 
-def exports(key: Any) -> tuple[tuple[str, str], ...]:
+def exports(key: Any) -> str:
     dtype, width = key
-    return (("run", f"inductor_ext::VarlenAttention<{steps.CPP_TYPES[dtype]}, {width}>::run"),)
+    return f"inductor_ext::VarlenAttention<{steps.CPP_TYPES[dtype]}, {width}>::run"
 
 
-def bind(module: Any, key: Any) -> Callable[..., None]:
+def bind(module: Any, key: Any) -> Call:
     run = module.run
 
-    def call(
-        q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: int, scale: float, left: int, right: int, softcap: float,
-        padded: bool, implementation: str, out: Any,
-    ) -> None:  # fmt: skip
-        if run(q, k, v, cu_seqlens, scale, left, right, padded, out):
-            return
-        # Strides or addresses that are no multiples of 16 bytes: the copy engine does not read them, and flash-attn 2 ends the
-        # process's CUDA context over them.
-        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-        run(q, k, v, cu_seqlens, scale, left, right, padded, out)
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> None:
+        if not run(q, k, v, *rest):
+            # Strides or addresses that are no multiples of 16 bytes: the copy engine does not read them, and flash-attn 2 ends
+            # the process's CUDA context over them.
+            run(*(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)), *rest)
 
-    return call
+    return Call(call, "q, k, v, cu_seqlens, scale, left, right, padded, out")
 
 
 def examples(target: str) -> tuple[Any, ...]:
@@ -219,13 +204,11 @@ def qwen3(target: str) -> tuple[Any, ...]:
 
 
 OP = Op(
-    schema=(
-        "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt max_seqlen, float scale, int left, "
-        "int right, float softcap, bool padded, str implementation) -> Tensor"
-    ),
-    doc="attention without a cache over batches or packed sequences: causal, full or a window, GQA, softcap",
-    fake=fake,
+    "varlen_attention",
+    "attention without a cache over batches or packed sequences: causal, full or a window, GQA, softcap",
     reference=reference,
+    fake=lambda q: q.new_empty(q.shape),
+    checks=[check],
     kernel=Kernel(
         source="varlen_attention/hopper.cuh",
         key=key,

@@ -12,10 +12,10 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import aten
 from inductor_ext.graph import call, describe, known_equal, value_of
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm.op import HAS_RUN, OP, OUT_DTYPES, X_DTYPES, slower, unsupported
 from inductor_ext.kernels.mxfp8_quantize.op import OP as QUANTIZE
 from inductor_ext.miss import NOT_FASTER, OUTPUT_DTYPE, Miss
+from inductor_ext.moe import mx
 from inductor_ext.patterns.support import has_run
 from inductor_ext.rule import Call, Context, Match
 

@@ -17,9 +17,9 @@ from torch.fx import Node
 
 from inductor_ext.calls import aten, is_call, is_convert
 from inductor_ext.graph import describe, value_of
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm.op import W_BLOCKS
 from inductor_ext.miss import Miss
+from inductor_ext.moe import mx
 
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _LSHIFT = (aten.__lshift__.Scalar, aten.bitwise_left_shift.Tensor_Scalar)

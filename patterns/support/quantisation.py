@@ -19,10 +19,11 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_reshape, known_equal, replay, same_sizes, value_of
-from inductor_ext.kernels import mx, steps
+from inductor_ext.kernels import quantized, steps
 from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
 from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8
 from inductor_ext.miss import SEVERAL_SCALES, TOO_MANY_NUMBERS, Miss, found_or_none, second_user
+from inductor_ext.moe import mx
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run, static_quantisation
 from inductor_ext.patterns.support.same import in_order
 from inductor_ext.patterns.support.static_quantisation import StaticQuantisation
@@ -94,7 +95,7 @@ class BlockQuantisation:
 
     node: Node
     rounding: str
-    granularity: str = mx.GRANULARITY
+    granularity: str = quantized.MX
     why: str = "one pass over memory"
 
     @property

@@ -18,9 +18,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inductor_ext
 from inductor_ext import jit, settings
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import blackwell
 from inductor_ext.kernels.mxfp8_grouped_mm import op as grouped
+from inductor_ext.moe import mx
 from tests.support import cuda_on_cpu
 from tests.support.fakegpu import H200, fake_gpu
 from tests.support.machine_code import Built
@@ -180,7 +180,7 @@ def test_nothing_spills(built: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, k", [(1, 32), (33, 64), (128, 128), (200, 160), (640, 1056), (129, 7168)])
 def test_cutlass_expects_scales_where_they_are(module: Any, rows: int, k: int) -> None:
-    """Its layouts of both operands, against kernels/mx.py and against the formula itself."""
+    """Its layouts of both operands, against moe/mx.py and against the formula itself."""
     row, block = torch.arange(rows)[:, None], torch.arange(k // mx.BLOCK)[None]
     tile = row // 128 * ((k + 127) // 128) + block // 4
     wanted = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
@@ -276,7 +276,7 @@ def test_products_of_every_tile(tile: str, out_dtype: torch.dtype) -> None:
         for n, k in ((264, 160), (512, 1024)):
             given, wanted = problem(ends, n, k)
             out = torch.full(wanted.shape, 7, dtype=out_dtype, device="cuda")
-            run(*(each.cuda() for each in given), out_dtype, True, out)
+            run(*(each.cuda() for each in given), out_dtype, True, 32, out)
             assert_is_product(out, wanted, ends[-1])
 
 
@@ -311,36 +311,41 @@ def test_streams_and_graphs_share_no_scratch() -> None:
 
 def call(tokens: int = 64, experts: int = 8, n: int = 256, **changed: Any) -> dict[str, Any]:
     given = {"x": torch.empty(tokens, 128, dtype=E4), "x_scale": torch.empty(tokens + 128 * experts, 4, dtype=E8)}
-    given |= {"w": torch.empty(experts, n, 128, dtype=E4), "w_scale": None, "offs": None, "out_dtype": BF16}
-    given |= {"swizzled": True, "w_block": 32}
+    given |= {"w": torch.empty(experts, n, 128, dtype=E4), "out_dtype": BF16, "swizzled": True, "w_block": 32}
     return given | changed
+
+
+@pytest.fixture
+def blackwell_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors count as those of a GPU of compute capability 10.0."""
+    monkeypatch.setattr(grouped, "target_of", lambda device: blackwell.TARGET)
 
 
 @pytest.mark.parametrize(
     "tokens, name",
     [(0, "128x64"), (512, "128x64"), (513, "128x128"), (1024, "128x128"), (4096, "256x128@2x1"), (4097, "256x256@2x1")],
 )
-def test_the_tile_follows_the_tokens_an_expert_has(tokens: int, name: str) -> None:
-    assert blackwell.key(**call(tokens)) == (f"blackwell:{name}", BF16)
+def test_the_tile_follows_the_tokens_an_expert_has(blackwell_here: None, tokens: int, name: str) -> None:
+    assert grouped.key(**call(tokens)) == (blackwell.TARGET, (f"blackwell:{name}", BF16))
 
 
-def test_what_no_kernel_serves() -> None:
+def test_what_no_kernel_serves(blackwell_here: None) -> None:
     """Plain scales run PyTorch's operators: weights are swizzled once, when they are quantised, and not at every call."""
-    assert blackwell.key(**call(swizzled=False)) is None and blackwell.keys(**call(swizzled=False)) == []
-    assert blackwell.key(**call(x_scale=None, x=torch.empty(64, 128, dtype=BF16))) is None
-    assert blackwell.key(**call(n=252)) is None
-    assert blackwell.key(**call(n=252, out_dtype=torch.float32)) is not None
+    assert grouped.key(**call(swizzled=False)) is None and grouped.keys(**call(swizzled=False)) == []
+    assert grouped.key(**call(x_scale=None, x=torch.empty(64, 128, dtype=BF16))) is None
+    assert grouped.key(**call(n=252)) is None
+    assert grouped.key(**call(n=252, out_dtype=torch.float32)) is not None
     given = call(n=252)
     reason = blackwell.unsupported(given["x"], given["x_scale"], given["w"], BF16, True)
     assert reason == ("N to be a multiple of 8: rows of out start at multiples of 16 bytes", "N = 252")
 
 
-def test_a_symbolic_number_of_tokens_needs_every_tile() -> None:
+def test_a_symbolic_number_of_tokens_needs_every_tile(blackwell_here: None) -> None:
     given, environment = call(), ShapeEnv()
     with FakeTensorMode(shape_env=environment):
         x = torch.empty(environment.create_unbacked_symint(), 128, dtype=E4)
-    assert [name for name, _ in blackwell.keys(**{**given, "x": x})] == list(blackwell.ARGUMENTS)
-    assert blackwell.keys(**given) == [blackwell.key(**given)]
+    assert [name for _, (name, _) in grouped.keys(**{**given, "x": x})] == list(blackwell.ARGUMENTS)
+    assert grouped.keys(**given) == [grouped.key(**given)]
 
 
 def test_generated_code_plans_the_scratch() -> None:

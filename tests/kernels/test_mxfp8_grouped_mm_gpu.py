@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from inductor_ext import jit
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_grouped_mm import hopper
-from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, _numbers, _power_of_two, dequantize
+from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, _numbers, dequantize
+from inductor_ext.moe import mx
 from tests.support.kernels import build
 
 BF16, FP16, FP32, E4, U8 = torch.bfloat16, torch.float16, torch.float32, mx.DATA, torch.uint8
@@ -92,7 +92,7 @@ def run(module: Any, key: Any, given: list[Any]) -> torch.Tensor:
     """Into the middle of a buffer of NaN: what is not written shows, and what is written outside."""
     tokens, n = given[0].shape[0], given[2].shape[1]
     buffer = torch.full((tokens + 2, n), torch.nan, device="cuda", dtype=key[2])
-    hopper.bind(module, key)(*given, key[2], False, 128 if key[1] == "fp8_128" else 32, buffer[1:-1])
+    hopper.bind(module, key)(*given, buffer[1:-1])
     assert buffer[0].isnan().all() and buffer[-1].isnan().all(), "written outside of out"
     return buffer[1:-1]
 
@@ -136,7 +136,7 @@ def test_the_models_that_are_measured(modules: dict[Any, Any]) -> None:
 def test_every_scale_and_element(modules: dict[Any, Any]) -> None:
     """The instructions that convert, where the CPU has only their definitions: 256 scales by 256 elements, one by one."""
     every = torch.arange(256, dtype=U8, device="cuda")
-    values, scales = every.view(E4).double(), _power_of_two(every.view(mx.SCALE)).double()
+    values, scales = every.view(E4).double(), mx.power_of_two(every.view(mx.SCALE)).double()
     key = "hopper:64x8", "bf16", FP32
     one = torch.tensor([1], dtype=torch.int32, device="cuda")
     x = torch.zeros(1, 32, device="cuda", dtype=BF16)

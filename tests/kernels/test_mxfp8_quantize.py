@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from inductor_ext import jit, registry
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.mxfp8_quantize.op import OP
+from inductor_ext.moe import mx
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
 from tests.support.fp8 import rounded

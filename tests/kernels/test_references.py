@@ -155,7 +155,7 @@ def test_fp8_quantize_errors(arguments: Any, error: type[Exception], message: st
         ({"loc": LOC[None]}, ValueError, "loc: wanted a 1-d int32 or int64 tensor"),
         ({"loc": LOC[:3]}, ValueError, "loc: wanted one index for each of k's 4 rows, found 3"),
         ({"dtype": U8}, TypeError, "dtype: wanted float8_e4m3fn or float8_e5m2, found torch.uint8"),
-        ({"k_program": "div:s1"}, ValueError, "k: 'div:s1' names s1, but 1 operands were given"),
+        ({"k_program": "div:s1"}, ValueError, "k_program: 'div:s1' names s1, but 1 operands were given"),
         ({"k_program": "mul:1.0 " * 5, "v_program": "mul:1.0 " * 5}, ValueError, "at most 8 numbers in both programs"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from inductor_ext import jit
-from inductor_ext.kernels import mx
 from inductor_ext.kernels.rms_norm_quantize.op import NORMS, OP, TORCHAO_PROGRAM, TORCHAO_SCALE, normalise
+from inductor_ext.moe import mx
 from tests.support.equal import assert_same_bytes
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -302,23 +302,23 @@ def _arguments(m: int = 24, widths: tuple[int, ...] = (48,), config: str = "") -
 
 def test_a_key_holds_what_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     tables.use(monkeypatch, {(48, 64): SMALL})
-    assert scaled_mm.key(*_arguments()) == (STREAM, E4, E4, BF16, True)
-    assert scaled_mm.keys(*_arguments()) == [(STREAM, E4, E4, BF16, True)]
+    assert scaled_mm.OP.kernel.key(*_arguments()) == (STREAM, E4, E4, BF16, True)
+    assert scaled_mm.OP.kernel.keys(*_arguments()) == [(STREAM, E4, E4, BF16, True)]
 
 
 def test_no_key_where_torch_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     tables.use(monkeypatch, {(48, 64): SMALL})
-    assert scaled_mm.key(*_arguments(m=65)) is None
+    assert scaled_mm.OP.kernel.key(*_arguments(m=65)) is None
 
 
 def test_a_configuration_given_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     tables.use(monkeypatch, {})
-    assert scaled_mm.key(*_arguments(config=TILE)) == (TILE, E4, E4, BF16, True)
+    assert scaled_mm.OP.kernel.key(*_arguments(config=TILE)) == (TILE, E4, E4, BF16, True)
 
 
 def test_a_group_has_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     tables.use(monkeypatch, {(48, 64): FASTER, (32, 64): FASTER, (80, 64): FASTER})
-    assert scaled_mm.key(*_arguments(m=16, widths=(48, 32))) == (STREAM, E4, E4, BF16, True)
+    assert scaled_mm.OP.kernel.key(*_arguments(m=16, widths=(48, 32))) == (STREAM, E4, E4, BF16, True)
 
 
 def test_a_group_has_no_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +326,7 @@ def test_a_group_has_no_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
     tables.use(monkeypatch, {(48, 64): SLOWER, (32, 64): SLOWER, (80, 64): ((16, STREAM, 9.0, 1.0),)})
     chosen = scaled_mm.decide("sm_90a", 16, (48, 32), 64, False, True)
     assert chosen is not None and not chosen.use
-    assert scaled_mm.key(*_arguments(m=16, widths=(48, 32))) == (STREAM, E4, E4, BF16, True)
+    assert scaled_mm.OP.kernel.key(*_arguments(m=16, widths=(48, 32))) == (STREAM, E4, E4, BF16, True)
 
 
 @pytest.mark.parametrize("wider", [False, True])
@@ -335,6 +335,6 @@ def test_torchs_operator_writes_into_out(widths: tuple[int, ...], wider: bool) -
     arguments = _arguments(widths=widths)
     buffer = torch.full((24, sum(widths) + 16 * wider), 7.0, dtype=BF16)
     out = buffer[:, : sum(widths)]
-    scaled_mm.stock(*arguments, out)
+    scaled_mm.OP.kernel.stock(*arguments, out)
     torch.testing.assert_close(out, ops.scaled_mm(*arguments), rtol=1e-2, atol=1e-3)
     assert (buffer[:, sum(widths) :] == 7).all()

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inductor_ext import jit, registry
-from inductor_ext.kernels.scaled_mm import op as scaled_mm
+from inductor_ext.kernels.scaled_mm import product
 from inductor_ext.kernels.scaled_mm.config import parse
-from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, TABLE, keys
+from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, TABLE
 
 E4 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -102,8 +102,8 @@ def test_keys_of_a_symbolic_number_of_rows() -> None:
     torch._check(m >= 512)
     with FakeTensorMode(shape_env=env):
         given = torch.empty(m, 2048, dtype=E4), torch.empty(2048, 1024, dtype=E4), torch.empty(m, 1), torch.empty(1, 1024)
-        with mock.patch.object(scaled_mm, "target_of", lambda device: "sm_90a"):
-            found = keys(*given, None, None, BF16, True, False, "")
+        with mock.patch.object(product, "target_of", lambda device: "sm_90a"):
+            found = OP.kernel.keys(*given, None, None, BF16, True, False, "")
     assert {type(each) for key in found for each in key} == {str, torch.dtype, bool}
     assert {key[0] for key in found} == {"tile:64x128p", "tile:128x128c", "tile:128x128p"}
 

@@ -51,7 +51,7 @@ class Built:
         self.kernels: dict[str, TileKernel] = {}
 
     def __call__(self, op: Any, *key: Any) -> TileKernel:
-        cpp = op.exports(key)[0][1].rpartition("::")[0].replace("::Silu>", "::PlusAbs>")
+        cpp = op.OP.spec_of_key(key, "sm_90a").exports[0][1].rpartition("::")[0].replace("::Silu>", "::PlusAbs>")
         if cpp not in self.kernels:
             folder = self.folder / str(len(self.kernels))
             folder.mkdir()

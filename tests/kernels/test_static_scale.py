@@ -200,7 +200,7 @@ def run(library: ctypes.CDLL, name: str, recipe: str, tensors: Any, outputs: Any
     """Calls the C function, whose pointers are tensors, outputs and four scales, some of which may be None."""
     letter, count, _ = RECIPES[recipe]
     error = ctypes.create_string_buffer(500)
-    given = [*tensors, *eps, *outputs, *static_scale.padded(scales)]
+    given = [*tensors, *eps, *outputs, *scales, *[None] * (static_scale.MAX_SCALES - len(scales))]
     pointers = [ctypes.byref(cuda_on_cpu.Given.of(each)) if isinstance(each, torch.Tensor) else each for each in given]
     assert getattr(library, name)(ord(letter), count, *pointers, ctypes.c_double(37.5), error, 500) == 0, error.value.decode()
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from inductor_ext import torch_compat
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.downcast_fp8 import op as downcast_fp8
+from inductor_ext.kernels.qk_norm_rope import op as qk_norm_rope
 from inductor_ext.kernels.qk_norm_rope_store import op as qk_norm_rope_store
 from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes, assert_same_bytes
@@ -241,22 +242,21 @@ def test_one_cast_for_two_programs_leaves_out_no_clamp_that_it_does_not_make(
     to the range, needs its clamps then. Found by random programs on a GPU: K was NaN too."""
     monkeypatch.setattr(torch_compat, "e4m3fn_saturates", lambda: saturates)
     narrow, wide = (f"f32 div:s0 max:-{limit} min:{limit}" for limit in (448.0, 57344.0))
-    stored = (torch.bfloat16, E4, narrow, wide, torch.float32, torch.float32, torch.int64)
-    rotated = (
-        torch.bfloat16,
-        None,
-        torch.bfloat16,
-        "",
-        torch.bfloat16,
-        E4,
-        narrow,
-        wide,
-        torch.float32,
-        torch.float32,
-        torch.int64,
-    )
+    end = narrow, wide, torch.float32, torch.float32, torch.int64
+    stored, rotated = (torch.bfloat16, E4, *end), (*qk_norm_rope.LLAMA, E4, *end)
     for op, key in ((downcast_fp8, stored), (qk_norm_rope_store, rotated)):
-        ((_, both),) = op.exports(key)
-        alone = op.exports(tuple(narrow if each is wide else each for each in key))[0][1]
+        ((_, both),) = op.OP.spec_of_key(key, "sm_90a").exports
+        ((_, alone),) = op.OP.spec_of_key(tuple(narrow if each is wide else each for each in key), "sm_90a").exports
         clamps = [text.count("::Max<") + text.count("::Min<") for text in (both, alone)]
         assert clamps == ([2, 0] if saturates else [4, 0]), both
+
+
+def test_v_that_is_only_cast_overflows_as_pytorchs_cast_does() -> None:
+    """Beside a K that is clamped: the hardware's cast, which gives 57344 and not infinity, serves neither then."""
+    end = "f32 div:s0 max:-57344.0 min:57344.0", "", torch.float32, None, torch.int64
+    for op, key in (
+        (downcast_fp8, (torch.bfloat16, torch.float8_e5m2, *end)),
+        (qk_norm_rope_store, (*qk_norm_rope.LLAMA, torch.float8_e5m2, *end)),
+    ):
+        ((_, cpp),) = op.OP.spec_of_key(key, "sm_90a").exports
+        assert "__nv_fp8_e5m2, false, " in cpp and cpp.count("::Max<") == cpp.count("::Min<") == 1

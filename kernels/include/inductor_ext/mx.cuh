@@ -4,7 +4,7 @@
 //   Rceil   the least power of two that is not below amax / 448 in fp32, as cuBLAS and cvt.rp.satfinite.ue8m0 have it
 //   Floor   2^(floor(log2 amax) - 8), OCP MX 1.0
 //
-// Bytes and factors are torchao's (kernels/mx.py says where they are odd); amax comes as the bits of a non-negative float or NaN.
+// Bytes and factors are torchao's (moe/mx.py says where they are odd); amax comes as the bits of a non-negative float or NaN.
 #pragma once
 
 #include <cstdint>

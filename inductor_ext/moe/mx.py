@@ -74,6 +74,19 @@ def quantize(x: torch.Tensor, rounding: str, block: int = BLOCK) -> tuple[torch.
     return scaled.clamp(-448.0, 448.0).to(DATA).view(x.shape), byte.repeat_interleave(block // BLOCK, -1).view(SCALE)
 
 
+def dequantize(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """MXFP8 with plain scales as numbers; exact in float64, and within their range in bf16 and float32."""
+    values = data.to(dtype).unflatten(-1, (-1, BLOCK))
+    return (values * power_of_two(scales).to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def power_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """e8m0 as float32, whatever this torch's own cast makes of the edges: byte 0 is 2^-127, a subnormal, and 255 NaN."""
+    exponent = scales.view(torch.uint8).to(torch.int32)
+    edge = (exponent == 0) | (exponent == 255)
+    return torch.where(edge, (exponent << 23) | (1 << 22), exponent << 23).view(torch.float32)
+
+
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 
 
@@ -140,31 +153,3 @@ def check_offs(name: str, offs: torch.Tensor, rows: int) -> None:
     ends = [0, *offs.tolist(), rows]
     if sorted(ends) != ends:
         raise ValueError(f"{name}: offs: wanted cumulative ends from 0 to {rows}, the rows of x, found {ends[1:-1]}")
-
-
-# ---- a granularity of the ops that quantise what they compute: "mx" ---------------------------------------------------
-# Their ``scale_program`` is then a rounding, their ``program`` empty, and scales are plain.
-
-GRANULARITY = "mx"
-
-
-def check_granularity(name: str, x: torch.Tensor, rounding: str, program: str, dtype: torch.dtype) -> None:
-    """The error of such an op's arguments, if there is one; ``x`` has the columns of what is quantised."""
-    if rounding not in ROUNDINGS or program:
-        found = f"{rounding!r} and {program!r}"
-        raise ValueError(f"{name}: scale_program and program: wanted rceil or floor and nothing for mx, found {found}")
-    if dtype is not DATA:
-        raise TypeError(f"{name}: dtype: wanted float8_e4m3fn for mx, found {dtype}")
-    if x.dim() == 0 or x.shape[-1] % BLOCK != 0:
-        raise ValueError(f"{name}: wanted rows of a multiple of {BLOCK} elements for mx, found shape {tuple(x.shape)}")
-
-
-def scale_shape(x: torch.Tensor) -> tuple[int, ...]:
-    """Of plain scales."""
-    return (*x.shape[:-1], x.shape[-1] // BLOCK)
-
-
-def quantisation_types(rounding: str) -> tuple[str, ...]:
-    """The C++ template arguments in the place of ``steps.quantisation_types``."""
-    scale = f"inductor_ext::MxScale<inductor_ext::mx::{rounding.capitalize()}>"
-    return "__nv_fp8_e4m3", "true", "__nv_fp8_e8m0", scale, "inductor_ext::Steps<>"

@@ -1,0 +1,186 @@
+"""The FP8 at the end of ops that compute a y: how it is scaled, and one declaration of such ops.
+
+    "row"     scale = scale_program(max |y|) over the last dimension, [..., 1];   out = cast(program(y, scale), dtype)
+    "tensor"  the same with one maximum for all, []
+    "mx"      MXFP8: scale [..., C / 32] e8m0 and out as ``moe/mx.py`` has them; scale_program is the rounding, program ""
+    "static"  scales are inputs, ``kernels/static_scale.py``: out [..., C], or [N, ..., C] for N of them; scale is [0]
+
+Programs are those of ``kernels/steps.py``. `producer` makes an op of a reference and of what is special about it; its outputs
+are out, contiguous, then scale, then its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from inductor_ext.kernels import static_scale, steps
+from inductor_ext.moe import mx
+from inductor_ext.op import Kernel, Op
+from inductor_ext.signature import Call
+
+GRANULARITIES = ("row", "tensor")
+MX, STATIC = "mx", static_scale.GRANULARITY
+TORCHAO_SCALE = "div:448.0 f32"
+TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
+WORKSPACE_FLOATS = 1024  # partial maxima, one a CTA
+
+_E4 = torch.float8_e4m3fn
+
+
+def check_programs(op: str, scale_program: str, program: str) -> None:
+    steps.check_program(f"{op}: scale_program", scale_program, 0)
+    steps.check_program(f"{op}: program", program, 0, scale=True)
+    steps.check_numbers(f"{op}: scale_program, program", scale_program, program)
+
+
+def check(
+    op: str, name: str, y: torch.Tensor, granularity: str, scale_program: str, program: str, dtype: torch.dtype,
+    scales: Sequence[torch.Tensor],
+) -> None:  # fmt: skip
+    """The error of ``op``, if there is one; its argument ``name`` has the shape and dtype of ``y``."""
+    if y.dtype not in steps.TOKEN_OF_DTYPE:
+        raise TypeError(f"{op}: {name}: wanted bfloat16, float16 or float32, found {y.dtype}")
+    if granularity not in (*GRANULARITIES, MX, STATIC):
+        raise ValueError(f"{op}: granularity: wanted row or tensor or mx or static, found {granularity!r}")
+    if dtype not in steps.CPP_FP8:
+        raise TypeError(f"{op}: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
+    static_scale.check(op, y, granularity, scale_program, program, scales)
+    if granularity != MX:
+        return check_programs(op, scale_program, program)
+    if scale_program not in mx.ROUNDINGS or program:
+        found = f"{scale_program!r} and {program!r}"
+        raise ValueError(f"{op}: scale_program and program: wanted rceil or floor and nothing for mx, found {found}")
+    if dtype is not mx.DATA:
+        raise TypeError(f"{op}: dtype: wanted float8_e4m3fn for mx, found {dtype}")
+    if y.dim() == 0 or y.shape[-1] % mx.BLOCK != 0:
+        wanted = f"rows of a multiple of {mx.BLOCK} elements for mx"
+        raise ValueError(f"{op}: {name}: wanted {wanted}, found shape {tuple(y.shape)}")
+
+
+def outputs(
+    y: torch.Tensor, granularity: str, scale_program: str, dtype: torch.dtype, scales: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New, empty out and scale for a y like ``y``."""
+    if granularity == STATIC:
+        return static_scale.outputs(y, dtype, scales)
+    if granularity == MX:
+        shape, of = (*y.shape[:-1], y.shape[-1] // mx.BLOCK), mx.SCALE
+    else:
+        shape, of = (*y.shape[:-1], 1) if granularity == "row" else (), steps.result_dtype(scale_program, y.dtype)
+    return y.new_empty(y.shape, dtype=dtype), y.new_empty(shape, dtype=of)
+
+
+def quantize(
+    y: torch.Tensor, granularity: str, scale_program: str, program: str, dtype: torch.dtype, scales: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those outputs in PyTorch's operators, in y's layout."""
+    if granularity == MX:
+        return mx.quantize(y, scale_program)
+    if granularity == STATIC:
+        return static_scale.quantize(y, scale_program, program, dtype, scales)
+    scale = steps.evaluate(scale_program, y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax())
+    return steps.evaluate(program, y, scale=scale).to(dtype), scale
+
+
+def check_not_empty(argument: str, y: torch.Tensor, granularity: str) -> None:
+    """ValueError of an op's ``argument``, of y's shape, where there is no maximum."""
+    if y.shape[-1] == 0 or (granularity == "tensor" and y.numel() == 0):
+        wanted = "at least one column" if granularity != "tensor" else "at least one element"
+        raise ValueError(f"{argument}: wanted {wanted}, found shape {tuple(y.shape)}")
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+
+def dynamic(granularity: str) -> tuple[Any, ...]:
+    """The end of a key for torchao's recipe with one scale a row or one for all; `mxfp8` and `static` likewise."""
+    return granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, _E4
+
+
+def mxfp8() -> tuple[Any, ...]:
+    return MX, "rceil", "", mx.DATA
+
+
+def static(count: int) -> tuple[Any, ...]:
+    return STATIC, "", TORCHAO_PROGRAM, _E4, (count, torch.float32)
+
+
+def producer(
+    name: str,
+    doc: str,
+    *,
+    reference: Callable[..., Any],
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    operands: str,
+    compiled: str,
+    types: Callable[..., tuple[str, ...]],
+    outs: str = "",
+    examples: Sequence[tuple[Any, ...]],
+    qwen3: Sequence[tuple[Any, ...]],
+) -> Op:
+    """The op that computes a y and quantises it, from its own parts.
+
+    Argument lists that name the op's arguments: ``operands``, what the kernel takes before out and scale, a tensor like y being
+    first; ``compiled``, what it is compiled for, of which ``types`` makes template arguments; ``outs``, the op's own outputs.
+    """
+    own, x = compiled.count(",") + 1, operands.partition(",")[0]
+    outs = f", {outs}" if outs else ""
+
+    def key(granularity: str, scale_program: str, program: str, dtype: torch.dtype, scales: Any, *of: Any) -> Any:
+        made = *of, granularity, scale_program, program, dtype
+        return (*made, static_scale.key(scales)) if granularity == STATIC else made
+
+    def source(key: Any) -> str:
+        return f"{name}/{'static_scale' if key[own] == STATIC else name}.cuh"
+
+    def exports(key: Any) -> str:
+        granularity, scale_program, program, dtype, *given = key[own:]
+        kernel = "".join(map(str.capitalize, name.split("_")))
+        of = types(*key[:own])
+        if granularity == STATIC:
+            kernel += "Static"
+            of += static_scale.quantisation_types(key[0], scale_program, program, dtype, *given)
+        elif granularity == MX:
+            scale = f"inductor_ext::MxScale<inductor_ext::mx::{scale_program.capitalize()}>"
+            of += ("true", "__nv_fp8_e4m3", "true", "__nv_fp8_e8m0", scale, "inductor_ext::Steps<>")
+        else:
+            rowwise = str(granularity == "row").lower()
+            of += (rowwise, *steps.quantisation_types(key[0], scale_program, program, dtype))
+        return f"inductor_ext::{kernel}<{', '.join(of)}>::run"
+
+    def bind(module: Any, key: Any) -> Call:
+        run, (granularity, *programs) = module.run, key[own:]
+        constants = steps.padded_constants(*(() if granularity == MX else programs[:2]))
+        if granularity == STATIC:
+            missing = "None, " * (static_scale.MAX_SCALES - programs[-1][0])
+            return Call(run, f"{operands}, out0{outs}, *scales, {missing}*constants", constants=constants)
+        if granularity != "tensor":
+            return Call(run, f"{operands}, out0, out1{outs}, None, None, *constants", constants=constants)
+
+        def with_one_scale(x: torch.Tensor, *operands: Any) -> None:
+            """With y's memory, if the kernel asks for that."""
+            partial = x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32)
+            if run(*operands, None, partial, *constants):
+                run(*operands, x.new_empty(x.shape), partial, *constants)
+
+        return Call(with_one_scale, f"{x}, {operands}, out0, out1{outs}")
+
+    return Op(
+        name,
+        doc,
+        reference=reference,
+        checks=[check],
+        fake=fake,
+        kernel=Kernel(
+            source=source,
+            key=Call(key, f"granularity, scale_program, program, dtype, scales, {compiled}"),
+            exports=exports,
+            bind=bind,
+            examples=examples,
+            presets={"qwen3": lambda _: qwen3},
+        ),
+    )
