@@ -15,6 +15,8 @@ import pytest
 
 # Before torch is imported: compiled code and reports of earlier runs must not decide what a test sees.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor_ext-tests-")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core: threads of several would wait for each other, spinning
 
 
 #: Files that take minutes, most of them nvcc's.
