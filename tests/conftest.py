@@ -15,15 +15,29 @@ import pytest
 
 # Before torch is imported: compiled code and reports of earlier runs must not decide what a test sees.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor_ext-tests-")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core: threads of several would wait for each other, spinning
 
 
-#: Files that take minutes, most of them nvcc's.
-LONG = ("test_builds.py", "test_mxfp8_blackwell.py", "test_blackwell.py", "test_expert_parallel.py", "test_tensor_parallel.py")
+#: Files that take a minute or more, the longest first.
+LONG = (
+    "test_builds.py",
+    "test_examples.py",
+    "test_perturbed.py",
+    "test_model.py",
+    "test_blackwell.py",
+    "test_fuzz.py",
+    "test_expert_parallel.py",
+    "test_mxfp8_model.py",
+    "test_mxfp8_blackwell.py",
+    "test_backend.py",
+    "test_tensor_parallel.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those first: two processes then end together."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 _kernels_of = pytest.StashKey[dict[Any, Any]]()

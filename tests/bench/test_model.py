@@ -167,8 +167,8 @@ def test_channel() -> None:
 
 
 def plan(**changes: Any) -> Plan:
-    given: dict[str, Any] = {"sides": [sides.SIDES["eager"]], "replays": 2, "rounds": 2, "cosine_inputs": 3, **changes}
-    return Plan("tiny", TINY, given.pop("workload", WORK), **given)
+    given: dict[str, Any] = {"sides": [sides.SIDES["eager"]], "replays": 2, "rounds": 2, "cosine_inputs": 3}
+    return Plan("tiny", TINY, **{"workload": WORK, **given, **changes})
 
 
 def test_eager_bf16_is_its_own_reference() -> None:

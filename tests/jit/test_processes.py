@@ -71,7 +71,7 @@ def test_a_process_that_replaces_itself_ends_its_compilers(lab, pids):
         import time
         while not (Path(settings.nvcc).parent / "pids").exists(): time.sleep(0.05)
         time.sleep(0.5)
-        os.execv("/bin/sh", ["sh", "-c", "sleep 30"])
+        os.execv("/bin/sh", ["sh", "-c", "exec sleep 30"])  # a child of the shell would keep stdout open for all of it
     """
     running = lab.python(code)
     _all_gone(pids())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from inductor_ext import registry
+from inductor_ext import jit, registry
 from inductor_ext.kernels.moe_combine.op import MAX_TOP_K, OP, moe, product_dtype
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
@@ -228,7 +228,12 @@ def test_the_source_reads_no_row_outside_y(library: ctypes.CDLL) -> None:
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-gpu = pytest.mark.gpu(kernels=lambda arch: [OP.spec_of_key(key, arch) for key in (*VARIANTS.values(), *moe(arch))])
+def kernels(arch: str) -> list[jit.JitSpec]:
+    calls = [operands(2, 2, 8, kind, masked=masked) for kind, masked in itertools.product(VARIANTS, (True, False))]
+    return [spec for call in calls for spec in OP.specs(call, arch)] + [OP.spec_of_key(key, arch) for key in moe(arch)]
+
+
+gpu = pytest.mark.gpu(kernels=kernels)
 
 
 @gpu

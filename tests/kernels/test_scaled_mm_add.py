@@ -114,7 +114,7 @@ def test_keys_of_a_symbolic_number_of_rows() -> None:
 def kernels(arch: str) -> list[jit.JitSpec]:
     keys = [(name, E4, E4, BF16, True) for name in CONFIGS] + [(DEFAULT, E4, E4, each, True) for each in (FP16, FP32)]
     keys += [("tile:128x128c", E4, E4, BF16, False)]
-    return [OP.spec_of_key(key, arch) for key in keys]
+    return [op.spec_of_key(key, arch) for op in (OP, scaled_mm.OP) for key in keys]
 
 
 hopper = pytest.mark.gpu(kernels=kernels, arch="sm_90a")

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inductor_ext import jit
+from inductor_ext.kernels.fp8_downcast.op import OP as DOWNCAST
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import Config, parse
 from inductor_ext.kernels.scaled_mm.op import OP
+from tests.support.fakegpu import fake_cuda_inputs
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,6 +31,7 @@ SHAPES = ((1, 16, 16), (7, 48, 128), (33, 1040, 272), (130, 528, 2064), (1000, 1
 TENSOR_ARGUMENTS = ("a", "b", "scale_a", "scale_b", "bias")
 
 
+MEASURED = (1, 2, 16, 17, 64, 100, 128, 500, 1024, 3000, 16384)
 DTYPES = ((E4, E5, BF16), (E5, E4, BF16), (E4, E4, FP16), (E4, E4, FP32), (E5, E4, FP32))
 
 
@@ -35,7 +39,15 @@ def kernels(arch: str) -> list[jit.JitSpec]:
     keys = [(name, E4, E4, BF16, True) for name in CONFIGS]
     keys += [(name, E4, E4, BF16, False) for name in CONFIGS if parse(name).supports(True)]
     keys += [(name, *dtypes, True) for name in ("stream:16x64/8", "tile:128x128c") for dtypes in DTYPES]
-    return [OP.spec_of_key(key, arch) for key in keys]
+    keys += [("stream:64x128/2", E4, E4, BF16, True)]
+    specs = [OP.spec_of_key(key, arch) for key in keys]
+    specs += DOWNCAST.specs((torch.empty(1, dtype=BF16), [], "f32 max:-448.0 min:448.0", E4), arch)
+    with FakeTensorMode(), fake_cuda_inputs():  # what the table chooses
+        for m, row, (n, k) in itertools.product(MEASURED, (True, False), ((1024, 1024), (64, 128))):
+            a, b = torch.empty(m, k, dtype=E4, device="cuda"), torch.empty(n, k, dtype=E4, device="cuda").t()
+            scales = torch.empty((m, 1) if row else (), device="cuda"), torch.empty((1, n) if row else (), device="cuda")
+            specs += OP.specs(([a], [b], [scales[0]], [scales[1]], [None], BF16, True, False, ""), arch)
+    return specs
 
 
 pytestmark = pytest.mark.gpu(kernels=kernels, arch="sm_90a")
@@ -194,7 +206,7 @@ def test_products_of_different_k_side_by_side() -> None:
         assert distance(out[:, :208], exact(*x)) < 4e-3 and distance(out[:, 208:], exact(*y)) < 4e-3
 
 
-@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 100, 128, 500, 1024, 3000, 16384])
+@pytest.mark.parametrize("m", MEASURED)
 def test_the_table_serves_any_m(m: int) -> None:
     for row in (True, False):
         x = operands(m, 1024, 1024, row=row, column=row)

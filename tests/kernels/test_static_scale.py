@@ -289,11 +289,16 @@ ON_GPU: dict[str, tuple[int, torch.dtype, Recipe]] = {
 WIDTHS = (8, 64, 100, 128, 520, 1024, 1032, 3072, 4096, 14336, 16384)
 
 
+def with_residual(case: str) -> tuple[bool, ...]:
+    """What is quantised knows nothing of the sum: without one is tried with the first recipe only."""
+    return (True, False) if case == "one" else (True,)
+
+
 def kernels(arch: str) -> list[jit.JitSpec]:
     specs = []
-    for dtype, (count, scale_dtype, recipe) in itertools.product(NAMES, ON_GPU.values()):
+    for dtype, (case, (count, scale_dtype, recipe)) in itertools.product(NAMES, ON_GPU.items()):
         rest = ("static", *recipe, (count, scale_dtype if count else FP32))
-        specs += [RMS_NORM.spec_of_key((dtype, residual, dtype, "cast mul", *rest), arch) for residual in (True, False)]
+        specs += [RMS_NORM.spec_of_key((dtype, residual, dtype, "cast mul", *rest), arch) for residual in with_residual(case)]
         specs += [ACT_MUL.spec_of_key((dtype, "silu", *rest), arch)]
     torchao = ("static", *TORCHAO, (1, FP32))
     specs += [RMS_NORM.spec_of_key((BF16, True, weight, kind, *torchao), arch) for kind in NORMS for weight in (BF16, FP32)]
@@ -308,7 +313,7 @@ class TestOnTheGpu:
     def test_given_the_factor_every_byte_of_a_norm_is_eagers(self, dtype: torch.dtype, case: str) -> None:
         count, scale_dtype, recipe = ON_GPU[case]
         scales = numbers(count, scale_dtype, "cuda")
-        for columns, height, residual in itertools.product(WIDTHS, (1, 37, 700), (True, False)):
+        for columns, height, residual in itertools.product(WIDTHS, (1, 37, 700), with_residual(case)):
             summed, weight = exact((height, columns), dtype).cuda(), weight_of(columns, dtype, "cuda")
             addend = torch.randint(-3, 4, (height, columns), device="cuda").to(dtype)
             wide = torch.zeros(height, 2 * columns, dtype=dtype, device="cuda")

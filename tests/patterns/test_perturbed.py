@@ -52,11 +52,11 @@ def test_changed_match_is_refused_or_gives_what_the_graph_gives(rule: Rule, inde
     for captured in perturbed.capture(example.fn, example.inputs("cpu"), dynamic=example.dynamic, **options):
         known = _known(captured, modes, options)
         for change in list(perturbed.changes(captured.graph))[index % _EVERY :: _EVERY]:
-            module = perturbed.changed(captured, change)
-            if module is None:
+            graph = perturbed.changed(captured, change)
+            if graph is None:
                 continue
-            made, counts = perturbed.rewritten(module, modes, **options)
-            wanted = perturbed.run(module, captured.inputs) if counts else None
+            made, counts = perturbed.rewritten(graph, modes, **options)
+            wanted = perturbed.run(graph, captured.inputs) if counts else None
             if wanted is None:  # refused, or eager raises
                 continue
             found = perturbed.run(made, captured.inputs)
@@ -66,9 +66,8 @@ def test_changed_match_is_refused_or_gives_what_the_graph_gives(rule: Rule, inde
 
 def _known(captured: perturbed.Captured, modes: dict[str, Any], options: dict[str, Any]) -> float:
     """How far the unchanged graph and what the rules make of it are apart."""
-    module = torch.fx.GraphModule({}, perturbed.copy_of(captured.graph))
-    made, _ = perturbed.rewritten(module, modes, **options)
-    wanted, found = perturbed.run(module, captured.inputs), perturbed.run(made, captured.inputs)
+    made, _ = perturbed.rewritten(captured.graph, modes, **options)
+    wanted, found = perturbed.run(captured.graph, captured.inputs), perturbed.run(made, captured.inputs)
     assert wanted is not None and found is not None
     outputs = len(pytree.tree_leaves(captured.graph.output_node().args[0]))
     return max((perturbed.distance(b, a)[1] for a, b in zip(wanted[:outputs], found)), default=0.0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule
 
 from inductor_ext import registry
 from inductor_ext.calls import arguments
@@ -39,9 +38,9 @@ def test_the_op_accumulates_as_the_products_do_and_a_cpu_names_no_configuration(
     (captured,) = perturbed.capture(example.fn, example.inputs("cpu"), dynamic=example.dynamic)
     graph = copy_of(captured.graph)
     _set(graph, "use_fast_accum", fast)
-    made, counts = perturbed.rewritten(GraphModule({}, graph), modes)
+    made, counts = perturbed.rewritten(graph, modes)
     assert counts[rule] == example.count
-    called = [arguments(node) for node in made.graph.nodes if "inductor_ext.scaled_mm" in str(node.target)]
+    called = [arguments(node) for node in made.nodes if "inductor_ext.scaled_mm" in str(node.target)]
     assert called and {given["use_fast_accum"] for given in called} == {fast}
     assert {given["config"] for given in called} == {""}
 

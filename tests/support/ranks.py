@@ -29,7 +29,8 @@ def run_ranks(program: Path, folder: Path, *arguments: str, count: int = 2, seco
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("INDUCTOR_EXT_", "TORCH_LOGS"))}
+    own = lambda name: name.startswith(("INDUCTOR_EXT_", "TORCH_LOGS")) and name != "INDUCTOR_EXT_PREBUILT_DIR"  # noqa: E731
+    kept = {name: value for name, value in os.environ.items() if not own(name)}  # conftest keeps the latter on a GPU only
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     # Ranks share what they compile, but each runs the rules on its own graphs.
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}

@@ -13,6 +13,7 @@ import torch
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "kernels"
+FLAGS = ("-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-U_FORTIFY_SOURCE")
 
 
 def compiled(name: str, folder: Path) -> ctypes.CDLL:
@@ -21,7 +22,7 @@ def compiled(name: str, folder: Path) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no g++")
     made = folder / f"{name}.so"
-    command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{HERE}", f"-I{KERNELS}"]
+    command = [compiler, *FLAGS, f"-I{HERE}", f"-I{KERNELS}"]
     command += ["-fno-gnu-unique"]  # a copy of the library has variables of its own
     command += [f"-I{KERNELS / 'include'}", str(HERE / f"{name}.cpp"), "-o", str(made)]
     run = subprocess.run(command, capture_output=True, text=True)

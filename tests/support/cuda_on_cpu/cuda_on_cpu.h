@@ -5,8 +5,6 @@
 // such calls; it says nothing about races, memory ordering or speed. Stand-ins for the headers that use PTX lie beside this.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <condition_variable>
 #include <cmath>
@@ -20,6 +18,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "../fibres.h"
 
 #define __host__
 #define __device__
@@ -52,10 +52,10 @@ namespace cuda_on_cpu {
 constexpr size_t kStack = 64 << 10;
 
 struct Block {
-  std::vector<ucontext_t> fibres;
+  std::vector<Fibre> fibres;
   std::vector<bool> ended;
   std::vector<uint64_t> given;  // by each thread, to a shuffle
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   unsigned running = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
@@ -63,7 +63,7 @@ struct Block {
 };
 inline thread_local Block* current = nullptr;
 
-inline void end_turn() { swapcontext(&current->fibres[current->running], &current->scheduler); }
+inline void end_turn() { leave(current->fibres[current->running], current->scheduler); }
 
 inline void start() {
   try {
@@ -79,20 +79,15 @@ inline void run_block(unsigned threads, void (*body)(void*), void* argument) {
   Block block;
   block.fibres.resize(threads), block.ended.assign(threads, false), block.given.assign(threads, 0);
   block.body = body, block.argument = argument;
-  const auto stacks = std::make_unique<char[]>(threads * kStack);
+  char* const stacks = stacks_of(threads * kStack);
   current = &block;
-  for (unsigned i = 0; i < threads; ++i) {
-    getcontext(&block.fibres[i]);
-    block.fibres[i].uc_stack = {&stacks[i * kStack], 0, kStack};
-    block.fibres[i].uc_link = nullptr;
-    makecontext(&block.fibres[i], start, 0);
-  }
+  for (unsigned i = 0; i < threads; ++i) make_fibre(block.fibres[i], &stacks[i * kStack], kStack, start);
   for (unsigned left = threads; left > 0;) {
     for (unsigned i = 0; i < threads; ++i) {
       if (block.ended[i]) continue;
       block.running = i;
       threadIdx = dim3(i, 0, 0);
-      swapcontext(&block.scheduler, &block.fibres[i]);
+      resume(block.fibres[i], block.scheduler);
       left -= block.ended[i];
     }
   }

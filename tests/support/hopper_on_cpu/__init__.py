@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from inductor_ext.kernels.mxfp8_grouped_mm import hopper
-from tests.support.cuda_on_cpu import KERNELS, Given
+from tests.support.cuda_on_cpu import FLAGS, KERNELS, Given
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,7 @@ def _compiled(name: str, folder: Path, options: list[str]) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no g++")
     made = folder / "kernel.so"
-    command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", *options, f"-I{KERNELS}"]
+    command = [compiler, *FLAGS, *options, f"-I{KERNELS}"]
     run = subprocess.run([*command, str(HERE / f"{name}.cpp"), "-o", str(made)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[:4000]
     return ctypes.CDLL(str(made))

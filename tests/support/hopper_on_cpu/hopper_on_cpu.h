@@ -10,8 +10,6 @@
 // or about what PTX's own conversions do: the stand-in of hopper_math.cuh computes from definitions.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -28,6 +26,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "../fibres.h"
 
 #define __host__
 #define __device__
@@ -119,10 +119,10 @@ struct Store {  // of a box, by the copy engine
 };
 inline unsigned seed = 7;  // of the order in which things happen
 struct Cta {
-  std::vector<ucontext_t> fibres;
+  std::vector<Fibre> fibres;
   std::vector<bool> ended;
   std::vector<std::function<bool()>> awaited;  // by each thread that waits
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   unsigned running = 0, threads = 0;
   uint64_t progress = 0;
   std::function<void()> body;
@@ -145,7 +145,7 @@ struct Cta {
 inline Cta* cta = nullptr;                        // whose turn it is
 inline std::vector<std::unique_ptr<Cta>> cluster;  // by rank
 
-inline void yield() { swapcontext(&cta->fibres[cta->running], &cta->scheduler); }
+inline void yield() { leave(cta->fibres[cta->running], cta->scheduler); }
 template <typename Condition>
 void wait_until(Condition condition) {
   if (!condition()) {
@@ -185,12 +185,7 @@ inline void make_cta(Cta& made, unsigned block, unsigned threads, std::function<
   made.issued.assign(threads, {{}}), made.stores.assign(threads, {{}}), made.awaited.resize(threads), made.stalled.resize(threads / 32);
   made.order.resize(threads), made.memory.assign(inductor_ext::kSharedBytes, 0xff);
   std::iota(made.order.begin(), made.order.end(), 0u);
-  for (unsigned i = 0; i < threads; ++i) {
-    getcontext(&made.fibres[i]);
-    made.fibres[i].uc_stack = {&stacks[i * kStack], 0, kStack};
-    made.fibres[i].uc_link = nullptr;
-    makecontext(&made.fibres[i], start, 0);
-  }
+  for (unsigned i = 0; i < threads; ++i) make_fibre(made.fibres[i], &stacks[i * kStack], kStack, start);
 }
 
 // Each thread that is not held up goes on until it has to wait.
@@ -206,7 +201,7 @@ inline void take_turn() {
     own.awaited[i] = nullptr;
     own.running = i;
     threadIdx = dim3(i, 0, 0);
-    swapcontext(&own.scheduler, &own.fibres[i]);
+    resume(own.fibres[i], own.scheduler);
     own.left -= own.ended[i];
   }
   run_pending();
