@@ -3,7 +3,7 @@
     seconds = graph_time([lambda: op(x0, y0), lambda: op(x1, y1), …])    median of CUDA-graph replays, per call
     times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round;  ratio(one, other)
     rate    = copy_bandwidth(nbytes)                                     bytes/s, read + written, of a device-to-device copy
-    write_json("benchmarks/results/h200/name.json", {"rows": rows})      that and `environment()`
+    write_json("benchmarks/results/h200/name.json", {"rows": rows})      a summary, and `environment()`
 
 One graph holds many calls, so that launch gaps count as they do in a served model and the host does not. To measure with a
 cold L2, pass calls over enough buffer sets: `sets_for(bytes_per_call)` says how many.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
 import platform
 import shlex
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from inductor_ext.bench import summary
 
 Side = TypeVar("Side", bound=Hashable)
 COLD_FACTOR = 4  # buffers between two uses of the same one, in sizes of L2
@@ -154,6 +155,5 @@ def _nvidia_smi(field: str) -> str:
 
 
 def write_json(path: str | Path, payload: dict[str, Any]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    """A summary of that and `environment()`; what it leaves out is in PATH.samples.json, which git ignores."""
+    summary.write(Path(path), {"environment": environment(), **payload})

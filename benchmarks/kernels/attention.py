@@ -173,10 +173,23 @@ def measure(shape: Shape) -> list[dict[str, Any]]:
                 "us": round(us, 2),
                 "of_stock": round(timing.ratio(times["stock", "batch"], found), 2),
                 "TFLOP/s": round(operations / us * 1e-6),
+                "GFLOP": float(f"{operations * 1e-9:.4g}"),
                 "distance": f"{apart[side]:.1e}",
             }
         )
     return rows
+
+
+def by_shape(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row for the sequences, with µs and the speed relative to stock of each side; and how far each is from fp32 at most."""
+    shapes: dict[str, dict[str, Any]] = {}
+    apart: dict[str, float] = {}
+    for row in rows:
+        side = f"{row['library']}, {row['how']}"
+        shape = shapes.setdefault(row["sequences"], {"sequences": row["sequences"], "GFLOP": row["GFLOP"]})
+        shape[side] = [row["us"], row["of_stock"]]
+        apart[side] = max(apart.get(side, 0.0), float(row["distance"]))
+    return {"of each side": ["µs", "of stock's speed"], "shapes": list(shapes.values()), "distance": apart}
 
 
 def sanitize() -> None:
@@ -206,8 +219,8 @@ def main(
     if check:
         return sanitize()
     rows = [row for shape in SHAPES for row in measure(shape)]
-    timing.write_json(out, {"libraries": implementations.versions(), "rows": rows})
-    show(rows, 120)
+    timing.write_json(out, {"libraries": implementations.versions(), **by_shape(rows)})
+    show(rows, 120, without=("GFLOP",))
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def measure(model: str, tokens: int) -> dict[str, Any]:
     times = timing.in_turn(sides, replays=5, least_calls=4)
     return {
         "model": model, "tokens": tokens, "megabytes": round(tokens * intermediate * 4e-6, 1),
-        "us": {chunks: round(statistics.median(each), 2) for chunks, each in times.items()},
-        "ratio": {chunks: round(timing.ratio(times[1], each), 3) for chunks, each in times.items()},
+        "chunks": list(times), "us": [round(statistics.median(each), 2) for each in times.values()],
+        "ratio": [round(timing.ratio(times[1], each), 3) for each in times.values()],
     }  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path
     timing.write_json(out, {"rows": rows})
     table = Table("model", "tokens", "gate and up, MB", "whole, µs", *(f"in {chunks}: ×" for chunks in CHUNKS[1:]))
     for row in rows:
-        ratios = [f"{row['ratio'][chunks]:.3f}" for chunks in CHUNKS[1:]]
-        table.add_row(row["model"], str(row["tokens"]), str(row["megabytes"]), f"{row['us'][1]:.1f}", *ratios)
+        ratios = [f"{ratio:.3f}" for ratio in row["ratio"][1:]]
+        table.add_row(row["model"], str(row["tokens"]), str(row["megabytes"]), f"{row['us'][0]:.1f}", *ratios)
     Console(width=130).print(table)
 
 

@@ -42,6 +42,7 @@ QUICK = (("Qwen3-30B-A3B", 1), ("Qwen3-30B-A3B", 64), ("Qwen3-30B-A3B", 4096), (
 LIMIT = 3e-3  # ‖out - fp64‖ / ‖fp64‖: bf16 rounds to 1.7e-3 on average
 #: Our sides, and what x is in each.
 OURS = {"ours": "bf16", "ours_mx": "mxfp8", "ours_fp8": "fp8_128", "ours_fp8_32": "fp8"}
+FASTEST = 3  # tiles of each point that `tune` shows
 Run = Callable[[], Any]
 
 
@@ -260,7 +261,7 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
                     found[key[0]] = round(timing.graph_time(calls, replays=5, least_calls=4) * 1e6, 2)
                 chosen = hopper.tile(kind, tokens * w.top_k, w.data.shape[0])
                 row = {"model": model, "which": which, "tokens": tokens, "mean": mean, "kind": kind}
-                rows.append({**row, "us": found, "chosen": chosen})
+                rows.append({**row, **fastest(found), "chosen": chosen, "chosen_us": found.get(chosen)})
             del sets
         del w
         torch.cuda.empty_cache()
@@ -268,12 +269,18 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
         columns = "tokens a group", "matmul", "fastest", "second", "third", "chosen now"
         table = Table(*columns, title=f"x in {kind}")
         for row in sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["mean"]):
-            ordered = sorted(row["us"].items(), key=lambda item: item[1])
-            best = [f"{name[7:]} {us:.1f}" for name, us in ordered[:3]] + [""] * (3 - len(ordered[:3]))
-            now = f"{row['chosen'][7:]} {row['us'].get(row['chosen'], float('nan')):.1f}"
+            best = [f"{name[7:]} {us:.1f}" for name, us in zip(row["fastest"], row["fastest_us"])]
+            best += [""] * (FASTEST - len(best))
+            now = f"{row['chosen'][7:]} {row['chosen_us'] or float('nan'):.1f}"
             table.add_row(f"{row['mean']:.2f}", f"{row['model'][:7]} {row['which']}", *best, now)
         console.print(table)
     return rows
+
+
+def fastest(us: dict[str, float]) -> dict[str, Any]:
+    """What a row says of the tiles that were timed, and all of their times, which its summary leaves out."""
+    ordered = sorted(us, key=us.__getitem__)[:FASTEST]
+    return {"fastest": ordered, "fastest_us": [us[name] for name in ordered], "all_us": us}
 
 
 # ---- for compute-sanitizer -------------------------------------------------------------------------------------------

@@ -111,6 +111,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def by_shape(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kind, N and K, with lists over M. Of CUTLASS's collectives the fastest."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for row in rows:
+        collectives = [us for name, us in row.items() if name.startswith("cutlass")]
+        lists = {name: row.get(name) for name in ("m", "choice", "stock_us", "ours_us", "ratio")}
+        lists |= {"collectives_us": min(collectives)} if collectives else {}
+        shape = found.setdefault((row["kind"], row["n"], row["k"]), {name: row[name] for name in ("kind", "n", "k")})
+        for name, value in lists.items():
+            shape.setdefault(name, []).append(value)
+    return list(found.values())
+
+
 def time_siblings(widths: tuple[int, ...], k: int, m: int, rowwise: bool) -> dict[str, Any]:
     """One launch for products that share a, against a ``torch._scaled_mm`` for each and against a launch of ours for each."""
     apart = [Problem(m, n, k, rowwise, True) for n in widths]
@@ -187,7 +200,8 @@ def main(
     accuracies = [accuracy(k, fast, row) for k in (256, 1024, 4096, 16384) for fast in (True, False) for row in (True, False)]
     costs = overhead()
     found = summary(rows)
-    timing.write_json(out, {"summary": found, "call_us": costs, "siblings": siblings, "accuracy": accuracies, "rows": rows})
+    parts = {"summary": found, "call_us": costs, "siblings": siblings, "accuracy": accuracies}
+    timing.write_json(out, {**parts, "shapes": by_shape(rows)})
     for row in siblings:
         console.print({key: value for key, value in row.items() if key != "k"})
     for row in accuracies:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.kernels.shared import table_text
+from inductor_ext.bench import summary
 from inductor_ext.kernels.scaled_mm.op_table import OpTable
 
 
@@ -28,7 +28,7 @@ def compare(
 
 def write_table(table: OpTable, results: Path, name: str, made_by: str, columns: tuple[str, str], over: str) -> None:
     """``table`` for sm_90a, from a file of results whose rows call one launch ``name``. ``columns``: what both times are of."""
-    measured = json.loads(results.read_text())
+    measured = summary.read(results)
     shapes: dict[tuple[str, int, int], list[Any]] = {}
     for row in measured["rows"]:
         us = row[f"{name}_us"]

@@ -1,6 +1,6 @@
 """Tune scaled_mm: time every sensible configuration of every problem on this GPU and write the table that `choice.py` reads.
 
-    python -m benchmarks.kernels.scaled_mm_tune --out results.json --table kernels/scaled_mm/table_sm_90a.json
+    python -m benchmarks.kernels.scaled_mm_tune --table kernels/scaled_mm/table_sm_90a.json
     … --update --sizes 7168 --shapes 4096x1024 --fast          measures some problems anew, and keeps the table's other rows
 
 Operands are cold in L2, times are medians of CUDA-graph replays. A first round times all candidates shortly, once in each
@@ -82,7 +82,7 @@ def tune(problem: Problem, names: list[Config], modules: dict[Any, Any]) -> dict
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="All times, with the environment.")] = Path("scaled_mm_tune.json"),
+    out: Annotated[Path | None, typer.Option(help="Where every time goes; the table has the fastest's.")] = None,
     table: Annotated[Path, typer.Option(help="The table to write.")] = Path("table_sm_90a.json"),
     shapes: Annotated[str, typer.Option(help="N×K pairs, such as 4096x1024,1024x2048; default: all.")] = "",
     sizes: Annotated[str, typer.Option(help="M, separated by commas.")] = ",".join(map(str, SIZES)),
@@ -116,7 +116,8 @@ def main(
                     entries.append({"kind": choice.kind(rowwise, fast), "n": n, "k": k, "rows": found})
                     progress.advance(task)
                 torch.cuda.empty_cache()
-    timing.write_json(out, {"shapes": entries})
+    if out is not None:
+        timing.write_json(out, {"shapes": entries})
     table.write_text(_table(entries, json.loads(table.read_text()) if update else None))
     for entry in entries:
         gains = [row["stock_us"] / min(row["ours_us"].values()) for row in entry["rows"]]
