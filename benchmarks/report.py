@@ -1,6 +1,6 @@
-"""docs/results.md, made from the JSON under benchmarks/results.
+"""docs/results.md and the table in README.md, made from the JSON under benchmarks/results.
 
-    python -m benchmarks.report             writes the page; a test compares the committed page with what this makes
+    python -m benchmarks.report             writes both; a test compares what is committed with what this makes
 
 What the page says is in results.md.j2, with a call wherever a table stands; the functions below make the tables. Every number
 is read from a file that the page names, and rounded.
@@ -21,6 +21,8 @@ from inductor_ext.bench import summary
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"  # around the table in it
 RESULTS = ROOT / "benchmarks" / "results"
 Row = Mapping[str, Any]
 
@@ -347,5 +349,35 @@ def page() -> str:
     return made
 
 
+def headline() -> str:
+    """The README's table, and where its first step goes."""
+    models = {
+        "Qwen3-0.6B, 28 layers, 14 × 512 tokens, torchao PerRow": "model_qwen3_row",
+        "the same, PerTensor": "model_qwen3_tensor",
+        "Llama-3.1-8B's shape, 4 layers, static FP8, 8 × 1024 tokens": "llama_prefill",
+        "the same, decoding 16 sequences with an FP8 KV cache of 2048 tokens": "llama_decode_16",
+    }
+    compared = {title: [sides(name)[side]["step_ms"] for side in ("stock", "ours")] for title, name in models.items()}
+    by_hand, step = read("packed_qwen3")["sides"], read("moe_mxfp8_fp8")["rows"][0]
+    compared["Qwen3-0.6B packed by hand, 8 layers, static FP8"] = [by_hand[side]["step_ms"] for side in ("stock", "ours")]
+    title = f"Qwen3-30B-A3B's shape, 2 layers, {step['tokens']} tokens: experts in MXFP8, stock in bf16"
+    compared[title] = [step["stock, ms"], step["ours, ms"]]
+    rows = [
+        {"one step on one NVIDIA H200": title, "stock `torch.compile`": f"{f2(stock)} ms", "this": f"{f2(ours)} ms",
+         "speed": f"{f2(stock / ours)}×"}
+        for title, (stock, ours) in compared.items()
+    ]  # fmt: skip
+    ours = sides("model_qwen3_row")["ours"]
+    matmuls = f"Matmuls take {ours['breakdown']['GEMM']['us'] / 1e3:.1f} of the {ours['step_ms']:.1f} ms in the first line"
+    return f"{table(rows)}\n\n{matmuls}: the time was saved in attention and in the memory-bound kernels.\n"
+
+
+def with_headline(text: str) -> str:
+    """A README with the table of `headline` between its marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + headline() + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(with_headline(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/results.md is what its script makes of the committed results."""
+"""docs/results.md, and the table in README.md, are what their script makes of the committed results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_committed_page_is_what_the_script_makes() -> None:
     assert report.PAGE.read_text(encoding="utf-8") == report.page(), "run `python -m benchmarks.report`"
+
+
+def test_the_readmes_table_is_what_the_script_makes() -> None:
+    text = report.README.read_text(encoding="utf-8")
+    assert text == report.with_headline(text), "run `python -m benchmarks.report`"
 
 
 def test_every_result_is_named_where_it_is_used() -> None:
