@@ -328,10 +328,15 @@ def chunks() -> str:
     )  # fmt: skip
 
 
+def trust() -> str:
+    rows = read("trust")["table"]
+    return table({name: re.sub(r", \d+ s", "", cell) for name, cell in row.items()} for row in rows)
+
+
 TABLES = (
     qwen3_steps, qwen3_parts, ablation, llama, packed, experts, casts, slow_copy, stores, products, product_means, collectives,
     call_costs, siblings, autotuned, fused, producers, one_scale, rotation_stores, attention, grouped, grouped_means, quantised,
-    combined, chunks,
+    combined, chunks, trust,
 )  # fmt: skip
 
 
