@@ -1,7 +1,8 @@
 """Timing on a CUDA device, the same way for every benchmark.
 
     seconds = graph_time([lambda: op(x0, y0), lambda: op(x1, y1), …])    median of CUDA-graph replays, per call
-    times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round;  ratio(one, other)
+    times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round
+    medians(times), ratio(times["stock"], times["ours"]), of_copy(nbytes, times["ours"])                       what a row says
     rate    = copy_bandwidth(nbytes)                                     bytes/s, read + written, of a device-to-device copy
     write_json("benchmarks/results/h200/name.json", {"rows": rows})      a summary, and `environment()`
 
@@ -55,7 +56,7 @@ def graph_time(calls: Sequence[Callable[[], Any]], *, replays: int = 25, least_c
     return statistics.median(_replay_times(graph, replays)) / count
 
 
-def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 3, **options: int) -> dict[Side, list[float]]:
+def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 3, **options: Any) -> dict[Side, list[float]]:
     """Microseconds of a call of each side, a number a round: the chip's clock changes, for all of them alike."""
     found: dict[Side, list[float]] = {name: [] for name in sides}
     for _, (name, calls) in itertools.product(range(rounds), sides.items()):
@@ -63,9 +64,20 @@ def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 
     return found
 
 
+def medians(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """``NAME_us`` of each side, and how far the rounds of the least steady one are apart."""
+    us = {f"{name}_us": round(statistics.median(each), 2) for name, each in found.items()}
+    return {**us, "spread": max(summary.spread(each) for each in found.values())}
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """The median over the rounds of one side's time by another's."""
-    return statistics.median(a / b for a, b in zip(above, below))
+    return round(statistics.median(a / b for a, b in zip(above, below)), 3)
+
+
+def of_copy(nbytes: int, us: Sequence[float]) -> float:
+    """The time of a device-to-device copy of as many bytes, over the median of ``us``."""
+    return round(copy_time(nbytes) * 1e6 / statistics.median(us), 3)
 
 
 def graph_us(call: Callable[[], Any], calls: int = 10) -> float:

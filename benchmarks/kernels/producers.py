@@ -1,7 +1,7 @@
 """Producers fused with their FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
 
     python -m benchmarks.kernels.producers --out benchmarks/results/h200/producers.json        (--only rope: those alone)
-    python -m benchmarks.kernels.producers --only static --rows 16,1024,7168 --out producers_static.json       (a minute or two)
+    python -m benchmarks.kernels.producers --only 'static.*, (16|7168), ' --out producers_static.json          (a minute or two)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -9,17 +9,13 @@ to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many b
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from benchmarks import timing
-from benchmarks.kernels.shared import show
-from inductor_ext import registry
+from benchmarks.kernels.shared import script
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.qk_norm_rope.op import rotate_half
@@ -182,12 +178,9 @@ def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     pairs = [make() for _ in range(timing.sets_for(moved, 32))]
     sides = {"stock": [pair[0] for pair in pairs], "ours": [pair[1] for pair in pairs]}
     found = timing.in_turn(sides, replays=9)
-    ratio = timing.ratio(found["stock"], found["ours"])
-    ours = statistics.median(found["ours"])
     return {
-        "work": work, "rows": rows, "columns": columns,
-        "stock_us": round(statistics.median(found["stock"]), 2), "ours_us": round(ours, 2), "ratio": round(ratio, 3),
-        "of_copy": round(timing.copy_time(moved) * 1e6 / ours, 3),
+        "work": work, "rows": rows, "columns": columns, **timing.medians(found),
+        "ratio": timing.ratio(found["stock"], found["ours"]), "of_copy": timing.of_copy(moved, found["ours"]),
     }  # fmt: skip
 
 
@@ -219,17 +212,5 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
             yield "rope of q and k, normalised", tokens, columns, qk_rope(tokens, heads, normed=True)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("producers.json"),
-    only: Annotated[str, typer.Option(help="Only works whose name holds this.")] = "",
-    rows: Annotated[str, typer.Option(help="Only these numbers of rows, such as 16,7168.")] = "",
-) -> None:
-    registry.ops()
-    counts = [int(each) for each in rows.split(",") if each]
-    found = [measure(*work) for work in works() if only in work[0] and (not counts or work[1] in counts)]
-    timing.write_json(out, {"rows": found})
-    show(found, 130)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, works)
