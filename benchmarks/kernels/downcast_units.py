@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from local_build import Unit
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from benchmarks.kernels.local_build import Unit
 from inductor_ext.kernels import steps
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2

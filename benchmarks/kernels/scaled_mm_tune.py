@@ -64,18 +64,21 @@ def _waves(problem: Problem, config: Config) -> int:
 def tune(problem: Problem, names: list[Config], modules: dict[Any, Any]) -> dict[str, Any]:
     """Times of the best configurations and of PyTorch's operator, µs."""
     sets = cases.cold_operands(problem)
-    guess = cases.floor_us(problem)
+
+    def time_us(calls: list[Any], replays: int) -> float:
+        return timing.graph_time(calls, replays=replays, **cases.effort(problem)) * 1e6
+
     first: dict[Config, float] = {}
     for config in (*names, *reversed(names)):  # a GPU that slows down while it gets warm does so for other candidates
-        taken = cases.time_us([cases.ours(config, modules, problem, x) for x in sets], guess, 3)
+        taken = time_us([cases.ours(config, modules, problem, x) for x in sets], 3)
         first[config] = min(taken, first.get(config, math.inf))
     best = sorted(first, key=first.__getitem__)[:KEPT]
     rounds: dict[str, list[float]] = {}
     for _ in range(2):
-        rounds.setdefault("stock", []).append(cases.time_us([cases.stock(problem, x) for x in sets], guess, 9))
+        rounds.setdefault("stock", []).append(time_us([cases.stock(problem, x) for x in sets], 9))
         for config in best:
             calls = [cases.ours(config, modules, problem, x) for x in sets]
-            rounds.setdefault(config.name, []).append(cases.time_us(calls, guess, 9))
+            rounds.setdefault(config.name, []).append(time_us(calls, 9))
     times = {name: round(min(values), 3) for name, values in rounds.items()}
     stock = times.pop("stock")
     return {"m": problem.m, "stock_us": stock, "ours_us": dict(sorted(times.items(), key=lambda item: item[1]))}

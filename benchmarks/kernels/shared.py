@@ -1,7 +1,6 @@
 """What the scripts here share: their command, their kernels, built; their rows, shown, or written as a table.
 
-    if __name__ == "__main__":
-        script(measure, CASES)         --out FILE.json, --only REGEX; one row, or several, of each measure(*case)
+    script(measure, CASES)         the command: --out FILE.json, --only REGEX; one row, or several, of each measure(*case)
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def script(
         for case in chosen:
             made = measure(*case)
             rows += made if isinstance(made, list) else [made]
-        if out is not None:
-            timing.write_json(out, payload(rows))
+            if out is not None:
+                timing.write_json(out, payload(rows))  # now: a run that is stopped keeps what it has
         show(rows, width, without)
 
     typer.run(main)

@@ -15,17 +15,13 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import timing
-
 import inductor_ext
+from benchmarks import timing
 from inductor_ext.rule import TOLERANCE
 
 RULES = {"mxfp8_grouped_mm": "always"}
