@@ -30,6 +30,8 @@ import torch
 from inductor_ext.bench import summary
 
 Side = TypeVar("Side", bound=Hashable)
+ROUNDS = 3
+HOW = f"medians of {ROUNDS} rounds in turn, each the median of CUDA-graph replays"  # of `in_turn`
 COLD_FACTOR = 4  # buffers between two uses of the same one, in sizes of L2
 
 
@@ -56,7 +58,9 @@ def graph_time(calls: Sequence[Callable[[], Any]], *, replays: int = 25, least_c
     return statistics.median(_replay_times(graph, replays)) / count
 
 
-def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 3, **options: Any) -> dict[Side, list[float]]:
+def in_turn(
+    sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = ROUNDS, **options: Any
+) -> dict[Side, list[float]]:
     """Microseconds of a call of each side, a number a round: the chip's clock changes, for all of them alike."""
     found: dict[Side, list[float]] = {name: [] for name in sides}
     for _, (name, calls) in itertools.product(range(rounds), sides.items()):

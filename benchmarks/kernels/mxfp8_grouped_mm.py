@@ -296,7 +296,7 @@ def main(
         torch.cuda.empty_cache()
     found = summary(rows)
     if out is not None:
-        timing.write_json(out, {"rows": rows, "summary": found})
+        timing.write_json(out, {"how_timed": timing.HOW, "rows": rows, "summary": found})
     show([shown(row) for row in rows], 150)
     for name, ratios in found.items():
         print(f"{name}: geometric mean {ratios['mean']}, least {ratios['least']}")

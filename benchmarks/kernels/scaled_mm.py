@@ -170,7 +170,7 @@ def main(
     found = summary(rows)
     parts = {"summary": found, "call_us": costs, "siblings": siblings, "accuracy": accuracies}
     if out is not None:
-        timing.write_json(out, {**parts, "shapes": by_shape(rows)})
+        timing.write_json(out, {"how_timed": timing.HOW, **parts, "shapes": by_shape(rows)})
     show(siblings, 150, without=("k",))
     show(accuracies, 130)
     console.print(found, costs)

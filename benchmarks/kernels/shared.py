@@ -50,8 +50,8 @@ def script(
         for case in chosen:
             made = measure(*case)
             rows += made if isinstance(made, list) else [made]
-            if out is not None:
-                timing.write_json(out, payload(rows))  # now: a run that is stopped keeps what it has
+            if out is not None:  # after each case: a run that is stopped keeps what it has
+                timing.write_json(out, {"how_timed": timing.HOW, **payload(rows)})
         show(rows, width, without)
 
     typer.run(main)

@@ -65,7 +65,6 @@ CASES: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "moe_combine": lambda m: (16, 8, 64, 128, True),
     "mxfp8_quantize": lambda m: ((4, 64), torch.bfloat16, 0, False),
     "one_scale": lambda m: first(m)[0],
-    "producers": lambda m: first(m)[0],
     "qk_norm_rope_store": lambda m: (m.LAYERS[0], 16, m.E4),
     "scaled_mm_act_mul": lambda m: (m.cases.Problem(8, 64, 32, True, True),),
     "scaled_mm_add": lambda m: (m.cases.Problem(8, 64, 32, False, True),),
@@ -92,6 +91,21 @@ def test_a_case_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = found if isinstance(found, list) else [found]
     assert json.dumps(rows)
     assert all(any(str(key).endswith("us") for key in row) for row in rows)
+
+
+def test_producers_of_every_kind_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.kernels import producers
+
+    for name in ("SHAPES", "TENSOR_SHAPES", "ACT_MUL_SHAPES"):
+        monkeypatch.setattr(producers, name, ((3, 64),))
+    monkeypatch.setattr(producers, "ROPE_TOKENS", (4,))
+    works = list(producers.works())
+    assert len(works) == 3 * 4 + 3 + 4
+    for work, rows, columns, (moved, make) in works:
+        stock, ours = make()
+        assert moved > rows * columns and stock() is not None, work
+        ours()
+    assert producers.measure(*works[0])["ratio"] == 1.0
 
 
 def test_products_are_written_a_row_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +169,7 @@ def test_the_command_measures_the_cases_that_are_asked_for(tmp_path: Path, monke
     done = run(script, "--only", "norm, 1", "--out", str(out))
     assert done.exit_code == 0 and len(built) == 2, done.output
     columns = {"columns": ["case", "rows"], "rows": [["norm", 1], ["norm", 16]]}
-    assert json.loads(out.read_text()) == {"environment": {"gpu": "none"}, "rows": columns}
+    assert json.loads(out.read_text()) == {"environment": {"gpu": "none"}, "how_timed": timing.HOW, "rows": columns}
     assert run(script, "--quick").output.count("norm") == 1
     assert run(script, "--only", "^act").output.count("norm") == 0
 
