@@ -4,7 +4,7 @@
     times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round
     medians(times), ratio(times["stock"], times["ours"]), of_copy(nbytes, times["ours"])                       what a row says
     rate    = copy_bandwidth(nbytes)                                     bytes/s, read + written, of a device-to-device copy
-    write_json("benchmarks/results/h200/name.json", {"rows": rows})      a summary, and `environment()`
+    write_json(path, {"rows": rows})                                     a summary, and `environment()`
 
 One graph holds many calls, so that launch gaps count as they do in a served model and the host does not. To measure with a
 cold L2, pass calls over enough buffer sets: `sets_for(bytes_per_call)` says how many.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def test_the_readmes_table_is_what_the_script_makes() -> None:
     assert text == report.with_headline(text), "run `python -m benchmarks.report`"
 
 
-def test_every_result_is_named_where_it_is_used() -> None:
+def test_results_are_named_where_they_are_used_and_those_named_are_there() -> None:
     """A result that no page and no comment names is not worth its bytes."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -33,6 +34,8 @@ def test_every_result_is_named_where_it_is_used() -> None:
     for result in sorted((ROOT / "benchmarks" / "results").glob("*/*")):
         if not result.name.endswith(".samples.json"):
             assert result.name in text, result.name
+    for name in set(re.findall(r"benchmarks/results/\w+/\w+\.(?:json|txt|png)", text)):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize(
