@@ -1,9 +1,10 @@
 """Timing on a CUDA device, the same way for every benchmark.
 
     seconds = graph_time([lambda: op(x0, y0), lambda: op(x1, y1), …])    median of CUDA-graph replays, per call
-    times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round;  ratio(one, other)
+    times   = in_turn({"stock": calls, "ours": calls})                   µs of each side, a number a round
+    medians(times), ratio(times["stock"], times["ours"]), of_copy(nbytes, times["ours"])                       what a row says
     rate    = copy_bandwidth(nbytes)                                     bytes/s, read + written, of a device-to-device copy
-    write_json("benchmarks/results/h200/name.json", {"rows": rows})      that and `environment()`
+    write_json(path, {"rows": rows})                                     a summary, and `environment()`
 
 One graph holds many calls, so that launch gaps count as they do in a served model and the host does not. To measure with a
 cold L2, pass calls over enough buffer sets: `sets_for(bytes_per_call)` says how many.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
 import platform
 import shlex
@@ -27,7 +27,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from inductor_ext.bench import summary
+
 Side = TypeVar("Side", bound=Hashable)
+ROUNDS = 3
+HOW = f"medians of {ROUNDS} rounds in turn, each the median of CUDA-graph replays"  # of `in_turn`
 COLD_FACTOR = 4  # buffers between two uses of the same one, in sizes of L2
 
 
@@ -54,7 +58,9 @@ def graph_time(calls: Sequence[Callable[[], Any]], *, replays: int = 25, least_c
     return statistics.median(_replay_times(graph, replays)) / count
 
 
-def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 3, **options: int) -> dict[Side, list[float]]:
+def in_turn(
+    sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = ROUNDS, **options: Any
+) -> dict[Side, list[float]]:
     """Microseconds of a call of each side, a number a round: the chip's clock changes, for all of them alike."""
     found: dict[Side, list[float]] = {name: [] for name in sides}
     for _, (name, calls) in itertools.product(range(rounds), sides.items()):
@@ -62,9 +68,20 @@ def in_turn(sides: Mapping[Side, Sequence[Callable[[], Any]]], *, rounds: int = 
     return found
 
 
+def medians(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """``NAME_us`` of each side, and how far the rounds of the least steady one are apart."""
+    us = {f"{name}_us": round(statistics.median(each), 2) for name, each in found.items()}
+    return {**us, "spread": max(summary.spread(each) for each in found.values())}
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """The median over the rounds of one side's time by another's."""
-    return statistics.median(a / b for a, b in zip(above, below))
+    return round(statistics.median(a / b for a, b in zip(above, below)), 3)
+
+
+def of_copy(nbytes: int, us: Sequence[float]) -> float:
+    """The time of a device-to-device copy of as many bytes, over the median of ``us``."""
+    return round(copy_time(nbytes) * 1e6 / statistics.median(us), 3)
 
 
 def graph_us(call: Callable[[], Any], calls: int = 10) -> float:
@@ -154,6 +171,5 @@ def _nvidia_smi(field: str) -> str:
 
 
 def write_json(path: str | Path, payload: dict[str, Any]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    """A summary of that and `environment()`; what it leaves out is in PATH.samples.json, which git ignores."""
+    summary.write(Path(path), {"environment": environment(), **payload})

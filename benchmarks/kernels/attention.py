@@ -1,7 +1,6 @@
 """Attention without a cache by every library that is installed, against PyTorch's as Hugging Face models call it.
 
     python -m benchmarks.kernels.attention --out benchmarks/results/h200/attention.json
-    compute-sanitizer --tool racecheck python -m benchmarks.kernels.attention --sanitize      (or memcheck, synccheck)
 
 ``stock`` is `scaled_dot_product_attention` with a mask [B, 1, S, S] that is in memory already (none where attention is full),
 and K and V repeated for GQA in the call, as transformers does. ``batch`` is B sequences of S; ``packed`` the same tokens with
@@ -13,18 +12,14 @@ where attention is causal.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from benchmarks import timing
-from benchmarks.kernels.shared import show
-from inductor_ext import registry
+from benchmarks.kernels.shared import script
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
 
@@ -173,42 +168,25 @@ def measure(shape: Shape) -> list[dict[str, Any]]:
                 "us": round(us, 2),
                 "of_stock": round(timing.ratio(times["stock", "batch"], found), 2),
                 "TFLOP/s": round(operations / us * 1e-6),
+                "GFLOP": float(f"{operations * 1e-9:.4g}"),
                 "distance": f"{apart[side]:.1e}",
             }
         )
     return rows
 
 
-def sanitize() -> None:
-    """A call of each road through the kernel for compute capability 9.0, compared with the reference."""
-    for width, heads, kv_heads, lengths, left, right in (
-        (128, 2, 1, (5, 130, 0, 300, 64), -1, 0),  # tiles of one head
-        (128, 32, 16, (5, 64, 1, 33, 7), -1, 0),  # of two
-        (64, 3, 3, (65, 257), 40, 10),
-        (128, 1, 1, (650, 3), -1, -1),  # more blocks than stages
-    ):
-        total, scale = sum(lengths), width**-0.5
-        q, k, v = (torch.randn(total + 9, each, width, device="cuda").bfloat16() for each in (heads, kv_heads, kv_heads))
-        ends = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda", dtype=torch.int32)
-        out = torch.full_like(q, torch.nan)
-        OP._call(q, k, v, ends, max(lengths), scale, left, right, 0.0, True, "hopper", out=out)
-        wanted = OP.reference(q.float(), k.float(), v.float(), ends, 0, scale, left, right, 0.0, True, "")
-        apart = float((out.float() - wanted).norm() / wanted.norm())
-        print(f"{heads}/{kv_heads} heads of {width}, sequences of {lengths}: {apart:.1e} from the reference")
-        assert apart < 5e-3
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("attention.json"),
-    check: Annotated[bool, typer.Option("--sanitize", help="Few calls, for compute-sanitizer; nothing is timed.")] = False,
-) -> None:
-    registry.ops()
-    if check:
-        return sanitize()
-    rows = [row for shape in SHAPES for row in measure(shape)]
-    timing.write_json(out, {"libraries": implementations.versions(), "rows": rows})
-    show(rows, 120)
+def by_shape(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row for the sequences, with µs and the speed relative to stock of each side; and how far each is from fp32 at most."""
+    shapes: dict[str, dict[str, Any]] = {}
+    apart: dict[str, float] = {}
+    for row in rows:
+        side = f"{row['library']}, {row['how']}"
+        shape = shapes.setdefault(row["sequences"], {"sequences": row["sequences"], "GFLOP": row["GFLOP"]})
+        shape[side] = [row["us"], row["of_stock"]]
+        apart[side] = max(apart.get(side, 0.0), float(row["distance"]))
+    each = {"libraries": implementations.versions(), "of each side": ["µs", "of stock's speed"]}
+    return {**each, "shapes": list(shapes.values()), "distance": apart}
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, [(shape,) for shape in SHAPES], payload=by_shape, width=120, without=("GFLOP",))

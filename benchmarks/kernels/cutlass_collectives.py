@@ -1,10 +1,7 @@
 """CUTLASS's own SM90 collectives behind scaled_mm's interface: what our kernels are compared with, in speed and in build time.
 
-    from cutlass_collectives import load
     product = load(128, 128, pingpong=True, cluster_m=2, exact=False)
     product(a, b, scale_a, scale_b, bias, out)
-
-    python -m benchmarks.kernels.cutlass_collectives --arch sm_90a      builds each of `USUAL` from cold, one at a time
 
 Operands are those of ``kernels/scaled_mm/op.py``: a [M, K] row-major, b [K, N] column-major, scales of one element or a vector,
 bias or None; ``out`` is written. Nothing is allocated, and the kernel may start while the one ahead of it ends, as ours do.
@@ -12,12 +9,8 @@ bias or None; ``out`` is written. Nothing is allocated, and the kernel may start
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,20 +72,3 @@ def load(
         run(a, b, scale_a, scale_b, bias, out, False, cluster_m, 1)
 
     return product
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sm_90a")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        options = settings.current(cache_dir=f"{folder}/cache", arch=arguments.arch, progress=False)
-        for collective in USUAL:
-            started = time.perf_counter()
-            (built,) = jit.prebuild([collective.spec(arguments.arch, (E4, E4, torch.bfloat16))], Path(folder), options).values()
-            seconds = time.perf_counter() - started
-            print(f"{collective.name:50}{seconds:6.1f} s  {built if isinstance(built, Exception) else ''}")
-
-
-if __name__ == "__main__":
-    main()

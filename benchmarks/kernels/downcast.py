@@ -1,7 +1,6 @@
-"""fp8_downcast, downcast_fp8 and fp8_quantize on one GPU: bytes against eager, time against a device copy and stock Inductor.
+"""fp8_downcast, downcast_fp8 and fp8_quantize on one GPU: time against a device copy and stock Inductor, bytes against eager.
 
     python -m benchmarks.kernels.downcast --check --time --out benchmarks/results/h200/downcast.json
-    compute-sanitizer --tool memcheck python -m benchmarks.kernels.downcast --sanitize     (racecheck, initcheck, synccheck)
 
 Times are CUDA-graph replays, median. Large sizes rotate over enough buffers to find L2 cold. `copy` is a device-to-device copy
 that reads and writes as many bytes together, in the same run; `of copy` is its time over ours. A whole-tensor amax must read
@@ -10,23 +9,19 @@ its input twice: its bytes are 2 reads and 1 write.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import timing
-from downcast_checks import Report, division, eager_facts, quantized, static_chains, static_shapes
-from downcast_units import (
+from benchmarks import timing
+from benchmarks.kernels.downcast_checks import checks
+from benchmarks.kernels.downcast_units import (
     BF16,
     DIVISION,
     E4,
     E5,
-    F16,
     F32,
     IN_DTYPES,
     chains,
@@ -38,9 +33,9 @@ from downcast_units import (
     steps,
     store,
     store_unit,
-)  # fmt: skip
-from local_build import build
-from store_checks import repeats, stores, streams_and_graphs
+)
+from benchmarks.kernels.local_build import build
+from benchmarks.kernels.shared import Out
 
 TIME_UNITS = [
     static_unit(BF16, E4),
@@ -49,69 +44,7 @@ TIME_UNITS = [
     quantize_unit(BF16, E4, "recip"),
     store_unit(BF16, E4, torch.int64),
 ]
-CHECK_UNITS = [
-    DIVISION,
-    *(static_unit(x, fp8) for x in IN_DTYPES for fp8 in (E4, E5)),
-    *(quantize_unit(x, E4, "torchao") for x in IN_DTYPES),
-    quantize_unit(BF16, E5, "torchao"),
-    quantize_unit(BF16, E4, "recip"),
-    store_unit(BF16, E4, torch.int64),
-    store_unit(BF16, E4, torch.int32),
-    store_unit(F32, E5, torch.int64),
-    store_unit(F16, E4, torch.int32),
-]
-
-
-def check_all(modules: dict[str, Any]) -> Report:
-    report = Report()
-    report.run("eager facts", eager_facts)
-    report.run("division", division, modules["division"])
-    for x in IN_DTYPES:
-        for fp8 in (E4, E5):
-            module = modules[static_unit(x, fp8).name]
-            report.run(f"chains {x} {fp8}", static_chains, module, x, fp8)
-            report.run(f"shapes {x} {fp8}", static_shapes, module, x, fp8)
-        report.run(f"quantize {x}", quantized, modules[quantize_unit(x, E4, "torchao").name], "torchao", x, E4)
-    report.run("quantize e5m2", quantized, modules[quantize_unit(BF16, E5, "torchao").name], "torchao", BF16, E5)
-    report.run("quantize recip", quantized, modules[quantize_unit(BF16, E4, "recip").name], "recip", BF16, E4)
-    for x, fp8, loc in ((BF16, E4, torch.int64), (BF16, E4, torch.int32), (F32, E5, torch.int64), (F16, E4, torch.int32)):
-        report.run(f"stores {x} {fp8} {loc}", stores, modules[store_unit(x, fp8, loc).name], x, fp8, loc)
-    by_loc = {loc: modules[store_unit(BF16, E4, loc).name] for loc in (torch.int32, torch.int64)}
-    report.run("repeats", repeats, by_loc)
-    report.run("streams and graphs", streams_and_graphs, by_loc)
-    return report
-
-
-def sanitize() -> None:
-    """Every kernel once, small, for compute-sanitizer."""
-    modules = build(
-        [static_unit(BF16, E4, ("f32_div", "row_div")), quantize_unit(BF16, E4, "torchao"), store_unit(BF16, E4, torch.int64)]
-    )
-    stat, quant, kv = modules.values()
-    s = torch.tensor(0.3, device="cuda")
-
-    def bf16(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape).to(BF16).cuda()
-
-    def blank(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.uint8).cuda().view(E4)
-
-    for shape in ((5,), (3, 131), (4, 1024), (600, 2048)):
-        static(stat, "f32_div", E4, bf16(*shape), blank(*shape), s)
-    static(stat, "f32_div", E4, bf16(30, 300)[:, 1:98], blank(30, 97), s)
-    static(stat, "row_div", E4, bf16(30, 96), blank(30, 96), torch.ones(30, 1, device="cuda"))
-    for cols in (5, 128, 130, 500, 1024, 1001, 4096, 4097, 8192, 16384, 16383, 16392, 16385):
-        quantize(quant, "row", "torchao", E4, bf16(9, cols), blank(9, cols), torch.zeros(9, 1).cuda())
-    for n in (5, 4096, 100_001):
-        quantize(quant, "tensor", "torchao", E4, bf16(n), blank(n), torch.zeros(()).cuda(), torch.zeros(1024).cuda())
-    for tokens in (1, 7, 300, 1500):
-        for cols in (1024, 128, 100, 33, 4096):
-            loc = torch.randint(-3, 40, (tokens,)).cuda()
-            store(kv, E4, bf16(tokens, cols), bf16(tokens, cols), blank(37, cols), blank(37, cols), s, s, loc)
-    for cols in (1024, 33, 4096):  # the road by claims
-        store(kv, E4, bf16(60, cols), bf16(60, cols), blank(37, cols), blank(37, cols), s, s, None, mult=0, offset=5)
-    torch.cuda.synchronize()
-    print("sanitize: ran")
+CHECK_UNITS = [DIVISION, *(static_unit(x, fp8) for x in IN_DTYPES for fp8 in (E4, E5))]
 
 
 # ---- times ----
@@ -271,30 +204,22 @@ def host_overhead(modules: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--time", action="store_true")
-    parser.add_argument("--sanitize", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.sanitize:
-        sanitize()
-        return 0
-    units = {unit.name: unit for unit in (CHECK_UNITS if options.check else []) + (TIME_UNITS if options.time else [])}
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Check the arithmetic first.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Time everything.")] = False,
+    out: Out = None,
+) -> None:
+    units = {unit.name: unit for unit in (CHECK_UNITS if check else []) + (TIME_UNITS if time else [])}
     modules = build(list(units.values()))
     print("built", len(modules), flush=True)
     payload: dict[str, Any] = {}
-    failed = 0
-    if options.check:
-        report = check_all(modules)
-        failed = len(report.failed())
-        payload["checks"] = {"run": len(report.lines), "failed": report.failed()}
-        payload["facts"] = [line for line in report.lines if line["check"].startswith(("fact", "near"))]
-        for line in payload["facts"]:
-            print("ok  " if line["ok"] else "FAIL", line["check"], "|", line["detail"])
-        print(f"{len(report.lines)} checks, {failed} failed", flush=True)
-    if options.time:
+    failed: list[str] = []
+    if check:
+        found = list(checks(modules))
+        failed = [f"{name}: {wrong}" for name, wrong in found if wrong]
+        payload["checks"] = {"run": len(found), "failed": failed}
+        print(*failed, f"{len(found)} checks, {len(failed)} failed", sep="\n", flush=True)
+    if time:
         times = Times()
         payload["rows"] = times.rows
         payload["copy_tb_s"] = timing.copy_bandwidth() * 1e-12
@@ -303,10 +228,10 @@ def main() -> int:
             part(times, modules)
         payload["host_us"] = host_overhead(modules)
         print(payload["host_us"])
-    if options.out:
-        timing.write_json(options.out, payload)
-    return 1 if failed else 0
+    if out is not None:
+        timing.write_json(out, payload)
+    raise typer.Exit(bool(failed))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    typer.run(main)

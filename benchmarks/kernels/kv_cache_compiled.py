@@ -1,6 +1,6 @@
 """KV-cache stores as a model writes them, through torch.compile: stock Inductor against this backend, and call overhead.
 
-    python -m benchmarks.kernels.kv_cache_compiled [--out FILE.json]
+    python -m benchmarks.kernels.kv_cache_compiled --out benchmarks/results/h200/kv_cache_compiled.json
 
 K and V [T, 8, 128] bf16, e4m3 caches of 131 072 rows, in the spellings of ``patterns/downcast_fp8.py``: direct, through
 ``.view``, ``[2, …].unbind(0)``, uint8 viewed as e4m3, slice assignment. CUDA-graph replays of ten calls, median; T ≥ 7168 is
@@ -10,27 +10,21 @@ compared. "forced" is this backend with ``rules={"downcast_fp8": "always"}``.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
+import functools
+import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import timing
-
 import inductor_ext
+from benchmarks import timing
+from benchmarks.kernels.shared import script
 from inductor_ext import registry
 
 E4 = torch.float8_e4m3fn
 SLOTS = 131072
-LINE = (
-    "{form:12} T={T:<6} stock {stock_us:8.2f} us  ours {ours_us:8.2f} us  {ratio:5.2f}x  "
-    "forced {forced_us:8.2f} us  equal {bytes_equal}"
-)
+TOKENS = (1, 16, 128, 1024, 2048, 4096, 7168, 16384, 65536)
 
 
 def quantise(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -100,6 +94,7 @@ def run(form: str, tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@functools.cache
 def overhead() -> dict[str, float]:
     """Microseconds of one op call from Python, launches included, the GPU far from being the bottleneck."""
     ops = torch.ops.inductor_ext
@@ -126,36 +121,8 @@ def overhead() -> dict[str, float]:
         ),
         "aten.mul.out (for comparison)": lambda: torch.ops.aten.mul.out(x, x, out=x),
     }
-    found = {}
-    for name, call in calls.items():
-        for _ in range(200):
-            call()
-        torch.cuda.synchronize()
-        rounds = []
-        for _ in range(20):
-            started = time.perf_counter()
-            for _ in range(200):
-                call()
-            rounds.append((time.perf_counter() - started) / 200 * 1e6)
-            torch.cuda.synchronize()
-        found[name] = sorted(rounds)[10]
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default="kv_cache_compiled.json")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024, 2048, 4096, 7168, 16384, 65536])
-    options = parser.parse_args()
-    rows = []
-    for form in FORMS:
-        for tokens in options.tokens:
-            rows.append(row := run(form, tokens))
-            print(LINE.format(**row), flush=True)
-    calls = overhead()
-    timing.write_json(options.out, {"what": "KV-cache stores through torch.compile", "rows": rows, "overhead_us": calls})
-    print({name: round(value, 2) for name, value in calls.items()}, inductor_ext.__version__)
+    return {name: timing.call_time(call) * 1e6 for name, call in calls.items()}
 
 
 if __name__ == "__main__":
-    main()
+    script(run, itertools.product(FORMS, TOKENS), payload=lambda rows: {"rows": rows, "overhead_us": overhead()})

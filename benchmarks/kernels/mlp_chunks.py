@@ -15,17 +15,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.kernels.shared import built
-from inductor_ext import registry
+from benchmarks.kernels.shared import built, script
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.act_mul_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 from inductor_ext.kernels.scaled_mm import choice
@@ -87,7 +82,7 @@ def _multiply(a: list[Any], b: list[Any], scale_a: list[Any], scale_b: list[Any]
     SCALED_MM._call(a, b, scale_a, scale_b, [None] * len(b), BF16, True, True, "", out=out)
 
 
-def build() -> None:
+def build(_: Any) -> None:
     """Every kernel that some chunk takes, in parallel."""
     sizes = {-(-tokens // chunks) for tokens, chunks in itertools.product(TOKENS, CHUNKS)}
     shapes = [shape for hidden, middle in MODELS.values() for shape in ((2 * middle, hidden), (hidden, middle))]
@@ -115,22 +110,10 @@ def measure(model: str, tokens: int) -> dict[str, Any]:
     times = timing.in_turn(sides, replays=5, least_calls=4)
     return {
         "model": model, "tokens": tokens, "megabytes": round(tokens * intermediate * 4e-6, 1),
-        "us": {chunks: round(statistics.median(each), 2) for chunks, each in times.items()},
-        "ratio": {chunks: round(timing.ratio(times[1], each), 3) for chunks, each in times.items()},
+        "chunks": list(times), "us": [round(statistics.median(each), 2) for each in times.values()],
+        "ratio": [timing.ratio(times[1], each) for each in times.values()],
     }  # fmt: skip
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("mlp_chunks.json")) -> None:
-    registry.ops()
-    build()
-    rows = [measure(model, tokens) for model in MODELS for tokens in TOKENS]
-    timing.write_json(out, {"rows": rows})
-    table = Table("model", "tokens", "gate and up, MB", "whole, µs", *(f"in {chunks}: ×" for chunks in CHUNKS[1:]))
-    for row in rows:
-        ratios = [f"{row['ratio'][chunks]:.3f}" for chunks in CHUNKS[1:]]
-        table.add_row(row["model"], str(row["tokens"]), str(row["megabytes"]), f"{row['us'][1]:.1f}", *ratios)
-    Console(width=130).print(table)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, itertools.product(MODELS, TOKENS), build=build)

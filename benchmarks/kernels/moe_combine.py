@@ -9,19 +9,14 @@ rounds, medians, over enough buffers to find L2 cold. Few rows a token (k below 
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 import inductor_ext
 from benchmarks import timing
-from benchmarks.kernels.shared import show
-from inductor_ext import registry
+from benchmarks.kernels.shared import script
 
 #: tokens, k, hidden, experts: Qwen3-30B-A3B, Mixtral-8x7B, widths of gpt-oss and DeepSeek-V3, and other k
 SHAPES = (
@@ -37,8 +32,9 @@ SHAPES = (
     (4096, 6, 2048, 64),
     (4096, 8, 7168, 256),
 )
-MASKED_TOO = (4096, 8, 2048, 128)
-QUICK = tuple(shape for shape in SHAPES if shape[1] <= 6 or shape == MASKED_TOO)
+EIGHT = (4096, 8, 2048, 128)
+CASES = (*((*shape, False) for shape in SHAPES), (*EIGHT, True))  # masked
+QUICK = tuple((*shape, False) for shape in SHAPES if shape[1] <= 6 or shape == EIGHT)
 Call = Callable[[], Any]
 
 
@@ -74,31 +70,12 @@ def measure(tokens: int, top_k: int, hidden: int, experts: int, masked: bool) ->
             calls[name].append(lambda side=side, given=given: side(*given))
     stock, ours = (calls[name][0]().float() for name in sides)
     found = timing.in_turn(calls, replays=9)
-    ratio = timing.ratio(found["stock"], found["ours"])
-    time = statistics.median(found["ours"])
     return {
-        "tokens": tokens, "k": top_k, "hidden": hidden, "masked": masked,
-        "stock_us": round(statistics.median(found["stock"]), 2), "ours_us": round(time, 2), "ratio": round(ratio, 3),
-        "of_copy": round(timing.copy_time(moved) * 1e6 / time, 3),
+        "tokens": tokens, "k": top_k, "hidden": hidden, "masked": masked, **timing.medians(found),
+        "ratio": timing.ratio(found["stock"], found["ours"]), "of_copy": timing.of_copy(moved, found["ours"]),
         "apart": float(f"{float((stock - ours).norm() / stock.norm()):.1e}"),
     }  # fmt: skip
 
 
-def main(
-    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON too.")] = False,
-    quick: Annotated[bool, typer.Option(help="Few rows a token, and one shape with eight.")] = False,
-) -> None:
-    registry.ops()
-    shapes = QUICK if quick else SHAPES
-    masks = {MASKED_TOO: (False, True)} if not quick else {}
-    rows = [measure(*shape, masked) for shape in shapes for masked in masks.get(shape, (False,))]
-    if out is not None:
-        timing.write_json(out, {"rows": rows})
-    if as_json:
-        print(json.dumps(rows))
-    show(rows, 120)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, CASES, quick=QUICK)

@@ -1,8 +1,7 @@
 """mxfp8_grouped_mm against PyTorch's grouped products, in bf16 and in row-wise FP8, for the experts of two models.
 
-    python -m benchmarks.kernels.mxfp8_grouped_mm --json benchmarks/results/h200/mxfp8_grouped_mm.json    (--quick: six points)
+    python -m benchmarks.kernels.mxfp8_grouped_mm --out benchmarks/results/h200/mxfp8_grouped_mm.json    (--quick: six points)
     python -m benchmarks.kernels.mxfp8_grouped_mm --tune           every tile at every point, the fastest by tokens a group
-    compute-sanitizer python -m benchmarks.kernels.mxfp8_grouped_mm --sanitize
 
 Both matmuls of an expert of Qwen3-30B-A3B and of Mixtral-8x7B, uniform random routing. Every point is compared with fp64 of the
 dequantised operands first. Times are CUDA-graph replays, in turn, medians of three rounds. Weights are cold in L2: where the
@@ -18,16 +17,13 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
-from benchmarks.kernels.shared import built
+from benchmarks.kernels.shared import Out, built, show
 from inductor_ext import jit, registry, settings
 from inductor_ext.kernels.mxfp8_grouped_mm import hopper
 from inductor_ext.kernels.mxfp8_grouped_mm.op import OP, dequantize
@@ -42,6 +38,7 @@ QUICK = (("Qwen3-30B-A3B", 1), ("Qwen3-30B-A3B", 64), ("Qwen3-30B-A3B", 4096), (
 LIMIT = 3e-3  # ‖out - fp64‖ / ‖fp64‖: bf16 rounds to 1.7e-3 on average
 #: Our sides, and what x is in each.
 OURS = {"ours": "bf16", "ours_mx": "mxfp8", "ours_fp8": "fp8_128", "ours_fp8_32": "fp8"}
+FASTEST = 3  # tiles of each point that `tune` shows
 Run = Callable[[], Any]
 
 
@@ -198,28 +195,24 @@ def measure(w: Weights, tokens: int) -> dict[str, Any]:
         row[f"{name}_tile"] = hopper.tile(kind, rows, experts)
         row[f"{name}_error"] = max(check(run, w, s, kind) for run, s in list(zip(sides[name], sets))[:2])
     times = timing.in_turn(sides, replays=7, least_calls=8)
+    row |= timing.medians(times)
     for name, found in times.items():
         us = statistics.median(found)
-        row[f"{name}_us"] = round(us, 2)
         row[f"{name}_tbs"] = round(hit * n * k * (2 if name == "bf16" else 1) / us * 1e-6, 3)
         row[f"{name}_tflops"] = round(2 * rows * n * k / us * 1e-6, 1)
     for name in OURS:
-        row[f"{name}_ratio"] = round(timing.ratio(times["bf16"], times[name]), 3)
-        row[f"{name}_ratio_fp8"] = round(timing.ratio(times["fp8"], times[name]), 3)
+        row[f"{name}_ratio"] = timing.ratio(times["bf16"], times[name])
+        row[f"{name}_ratio_fp8"] = timing.ratio(times["fp8"], times[name])
     return row
 
 
-def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    own = [f"{name.replace('_', ', ')} {what}" for name in OURS for what in ("µs", "TB/s", "TFLOP/s", "× bf16", "× fp8")]
-    table = Table("model", "N×K", "tokens", "bf16 µs", "fp8 µs", *own)
-    for r in rows:
-        cells = [r["model"][:7], f"{r['n']}×{r['k']}", str(r["tokens"]), f"{r['bf16_us']:.1f}", f"{r['fp8_us']:.1f}"]
-        for name in OURS:
-            wrong = " WRONG" if wrong_at(r[f"{name}_error"]) else ""
-            cells += [f"{r[f'{name}_us']:.1f}{wrong}", f"{r[f'{name}_tbs']:.2f}", f"{r[f'{name}_tflops']:.0f}"]
-            cells += [f"{r[f'{name}_ratio']:.2f}", f"{r[f'{name}_ratio_fp8']:.2f}"]
-        table.add_row(*cells)
-    console.print(table)
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is printed: of each of our sides µs, and its speed relative to bf16 and to row-wise FP8."""
+    made = {key: row[key] for key in ("model", "which", "tokens", "bf16_us", "fp8_us")}
+    for name in OURS:
+        wrong = " WRONG" if wrong_at(row[f"{name}_error"]) else ""
+        made[name] = f"{row[f'{name}_us']:.1f}{wrong}, {row[f'{name}_ratio']:.2f}, {row[f'{name}_ratio_fp8']:.2f}"
+    return made
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,7 +232,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 # ---- every tile ------------------------------------------------------------------------------------------------------
 
 
-def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[str, Any]]:
+def tune(points: Sequence[tuple[str, str, int]]) -> list[dict[str, Any]]:
     keys = [(name, kind, BF16) for kind, names in hopper.ALL_TILES.items() for name in names]
     modules, rows = build(keys), []
     for (model, which), group in itertools.groupby(points, key=lambda point: point[:2]):
@@ -255,69 +248,33 @@ def tune(console: Console, points: Sequence[tuple[str, str, int]]) -> list[dict[
                         continue
                     calls = [with_tile(modules[key], key, w, s, kind) for s in sets]
                     if wrong_at(check(calls[0], w, sets[0], kind)):
-                        console.print(f"WRONG: {key[0]} {key[1]} {model} {which} {tokens}")
+                        print(f"WRONG: {key[0]} {key[1]} {model} {which} {tokens}")
                         continue
                     found[key[0]] = round(timing.graph_time(calls, replays=5, least_calls=4) * 1e6, 2)
                 chosen = hopper.tile(kind, tokens * w.top_k, w.data.shape[0])
                 row = {"model": model, "which": which, "tokens": tokens, "mean": mean, "kind": kind}
-                rows.append({**row, "us": found, "chosen": chosen})
+                rows.append({**row, **fastest(found), "chosen": chosen, "chosen_us": found.get(chosen)})
             del sets
         del w
         torch.cuda.empty_cache()
-    for kind in hopper.ALL_TILES:
-        columns = "tokens a group", "matmul", "fastest", "second", "third", "chosen now"
-        table = Table(*columns, title=f"x in {kind}")
-        for row in sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["mean"]):
-            ordered = sorted(row["us"].items(), key=lambda item: item[1])
-            best = [f"{name[7:]} {us:.1f}" for name, us in ordered[:3]] + [""] * (3 - len(ordered[:3]))
-            now = f"{row['chosen'][7:]} {row['us'].get(row['chosen'], float('nan')):.1f}"
-            table.add_row(f"{row['mean']:.2f}", f"{row['model'][:7]} {row['which']}", *best, now)
-        console.print(table)
     return rows
 
 
-# ---- for compute-sanitizer -------------------------------------------------------------------------------------------
-
-
-def sanitize() -> None:
-    """Every tile once, small. Operands come from the host, so that initcheck sees every byte written."""
-    keys = [(name, kind, BF16) for kind, names in hopper.ALL_TILES.items() for name in names]
-    keys += [("hopper:128x32", "bf16", torch.float16), ("hopper:256x128", "bf16", FP32), ("hopper:128x128", "fp8", FP32)]
-    modules = build(keys)
-    for key in keys:
-        tokens = hopper.sizes(key[0])[1]
-        for n, k in ((72, 128 if key[1] == "fp8_128" else 96), (264, 256)):
-            counts = [3, 0, tokens + 1, tokens // 4 + 1]
-            rows = sum(counts) + 2
-            block = 128 if key[1] == "fp8_128" else 32
-            w, w_scale = (each.cuda() for each in mx.quantize(torch.randn(4, n, k), "rceil", block))
-            x, scale = torch.randn(rows, k), None
-            if key[1] == "mxfp8":
-                x, scale = (each.cuda() for each in mx.quantize(x, "rceil"))
-            elif key[1] != "bf16":
-                x, scale = (each.cuda() for each in (x.to(E4), torch.rand(rows, 1)))
-            else:
-                x = x.to(BF16).cuda()
-            offs, out = torch.tensor(counts).cumsum(0).int().cuda(), torch.zeros(rows, n, dtype=key[2]).cuda()
-            hopper.bind(modules[key], key)(x, scale, w, w_scale, offs, out)
-    torch.cuda.synchronize()
-    print("sanitize: ran")
+def fastest(us: dict[str, float]) -> dict[str, Any]:
+    """What a row says of the tiles that were timed, and all of their times, which its summary leaves out."""
+    ordered = sorted(us, key=us.__getitem__)[:FASTEST]
+    return {"fastest": ordered, "fastest_us": [us[name] for name in ordered], "all_us": us}
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    out: Out = None,
     quick: Annotated[bool, typer.Option(help="A few points.")] = False,
     tune_tiles: Annotated[bool, typer.Option("--tune", help="Time every tile.")] = False,
-    small: Annotated[bool, typer.Option("--sanitize", help="Run every tile once, small, and time nothing.")] = False,
 ) -> None:
     registry.ops()
-    console = Console(width=200)
-    if small:
-        sanitize()
-        return
     points = [
         (model, which, tokens)
         for model, which in itertools.product(MODELS, ("first", "second"))
@@ -325,9 +282,10 @@ def main(
         if not quick or (model, tokens) in QUICK
     ]
     if tune_tiles:
-        found = tune(console, points)
-        if json is not None:
-            timing.write_json(json, {"tiles": found})
+        tiles = tune(points)
+        if out is not None:
+            timing.write_json(out, {"tiles": tiles})
+        show(sorted(tiles, key=lambda row: (row["kind"], row["mean"])), 200, without=("all_us",))
         return
     build([(name, kind, BF16) for kind, names in hopper.TILES.items() for _, name in names])
     rows = []
@@ -336,11 +294,12 @@ def main(
         rows += [measure(w, tokens) for _, _, tokens in group]
         del w
         torch.cuda.empty_cache()
-    if json is not None:
-        timing.write_json(json, {"rows": rows, "summary": summary(rows)})
-    show(console, rows)
-    for name, ratios in summary(rows).items():
-        console.print(f"{name}: geometric mean {ratios['mean']}, least {ratios['least']}")
+    found = summary(rows)
+    if out is not None:
+        timing.write_json(out, {"how_timed": timing.HOW, "rows": rows, "summary": found})
+    show([shown(row) for row in rows], 150)
+    for name, ratios in found.items():
+        print(f"{name}: geometric mean {ratios['mean']}, least {ratios['least']}")
     if any(wrong_at(row[name]) for row in rows for name in (f"{each}_error" for each in OURS)):
         raise SystemExit("wrong results: see the table")
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from benchmarks import timing
-from benchmarks.kernels.shared import built, show
-from inductor_ext import jit, registry, settings
+from benchmarks.kernels.shared import built, script
+from inductor_ext import jit, settings
 from inductor_ext.kernels.mxfp8_quantize.op import OP
 from inductor_ext.moe import mx
 
@@ -117,26 +115,17 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, groups: int, swizzled: b
     for name in ("inductor", "torchao"):
         times = found.get(name)
         row[f"{name}_us"] = round(statistics.median(times), 2) if times else None
-        row[f"{name}/ours"] = round(statistics.median(a / b for a, b in zip(times, found["ours"])), 3) if times else None
+        row[f"{name}/ours"] = timing.ratio(times, found["ours"]) if times else None
     row["TB/s"] = round(moved / ours * 1e-6, 3)
-    row["of_copy"] = round(timing.copy_time(moved) * 1e6 / ours, 3)
+    row["of_copy"] = timing.of_copy(moved, found["ours"])
     return row
 
 
-def main(
-    out: Annotated[Path | None, typer.Option("--json", "--out", help="Where the numbers go.")] = None,
-    quick: Annotated[bool, typer.Option(help="The first four works only.")] = False,
-) -> None:
-    registry.ops()
+def build(works: list[Any]) -> None:
     arch = jit.current_arch(settings.current())
-    works = QUICK if quick else WORKS
     keys = dict.fromkeys((dtype, "rceil", swizzled) for _, dtype, _, swizzled in works)
     built(OP.spec_of_key(key, arch or "") for key in keys)
-    rows = [measure(*work) for work in works]
-    if out is not None:
-        timing.write_json(out, {"rows": rows})
-    show(rows, 150)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, WORKS, quick=QUICK, build=build, width=150)

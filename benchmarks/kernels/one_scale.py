@@ -9,18 +9,15 @@ taken where nothing is forced: one launch, wherever it is possible.
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from benchmarks import timing
 from benchmarks.kernels.producers import BF16, E4, Calls, act_mul, quantise, rms_norm, scale_like
-from benchmarks.kernels.shared import built, show
-from inductor_ext import jit, registry, settings
+from benchmarks.kernels.shared import built, script
+from inductor_ext import jit, settings
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.fp8_quantize.op import OP as QUANTIZE
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
@@ -68,33 +65,22 @@ def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     sides = {"stock": [pair[0] for pair in pairs]}
     for name, launches in (("two", 2), ("one", 1), ("auto", 0)):
         sides[name] = [forced(pair[1], launches) for pair in pairs]
-    times = {name: statistics.median(each) for name, each in timing.in_turn(sides, replays=5).items()}
+    found = timing.in_turn(sides, replays=5)
     return {
-        "work": work, "rows": rows, "columns": columns,
-        **{f"{name}_us": round(each, 2) for name, each in times.items()},
-        "one/two": round(times["two"] / times["one"], 3), "auto/stock": round(times["stock"] / times["auto"], 3),
-        "of_copy": round(timing.copy_time(moved) * 1e6 / times["one"], 3),
+        "work": work, "rows": rows, "columns": columns, **timing.medians(found),
+        "one/two": timing.ratio(found["two"], found["one"]), "auto/stock": timing.ratio(found["stock"], found["auto"]),
+        "of_copy": timing.of_copy(moved, found["one"]),
     }  # fmt: skip
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("one_scale.json")) -> None:
-    registry.ops()
+def build(_: Any) -> None:
     arch = jit.current_arch(settings.current())
     if arch is None:
         raise SystemExit("no GPU")
     rest = ("tensor", TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
     specs = [RMS_NORM.spec_of_key((BF16, residual, BF16, "cast mul", *rest), arch) for residual in (True, False)]
     built([*specs, ACT_MUL.spec_of_key((BF16, "silu", *rest), arch), QUANTIZE.spec_of_key((BF16, *rest), arch)])
-    before = os.environ.get(LAUNCHES)
-    try:
-        rows = [measure(*work) for work in works()]
-    finally:
-        os.environ.pop(LAUNCHES, None)
-        if before is not None:
-            os.environ[LAUNCHES] = before
-    timing.write_json(out, {"rows": rows})
-    show(rows, 130)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, works, build=build)

@@ -1,7 +1,7 @@
 """Producers fused with their FP8 quantisation, and RoPE with q's and k's norms, against stock Inductor and a device copy.
 
     python -m benchmarks.kernels.producers --out benchmarks/results/h200/producers.json        (--only rope: those alone)
-    python -m benchmarks.kernels.producers --only static --rows 16,1024,7168 --out producers_static.json       (a minute or two)
+    python -m benchmarks.kernels.producers --only 'static.*, (16|7168), ' --out producers_static.json          (a minute or two)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -9,17 +9,13 @@ to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many b
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-import typer
 
 from benchmarks import timing
-from benchmarks.kernels.shared import show
-from inductor_ext import registry
+from benchmarks.kernels.shared import script
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.qk_norm_rope.op import rotate_half
@@ -43,47 +39,37 @@ def quantise(y: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Ten
 
 
 def scale_like(rows: int, granularity: str) -> torch.Tensor:
-    return torch.empty((rows, 1) if granularity == "row" else (), device="cuda")
+    return torch.empty({"row": (rows, 1), "tensor": (), "static": (0,)}[granularity], device="cuda")
 
 
-def rms_norm(rows: int, columns: int, residual: bool, granularity: str = "row") -> Calls:
+class Quantisation:
+    """How a result is quantised: "row", "tensor", or "static" with the scales of as many layers as read it."""
+
+    def __init__(self, granularity: str, count: int = 1) -> None:
+        static = granularity == "static"
+        self.granularity, self.count, self.scale_bytes = granularity, count, 0 if static else 4
+        self.program = ("" if static else TORCHAO_SCALE, TORCHAO_PROGRAM, E4)
+
+    def eager(self, y: torch.Tensor, scales: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if self.granularity != "static":
+            return quantise(y, self.granularity)
+        return tuple((y.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in scales)
+
+    def scales(self) -> list[torch.Tensor]:
+        given = self.count if self.granularity == "static" else 0
+        return [torch.full((), 0.01 * (i + 1), device="cuda") for i in range(given)]
+
+    def outputs(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.count, rows, columns) if self.count > 1 else (rows, columns)
+        return torch.empty(shape, device="cuda", dtype=E4), scale_like(rows, self.granularity)
+
+
+def rms_norm(rows: int, columns: int, residual: bool, granularity: str = "row", count: int = 1) -> Calls:
     """Bytes that must move, and what makes one (stock, ours) pair of calls over buffers of its own."""
-
-    def norm(x: torch.Tensor, weight: torch.Tensor) -> Any:
-        return quantise(normalise(x, weight, 1e-6, "cast mul"), granularity)
-
-    def norm_with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
-        total = x + residual
-        return *norm(total, weight), total
-
-    compiled = torch.compile(norm_with_residual if residual else norm, dynamic=False)
-
-    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        x, other = (torch.randn(rows, columns, device="cuda").to(BF16) for _ in range(2))
-        weight = torch.rand(columns, device="cuda").to(BF16)
-        out = torch.empty(rows, columns, device="cuda", dtype=E4)
-        scale = scale_like(rows, granularity)
-        total = torch.empty_like(x) if residual else x.new_empty(0)
-        tensors = (x, other, weight) if residual else (x, weight)
-        call = (x, other if residual else None, weight, 1e-6, "cast mul", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
-        return lambda: compiled(*tensors), lambda: RMS_NORM._call(*call, out0=out, out1=scale, out2=total)
-
-    return rows * (columns * (7 if residual else 3) + 4), make
-
-
-def static_scales(count: int) -> list[torch.Tensor]:
-    return [torch.full((), 0.01 * (i + 1), device="cuda") for i in range(count)]
-
-
-def quantise_with(y: torch.Tensor, scales: Any) -> list[torch.Tensor]:
-    return [(y.float() / scale).clamp(-448.0, 448.0).to(E4) for scale in scales]
-
-
-def rms_norm_static(rows: int, columns: int, residual: bool, count: int) -> Calls:
-    """`rms_norm` with static scales: of one layer, or of the ``count`` layers that read the norm."""
+    how = Quantisation(granularity, count)
 
     def norm(x: torch.Tensor, weight: torch.Tensor, *scales: torch.Tensor) -> Any:
-        return quantise_with(normalise(x, weight, 1e-6, "cast mul"), scales)
+        return how.eager(normalise(x, weight, 1e-6, "cast mul"), scales)
 
     def norm_with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *scales: torch.Tensor) -> Any:
         total = x + residual
@@ -93,21 +79,22 @@ def rms_norm_static(rows: int, columns: int, residual: bool, count: int) -> Call
 
     def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
         x, other = (torch.randn(rows, columns, device="cuda").to(BF16) for _ in range(2))
-        weight, scales = torch.rand(columns, device="cuda").to(BF16), static_scales(count)
-        out = torch.empty((count, rows, columns) if count > 1 else (rows, columns), device="cuda", dtype=E4)
-        total, none = torch.empty_like(x) if residual else x.new_empty(0), torch.empty(0, device="cuda")
+        weight, scales = torch.rand(columns, device="cuda").to(BF16), how.scales()
+        out, scale = how.outputs(rows, columns)
+        total = torch.empty_like(x) if residual else x.new_empty(0)
         tensors = (x, other, weight) if residual else (x, weight)
-        call = (x, other if residual else None, weight, 1e-6, "cast mul", "static", "", TORCHAO_PROGRAM, E4, scales)
-        return lambda: compiled(*tensors, *scales), lambda: RMS_NORM._call(*call, out0=out, out1=none, out2=total)
+        call = (x, other if residual else None, weight, 1e-6, "cast mul", granularity, *how.program, scales)
+        return lambda: compiled(*tensors, *scales), lambda: RMS_NORM._call(*call, out0=out, out1=scale, out2=total)
 
-    return rows * columns * ((6 if residual else 2) + count), make
+    return rows * (columns * ((6 if residual else 2) + count) + how.scale_bytes), make
 
 
-def act_mul_static(rows: int, columns: int, halves: bool) -> Calls:
-    """`act_mul` with one static scale."""
+def act_mul(rows: int, columns: int, halves: bool, granularity: str = "row") -> Calls:
+    """The same of a gated activation; gate and up are the halves of one buffer, or two."""
+    how = Quantisation(granularity)
 
     def silu_mul(gate: torch.Tensor, up: torch.Tensor, *scales: torch.Tensor) -> Any:
-        return quantise_with(torch.nn.functional.silu(gate) * up, scales)
+        return how.eager(torch.nn.functional.silu(gate) * up, scales)
 
     def silu_mul_halves(gate_up: torch.Tensor, *scales: torch.Tensor) -> Any:
         return silu_mul(*gate_up.chunk(2, dim=-1), *scales)
@@ -115,37 +102,14 @@ def act_mul_static(rows: int, columns: int, halves: bool) -> Calls:
     compiled = torch.compile(silu_mul_halves if halves else silu_mul, dynamic=False)
 
     def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        both, scales = torch.randn(rows, 2 * columns, device="cuda").to(BF16), static_scales(1)
+        both, scales = torch.randn(rows, 2 * columns, device="cuda").to(BF16), how.scales()
         gate, up = both.chunk(2, dim=-1) if halves else both.view(2, rows, columns)
-        out, none = torch.empty(rows, columns, device="cuda", dtype=E4), torch.empty(0, device="cuda")
-        call = (gate, up, "silu", "static", "", TORCHAO_PROGRAM, E4, scales)
+        out, scale = how.outputs(rows, columns)
+        call = (gate, up, "silu", granularity, *how.program, scales)
         tensors = (both,) if halves else (gate, up)
-        return lambda: compiled(*tensors, *scales), lambda: ACT_MUL._call(*call, out0=out, out1=none)
+        return lambda: compiled(*tensors, *scales), lambda: ACT_MUL._call(*call, out0=out, out1=scale)
 
-    return rows * columns * 5, make
-
-
-def act_mul(rows: int, columns: int, halves: bool, granularity: str = "row") -> Calls:
-    """The same of a gated activation; gate and up are the halves of one buffer, or two."""
-
-    def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> Any:
-        return quantise(torch.nn.functional.silu(gate) * up, granularity)
-
-    def silu_mul_halves(gate_up: torch.Tensor) -> Any:
-        return silu_mul(*gate_up.chunk(2, dim=-1))
-
-    compiled = torch.compile(silu_mul_halves if halves else silu_mul, dynamic=False)
-
-    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        both = torch.randn(rows, 2 * columns, device="cuda").to(BF16)
-        gate, up = both.chunk(2, dim=-1) if halves else both.view(2, rows, columns)
-        out = torch.empty(rows, columns, device="cuda", dtype=E4)
-        scale = scale_like(rows, granularity)
-        call = (gate, up, "silu", granularity, TORCHAO_SCALE, TORCHAO_PROGRAM, E4, [])
-        tensors = (both,) if halves else (gate, up)
-        return lambda: compiled(*tensors), lambda: ACT_MUL._call(*call, out0=out, out1=scale)
-
-    return rows * (columns * 5 + 4), make
+    return rows * (columns * 5 + how.scale_bytes), make
 
 
 def qk_rope(tokens: int, heads: tuple[int, int, int], normed: bool) -> Calls:
@@ -182,36 +146,25 @@ def measure(work: str, rows: int, columns: int, calls: Calls) -> dict[str, Any]:
     pairs = [make() for _ in range(timing.sets_for(moved, 32))]
     sides = {"stock": [pair[0] for pair in pairs], "ours": [pair[1] for pair in pairs]}
     found = timing.in_turn(sides, replays=9)
-    ratio = timing.ratio(found["stock"], found["ours"])
-    ours = statistics.median(found["ours"])
     return {
-        "work": work, "rows": rows, "columns": columns,
-        "stock_us": round(statistics.median(found["stock"]), 2), "ours_us": round(ours, 2), "ratio": round(ratio, 3),
-        "of_copy": round(timing.copy_time(moved) * 1e6 / ours, 3),
+        "work": work, "rows": rows, "columns": columns, **timing.medians(found),
+        "ratio": timing.ratio(found["stock"], found["ours"]), "of_copy": timing.of_copy(moved, found["ours"]),
     }  # fmt: skip
 
 
 def works() -> Iterator[tuple[str, int, int, Calls]]:
-    for shape in SHAPES:
-        yield "rms_norm + quantise", *shape, rms_norm(*shape, residual=False)
-        yield "rms_norm + residual + quantise", *shape, rms_norm(*shape, residual=True)
-    for shape in ACT_MUL_SHAPES:
-        yield "silu·mul + quantise, halves", *shape, act_mul(*shape, halves=True)
-        yield "silu·mul + quantise, two buffers", *shape, act_mul(*shape, halves=False)
-    for shape in TENSOR_SHAPES:
-        yield "rms_norm + residual + quantise, one scale", *shape, rms_norm(*shape, residual=True, granularity="tensor")
-        yield "rms_norm + quantise, one scale", *shape, rms_norm(*shape, residual=False, granularity="tensor")
-    for shape in ACT_MUL_SHAPES:
-        yield "silu·mul + quantise, one scale", *shape, act_mul(*shape, halves=True, granularity="tensor")
-    for shape in SHAPES:
-        yield "rms_norm + residual + quantise, static", *shape, rms_norm_static(*shape, residual=True, count=1)
-        yield "rms_norm + residual + quantise, static ×2", *shape, rms_norm_static(*shape, residual=True, count=2)
-        yield "rms_norm + residual + quantise, static ×3", *shape, rms_norm_static(*shape, residual=True, count=3)
-        yield "rms_norm + quantise, static", *shape, rms_norm_static(*shape, residual=False, count=1)
-        yield "rms_norm + quantise, static ×3", *shape, rms_norm_static(*shape, residual=False, count=3)
-    for shape in ACT_MUL_SHAPES:
-        yield "silu·mul + quantise, halves, static", *shape, act_mul_static(*shape, halves=True)
-        yield "silu·mul + quantise, two buffers, static", *shape, act_mul_static(*shape, halves=False)
+    kinds = ("", "row", SHAPES), (", one scale", "tensor", TENSOR_SHAPES), (", static", "static", SHAPES)
+    for suffix, granularity, shapes in kinds:
+        for shape in shapes:
+            yield f"rms_norm + quantise{suffix}", *shape, rms_norm(*shape, False, granularity)
+            yield f"rms_norm + residual + quantise{suffix}", *shape, rms_norm(*shape, True, granularity)
+        for shape in ACT_MUL_SHAPES:
+            yield f"silu·mul + quantise, halves{suffix}", *shape, act_mul(*shape, True, granularity)
+            yield f"silu·mul + quantise, two buffers{suffix}", *shape, act_mul(*shape, False, granularity)
+    for residual, count in ((True, 2), (True, 3), (False, 3)):
+        work = f"rms_norm + {'residual + ' if residual else ''}quantise, static ×{count}"
+        for shape in SHAPES:
+            yield work, *shape, rms_norm(*shape, residual, "static", count)
     for heads in ROPE_HEADS:
         for tokens in ROPE_TOKENS:
             columns = (heads[0] + heads[1]) * heads[2]
@@ -219,17 +172,5 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
             yield "rope of q and k, normalised", tokens, columns, qk_rope(tokens, heads, normed=True)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("producers.json"),
-    only: Annotated[str, typer.Option(help="Only works whose name holds this.")] = "",
-    rows: Annotated[str, typer.Option(help="Only these numbers of rows, such as 16,7168.")] = "",
-) -> None:
-    registry.ops()
-    counts = [int(each) for each in rows.split(",") if each]
-    found = [measure(*work) for work in works() if only in work[0] and (not counts or work[1] in counts)]
-    timing.write_json(out, {"rows": found})
-    show(found, 130)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, works)

@@ -16,17 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from benchmarks import timing
-from benchmarks.kernels.shared import built, show
-from inductor_ext import registry
+from benchmarks.kernels.shared import built, script
 from inductor_ext.kernels.downcast_fp8.op import OP as DOWNCAST_FP8
 from inductor_ext.kernels.downcast_fp8.op import PROGRAM_F32 as PROGRAM
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
@@ -140,16 +136,14 @@ def measure(layer: Layer, tokens: int, cache_dtype: torch.dtype) -> dict[str, An
     }
     check(cases[0], {name: calls[0] for name, calls in sides.items()})
     found = timing.in_turn(sides, replays=7)
-    times = {f"{name}_us": round(statistics.median(each), 2) for name, each in found.items()}
-    ratios = {f"to_{name}": round(timing.ratio(found[name], found["together"]), 3) for name in ("stock", "two")}
-    copied = timing.copy_time(moved) * 1e6
+    ratios = {f"to_{name}": timing.ratio(found[name], found["together"]) for name in ("stock", "two")}
     return {
-        "model": layer.model, "tokens": tokens, "cache": str(cache_dtype)[6:], **times, **ratios,
-        "of_copy": round(copied / times["together_us"], 3),
+        "model": layer.model, "tokens": tokens, "cache": str(cache_dtype)[6:], **timing.medians(found), **ratios,
+        "of_copy": timing.of_copy(moved, found["together"]),
     }  # fmt: skip
 
 
-def build() -> None:
+def build(_: Any) -> None:
     """Every kernel that is compared, in parallel. RuntimeError with the first failure."""
     specs = []
     for layer in LAYERS:
@@ -161,14 +155,7 @@ def build() -> None:
     built(specs)
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("qk_norm_rope_store.json")) -> None:
-    registry.ops()
-    build()
-    rows = [measure(layer, tokens, E4) for layer, tokens in itertools.product(LAYERS, TOKENS)]
-    rows += [measure(LAYERS[0], tokens, BF16) for tokens in FEWER]
-    timing.write_json(out, {"rows": rows})
-    show(rows, 130)
-
+CASES = (*itertools.product(LAYERS, TOKENS, (E4,)), *itertools.product(LAYERS[:1], FEWER, (BF16,)))
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(measure, CASES, build=build)

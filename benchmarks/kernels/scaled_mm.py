@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
 from benchmarks.kernels.scaled_mm_cases import Operands, Problem
+from benchmarks.kernels.shared import Out, show
 from inductor_ext import jit, registry
 from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm.op import OP
 
-ROUNDS = 3
 QKV = (2048, 1024, 1024)
 GATE_UP = (3072, 3072)
 BF16 = torch.bfloat16
@@ -39,61 +37,29 @@ def problems(kinds: Sequence[tuple[bool, bool]]) -> list[Problem]:
     return [Problem(m, n, k, rowwise, fast) for m, n, k in shapes for rowwise, fast in kinds]
 
 
-def choose(problem: Problem) -> choice.Choice:
-    found = choice.choose("sm_90a", problem.m, problem.n, problem.k, problem.rowwise, problem.fast)
-    assert found is not None
-    return found
-
-
-def in_turn(sides: dict[str, Sequence[Callable[[], Any]]], guess_us: float) -> dict[str, list[float]]:
-    """µs of each side, a number a round."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, calls in sides.items():
-            found[name].append(cases.time_us(calls, guess_us, 9))
-    return found
-
-
-def ratio(found: dict[str, list[float]], above: str, below: str) -> float:
-    return statistics.median(a / b for a, b in zip(found[above], found[below]))
-
-
 def direct(problem: Problem, x: Operands, config: str) -> Callable[[], Any]:
     """What a compiled graph calls."""
     lists = [x.a], [x.b], [x.scale_a], [x.scale_b], [None]
     return lambda: OP._call(*lists, problem.out_dtype, problem.fast, True, config, out=x.out)
 
 
-def time_grid(console: Console, kinds: Sequence[tuple[bool, bool]], yardstick: Any) -> list[dict[str, Any]]:
+def time_grid(kinds: Sequence[tuple[bool, bool]], yardstick: Any) -> list[dict[str, Any]]:
     rows = []
     for problem in problems(kinds):
-        chosen = choose(problem)
-        sets, guess = cases.cold_operands(problem), cases.floor_us(problem)
+        chosen, sets = problem.chosen, cases.cold_operands(problem)
         sides = {"stock": [cases.stock(problem, x) for x in sets]}
         if chosen.use:
             sides["ours"] = [direct(problem, x, chosen.config.name) for x in sets]
         for name, call in (yardstick or {}).items():
             if name[1] == problem.fast and problem.rowwise:
                 sides[name[0]] = [lambda x=x, c=call: c(x.a, x.b, x.scale_a, x.scale_b, None, x.out) for x in sets]
-        found = in_turn(sides, guess)
-        row: dict[str, Any] = {"m": problem.m, "n": problem.n, "k": problem.k}
-        row |= {"kind": choice.kind(problem.rowwise, problem.fast), "choice": chosen.config.name if chosen.use else "stock"}
-        row |= {f"{name}_us": round(statistics.median(values), 2) for name, values in found.items()}
-        row["ratio"] = round(ratio(found, "stock", "ours"), 3) if chosen.use else 1.0
-        rows.append(row)
+        found = timing.in_turn(sides, replays=9, **cases.effort(problem))
+        kind = choice.kind(problem.rowwise, problem.fast)
+        row = {**problem.row, "kind": kind, "choice": chosen.config.name if chosen.use else "stock", **timing.medians(found)}
+        rows.append({**row, "ratio": timing.ratio(found["stock"], found["ours"]) if chosen.use else 1.0})
         torch.cuda.empty_cache()
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        console.print(_table(kind, [row for row in rows if row["kind"] == kind]))
+    show(rows, 150, without=("rowwise",))
     return rows
-
-
-def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table("N×K", "M", "torch._scaled_mm, µs", "ours, µs", "ratio", "kernel", title=kind)
-    for row in rows:
-        ours = f"{row['ours_us']:.2f}" if "ours_us" in row else ""
-        times = f"{row['stock_us']:.2f}", ours, f"{row['ratio']:.2f}"
-        table.add_row(f"{row['n']}×{row['k']}", str(row["m"]), *times, row["choice"])
-    return table
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -109,6 +75,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         found[kind] = {name: round(statistics.geometric_mean(values), 3) for name, values in groups.items() if values}
         found[kind]["lowest"] = min(row["ratio"] for row in mine)
     return found
+
+
+def by_shape(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kind, N and K, with lists over M. Of CUTLASS's collectives the fastest."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for row in rows:
+        collectives = [us for name, us in row.items() if name.startswith("cutlass")]
+        lists = {name: row.get(name) for name in ("m", "choice", "stock_us", "ours_us", "ratio")}
+        lists |= {"collectives_us": min(collectives)} if collectives else {}
+        shape = found.setdefault((row["kind"], row["n"], row["k"]), {name: row[name] for name in ("kind", "n", "k")})
+        for name, value in lists.items():
+            shape.setdefault(name, []).append(value)
+    return list(found.values())
 
 
 def time_siblings(widths: tuple[int, ...], k: int, m: int, rowwise: bool) -> dict[str, Any]:
@@ -129,13 +108,15 @@ def time_siblings(widths: tuple[int, ...], k: int, m: int, rowwise: bool) -> dic
         stock.append(lambda x=x: [cases.stock(problem, part)() for problem, part in zip(apart, x)])
         ours.append(lambda lists=lists, out=out: OP._call(*lists, BF16, True, True, decided.config.name, out=out))
         each_ours.append(lambda x=x: [direct(problem, part, "")() for problem, part in zip(apart, x)])
-    found = in_turn({"stock": stock, "ours": ours, "apart": each_ours}, cases.floor_us(together))
+    sides = {"stock": stock, "ours": ours, "apart": each_ours}
+    found = timing.in_turn(sides, replays=9, **cases.effort(together))
     return {
         "widths": list(widths), "k": k, "m": m, "rowwise": rowwise, "kernel": decided.config.name, "used": decided.use,
         "stock_apart_us": round(statistics.median(found["stock"]), 2),
         "ours_apart_us": round(statistics.median(found["apart"]), 2),
         "together_us": round(statistics.median(found["ours"]), 2),
-        "ratio_to_stock": round(ratio(found, "stock", "ours"), 3), "ratio_to_apart": round(ratio(found, "apart", "ours"), 3),
+        "ratio_to_stock": timing.ratio(found["stock"], found["ours"]),
+        "ratio_to_apart": timing.ratio(found["apart"], found["ours"]),
     }  # fmt: skip
 
 
@@ -169,17 +150,17 @@ def overhead() -> dict[str, float]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm.json"),
+    out: Out = None,
     collectives: Annotated[bool, typer.Option(help="Time CUTLASS's own collectives too.")] = False,
 ) -> None:
     console = Console(width=110)
     registry.ops()
     kinds = ((True, True), (False, True), (True, False), (False, False))
-    chosen = [(choose(problem).config, problem) for problem in problems(kinds)]
+    chosen = [(problem.chosen.config, problem) for problem in problems(kinds)]
     modules = cases.build(chosen)
     console.print(f"{len(modules)} kernels")
     yardstick = _collectives() if collectives else {}
-    rows = time_grid(console, kinds, yardstick)
+    rows = time_grid(kinds, yardstick)
     siblings = [
         time_siblings(widths, 1024, m, rowwise)
         for widths in (QKV, GATE_UP) for m in (1, 16, 64, 512, 1024, 7168) for rowwise in (True, False)
@@ -187,11 +168,11 @@ def main(
     accuracies = [accuracy(k, fast, row) for k in (256, 1024, 4096, 16384) for fast in (True, False) for row in (True, False)]
     costs = overhead()
     found = summary(rows)
-    timing.write_json(out, {"summary": found, "call_us": costs, "siblings": siblings, "accuracy": accuracies, "rows": rows})
-    for row in siblings:
-        console.print({key: value for key, value in row.items() if key != "k"})
-    for row in accuracies:
-        console.print({key: value if isinstance(value, (str, int)) else f"{value:.2e}" for key, value in row.items()})
+    parts = {"summary": found, "call_us": costs, "siblings": siblings, "accuracy": accuracies}
+    if out is not None:
+        timing.write_json(out, {"how_timed": timing.HOW, **parts, "shapes": by_shape(rows)})
+    show(siblings, 150, without=("k",))
+    show(accuracies, 130)
     console.print(found, costs)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.kernels.cutlass_collectives import USUAL
 from inductor_ext import jit, registry, settings
+from inductor_ext.bench import summary
 from inductor_ext.kernels.scaled_mm.op import OP
 
 E4 = torch.float8_e4m3fn
@@ -59,9 +59,8 @@ def main(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path
         "compilers": jit.find_toolchain().describe(),
     }
     medians = {"ours": statistics.median(ours.values()), "cutlass collectives": statistics.median(collectives.values())}
-    out.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment, "median_s": medians, "ours_s": ours, "cutlass_collectives_s": collectives}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    summary.write(out, content)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.kernels.shared import built
+from inductor_ext.kernels.scaled_mm import choice
 from inductor_ext.kernels.scaled_mm.config import Config
 from inductor_ext.kernels.scaled_mm.op import OP
 
@@ -33,6 +34,17 @@ class Problem:
     rowwise: bool
     fast: bool
     out_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def chosen(self) -> choice.Choice:
+        """What scaled_mm's table says."""
+        found = choice.choose("sm_90a", self.m, self.n, self.k, self.rowwise, self.fast)
+        assert found is not None
+        return found
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"m": self.m, "n": self.n, "k": self.k, "rowwise": self.rowwise}
 
     @property
     def label(self) -> str:
@@ -91,13 +103,7 @@ def build(configs: Sequence[tuple[Config, Problem]]) -> dict[Any, Any]:
     return built(sorted({OP.spec_of_key(key_of(config, problem), "sm_90a") for config, problem in configs}, key=str))
 
 
-def time_us(calls: Sequence[Callable[[], Any]], guess_us: float, replays: int) -> float:
-    """Median µs of a call; long ones are not repeated twenty times."""
-    least = 20 if guess_us < 100 else 6 if guess_us < 1000 else 2
-    return timing.graph_time(calls, least_calls=least, replays=replays, least_s=2e-4) * 1e6
-
-
-def floor_us(problem: Problem) -> float:
-    """Memory at 4.15 TB/s or tensor cores at 1 300 TFLOP/s, and a launch."""
-    work = 2 * problem.m * problem.n * problem.k / 1.3e15
-    return 1e6 * max(problem.bytes / 4.15e12, work) + 2
+def effort(problem: Problem) -> dict[str, Any]:
+    """How often a graph repeats a call: not twenty times a long one, by 4.15 TB/s of memory and 1 300 TFLOP/s."""
+    floor_us = 1e6 * max(problem.bytes / 4.15e12, 2 * problem.m * problem.n * problem.k / 1.3e15) + 2
+    return {"least_calls": 20 if floor_us < 100 else 6 if floor_us < 1000 else 2, "least_s": 2e-4}

@@ -1,29 +1,28 @@
 """``max_autotune`` with our kernels beside PyTorch's and Triton's, on a real GPU: who won, and what the winner takes.
 
-    python -m benchmarks.kernels.scaled_mm_max_autotune --out benchmarks/results/h200/scaled_mm_max_autotune.json [--triton]
+    python -m benchmarks.kernels.scaled_mm_max_autotune --quick --out benchmarks/results/h200/scaled_mm_max_autotune.json
 
 Each product is compiled with ``mode="max-autotune-no-cudagraphs"`` by stock Inductor and by this backend. The winner is read
 from the generated code; outputs are compared with the eager operator; both sides are CUDA-graph replays over cold operands.
-Without ``--triton`` Inductor measures PyTorch's operator and ours only: its Triton templates take a minute a product.
+With ``--quick`` Inductor measures PyTorch's operator and ours only; its Triton templates take a minute a product.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import statistics
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch._inductor.utils import run_and_get_code
 
 import inductor_ext
 from benchmarks import timing
 from benchmarks.kernels import scaled_mm_cases as cases
 from benchmarks.kernels.scaled_mm_cases import Problem
-from benchmarks.kernels.shared import show
+from benchmarks.kernels.shared import script
 
 PROBLEMS = (
     Problem(16, 4096, 1024, True, True),
@@ -55,7 +54,7 @@ def measure(problem: Problem, triton: bool) -> dict[str, Any]:
         "ours": lambda gm, inputs, **_: ours(gm, inputs, mode=MODE, options=gemms),
     }
     eager = product(*args[0])
-    sides, row = {}, {"m": problem.m, "n": problem.n, "k": problem.k, "rowwise": problem.rowwise}
+    sides, row = {}, {**problem.row, "triton": triton}
     for name, backend in backends.items():
         torch._dynamo.reset()
         compiled = torch.compile(product, backend=backend, dynamic=False)
@@ -69,16 +68,7 @@ def measure(problem: Problem, triton: bool) -> dict[str, Any]:
     return row | {"ratio": round(sides["stock"] / sides["ours"], 3)}
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("scaled_mm_max_autotune.json"),
-    triton: Annotated[bool, typer.Option(help="Inductor's Triton templates too.")] = False,
-) -> None:
+if __name__ == "__main__":
     logging.getLogger("inductor_ext").setLevel(logging.INFO)  # what each candidate took
     logging.basicConfig(format="%(message)s")
-    rows = [measure(problem, triton) for problem in PROBLEMS]
-    timing.write_json(out, {"rows": rows})
-    show(rows, 150)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    script(measure, itertools.product(PROBLEMS, (False, True)), quick=[(problem, False) for problem in PROBLEMS], width=150)

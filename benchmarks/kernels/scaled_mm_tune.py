@@ -1,6 +1,6 @@
 """Tune scaled_mm: time every sensible configuration of every problem on this GPU and write the table that `choice.py` reads.
 
-    python -m benchmarks.kernels.scaled_mm_tune --out results.json --table kernels/scaled_mm/table_sm_90a.json
+    python -m benchmarks.kernels.scaled_mm_tune --table kernels/scaled_mm/table_sm_90a.json
     … --update --sizes 7168 --shapes 4096x1024 --fast          measures some problems anew, and keeps the table's other rows
 
 Operands are cold in L2, times are medians of CUDA-graph replays. A first round times all candidates shortly, once in each
@@ -64,25 +64,28 @@ def _waves(problem: Problem, config: Config) -> int:
 def tune(problem: Problem, names: list[Config], modules: dict[Any, Any]) -> dict[str, Any]:
     """Times of the best configurations and of PyTorch's operator, µs."""
     sets = cases.cold_operands(problem)
-    guess = cases.floor_us(problem)
+
+    def time_us(calls: list[Any], replays: int) -> float:
+        return timing.graph_time(calls, replays=replays, **cases.effort(problem)) * 1e6
+
     first: dict[Config, float] = {}
     for config in (*names, *reversed(names)):  # a GPU that slows down while it gets warm does so for other candidates
-        taken = cases.time_us([cases.ours(config, modules, problem, x) for x in sets], guess, 3)
+        taken = time_us([cases.ours(config, modules, problem, x) for x in sets], 3)
         first[config] = min(taken, first.get(config, math.inf))
     best = sorted(first, key=first.__getitem__)[:KEPT]
     rounds: dict[str, list[float]] = {}
     for _ in range(2):
-        rounds.setdefault("stock", []).append(cases.time_us([cases.stock(problem, x) for x in sets], guess, 9))
+        rounds.setdefault("stock", []).append(time_us([cases.stock(problem, x) for x in sets], 9))
         for config in best:
             calls = [cases.ours(config, modules, problem, x) for x in sets]
-            rounds.setdefault(config.name, []).append(cases.time_us(calls, guess, 9))
+            rounds.setdefault(config.name, []).append(time_us(calls, 9))
     times = {name: round(min(values), 3) for name, values in rounds.items()}
     stock = times.pop("stock")
     return {"m": problem.m, "stock_us": stock, "ours_us": dict(sorted(times.items(), key=lambda item: item[1]))}
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="All times, with the environment.")] = Path("scaled_mm_tune.json"),
+    out: Annotated[Path | None, typer.Option(help="Where every time goes; the table has the fastest's.")] = None,
     table: Annotated[Path, typer.Option(help="The table to write.")] = Path("table_sm_90a.json"),
     shapes: Annotated[str, typer.Option(help="N×K pairs, such as 4096x1024,1024x2048; default: all.")] = "",
     sizes: Annotated[str, typer.Option(help="M, separated by commas.")] = ",".join(map(str, SIZES)),
@@ -116,7 +119,8 @@ def main(
                     entries.append({"kind": choice.kind(rowwise, fast), "n": n, "k": k, "rows": found})
                     progress.advance(task)
                 torch.cuda.empty_cache()
-    timing.write_json(out, {"shapes": entries})
+    if out is not None:
+        timing.write_json(out, {"shapes": entries})
     table.write_text(_table(entries, json.loads(table.read_text()) if update else None))
     for entry in entries:
         gains = [row["stock_us"] / min(row["ours_us"].values()) for row in entry["rows"]]

@@ -1,15 +1,65 @@
-"""What the scripts here begin and end with: their kernels, built; their rows, shown, or written as a table."""
+"""What the scripts here share: their command, their kernels, built; their rows, shown, or written as a table.
+
+    script(measure, CASES)         the command: --out FILE.json, --only REGEX; one row, or several, of each measure(*case)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from inductor_ext import jit
+from benchmarks import timing
+from inductor_ext import jit, registry
+
+Case = tuple[Any, ...]
+Rows = list[dict[str, Any]]
+Out = Annotated[Path | None, typer.Option(help="Where the numbers go.")]
+
+
+def script(
+    measure: Callable[..., dict[str, Any] | Rows],
+    cases: Iterable[Case] | Callable[[], Iterable[Case]],
+    *,
+    quick: Collection[Case] = (),
+    build: Callable[[list[Case]], Any] | None = None,
+    payload: Callable[[Rows], dict[str, Any]] = lambda rows: {"rows": rows},
+    width: int = 130,
+    without: Collection[str] = (),
+) -> None:
+    """Run as a command: ``build``, measure the cases that were asked for, write them as ``payload`` says, show them."""
+
+    def main(
+        out: Out = None,
+        only: Annotated[str, typer.Option(help="Only cases in whose words and numbers this regular expression is found.")] = "",
+        few: Annotated[bool, typer.Option("--quick", help="Fewer cases, where a script knows some.")] = False,
+    ) -> None:
+        registry.ops()
+        every = quick if few and quick else cases() if callable(cases) else cases
+        chosen = [case for case in every if re.search(only, label(case))]
+        if build is not None:
+            build(chosen)
+        rows: Rows = []
+        for case in chosen:
+            made = measure(*case)
+            rows += made if isinstance(made, list) else [made]
+            if out is not None:  # after each case: a run that is stopped keeps what it has
+                timing.write_json(out, {"how_timed": timing.HOW, **payload(rows)})
+        show(rows, width, without)
+
+    typer.run(main)
+
+
+def label(case: Case) -> str:
+    """The words and numbers of a case, as ``--only`` sees them."""
+    return ", ".join(str(part) for part in case if dataclasses.is_dataclass(part) or isinstance(part, (str, int, tuple)))
 
 
 def built(specs: Iterable[jit.JitSpec]) -> dict[jit.JitSpec, Any]:

@@ -15,17 +15,13 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import timing
-
 import inductor_ext
+from benchmarks import timing
 from inductor_ext.rule import TOLERANCE
 
 RULES = {"mxfp8_grouped_mm": "always"}
@@ -114,7 +110,10 @@ def main() -> None:
             "cosine, ours": cosine(made, bf16[count]),
         }
     if options.out:
-        timing.write_json(options.out, {"options": vars(options), "cost": cost.to_dict(), "rows": rows})
+        whole = cost.to_dict()
+        kept = {key: whole[key] for key in ("error", "bytes_before", "bytes_after", "activations", "rounding")}
+        found = [{"tokens": count, **row} for count, row in rows.items()]
+        timing.write_json(options.out, {"layers": options.layers, "cost": kept, "rows": found})
     columns = list(rows[counts[0]])
     print("tokens  " + "  ".join(f"{column:>13}" for column in columns))
     for count, row in rows.items():

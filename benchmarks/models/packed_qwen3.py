@@ -205,7 +205,7 @@ class Side:
         return self.step()[self.inputs[2][1:].long() - 1].float()
 
     @property
-    def rules(self) -> dict[str, int]:
+    def rewrites(self) -> dict[str, int]:
         return dict(Counter(event.rule for report in self.reports for event in report.rewrites))
 
     @property
@@ -268,7 +268,7 @@ def measure(shape: ModelShape, texts: int, length: int, device: str, names: list
             "speedup": timing.ratio(us[names[0]], us[side.name]),
             "compile_s": round(compile_s[side.name], 1),
             "cosine": float(cosines.min()),
-            "rules": side.rules,
+            "rewrites": side.rewrites,
             "refusals": {f"{rule}: {reason}": count for (rule, reason), count in by_reason(side.refusals).items()},
             "parts": breakdown.to_dict(breakdown.classify(kernels, step_us)),
             "kernels": [[name[:200], launches, round(us, 1)] for name, launches, us in kernels],
@@ -316,7 +316,7 @@ def main(
         what = f"{name}, {shape.layers} layers, static FP8, {texts} texts of {length} tokens, packed"
         timing.write_json(out, {"what": what, "sides": sides})
     for side, found in sides.items():
-        for title in ("rules", "refusals"):
+        for title in ("rewrites", "refusals"):
             if found[title]:
                 print(f"{side}, {title}: " + ", ".join(f"{each} ×{count}" for each, count in found[title].items()))
     show(rows(sides), 140)

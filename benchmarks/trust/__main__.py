@@ -34,6 +34,7 @@ from benchmarks import timing
 from benchmarks.kernels.shared import show
 from benchmarks.trust import calls, huge, replay, running, sanitize, threads
 from inductor_ext import jit, registry
+from inductor_ext.bench import summary as summary_of
 
 #: Seconds that a part may take under --all.
 LIMITS = {"calls": 150, "replay": 200, "threads": 150, "huge": 180, "memcheck": 300, "racecheck": 400}
@@ -221,7 +222,7 @@ def _write(out: Path, rows: Sequence[Row], told: dict[str, str], parts: Sequence
     if torch.cuda.is_available():
         timing.write_json(out, {**payload, "right": counts, "others": listed})
     else:
-        out.write_text(json.dumps({**payload, "right": counts, "others": listed}, indent=1) + "\n")
+        summary_of.write(out, {**payload, "right": counts, "others": listed})
     if set(done) & set(SANITIZERS):
         out.with_name(f"{out.stem}_sanitizer.txt").write_text(summary(rows, told, done))
 

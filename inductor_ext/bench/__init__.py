@@ -8,6 +8,7 @@
     run.py        starts the workers, asks them in turn, puts the results together
     breakdown.py  a step's kernels by class
     floor.py      the time that the shapes alone ask for
+    summary.py    what is written of a result, as JSON
     chart.py, page.py   the results as a PNG and as one HTML file
 
 Nothing here is imported by the backend; transformers, torchao and matplotlib are imported when they are used.

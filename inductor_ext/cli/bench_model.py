@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from inductor_ext.bench import chart, page, sides, tables
+from inductor_ext.bench import chart, page, sides, summary, tables
 from inductor_ext.bench import model as models
 from inductor_ext.bench.quantize import RECIPES
 from inductor_ext.bench.run import Plan, rules_that_fire, run
@@ -53,7 +52,9 @@ def model(
     ] = False,
     limit: Annotated[float | None, typer.Option(min=1, help="Seconds after which a side not compiled is given up.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the result as JSON; every round and kernel goes to FILE.samples.json.")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the result; needs matplotlib.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the result as one HTML page, with the chart.")] = None,
     from_path: Annotated[
@@ -69,7 +70,7 @@ def model(
         chart.need_matplotlib()
     console = stdout()
     if from_path:
-        result = json.loads(from_path.read_text())
+        result = summary.read(from_path)
     else:
         where = _device(device)
         if fp8 not in RECIPES:
@@ -87,15 +88,15 @@ def model(
                     fired = rules_that_fire(plan)
                 plan = dataclasses.replace(plan, sides=sides.ablation(fired, modes), warm=False)  # asking built the kernels
             result = run(plan, stage)
+    written = [path for path in (png, html) if path]
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        written += summary.write(json_path, result)
     if png:
         chart.write_png(result, png)
     if html:
         page.write(result, html)
     _show(console, result)
-    for path in filter(None, (json_path, png, html)):
+    for path in written:
         console.print(Text(f"Written: {spelt_out(path)}"), soft_wrap=True)
     if any(side["error"] for side in result["sides"]):
         raise typer.Exit(1)

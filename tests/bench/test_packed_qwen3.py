@@ -22,10 +22,10 @@ def test_the_sides_agree_and_the_rules_fire() -> None:
     found = packed_qwen3.measure(named("tiny", LAYERS)[1], TEXTS, LENGTH, "cpu", names, rounds=1)
     assert list(found) == names
     stock, *ours = found.values()
-    assert stock["rules"] == {}
+    assert stock["rewrites"] == {}
     for side in ours:
         assert side["cosine"] > 0.99
-        assert {rule: side["rules"].get(rule) for rule in FIRED} == {rule: LAYERS * count for rule, count in FIRED.items()}
+        assert {rule: side["rewrites"].get(rule) for rule in FIRED} == {rule: LAYERS * count for rule, count in FIRED.items()}
 
 
 def test_texts_do_not_see_each_other_and_tokens_do_not_see_later_ones() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.trust import calls, huge, replay, running, sanitize, threads
 from benchmarks.trust.calls import CALLS
 from benchmarks.trust.operands import E4, U8, Call, Maker
 from inductor_ext import jit, registry
+from inductor_ext.bench import summary
 from inductor_ext.kernels.downcast_fp8.op import PROGRAM_F32 as STATIC
 from tests.support.fakegpu import fake_cuda_inputs
 
@@ -374,7 +374,7 @@ def test_a_run_that_could_not_look_everywhere_is_no_success(tmp_path: Path, monk
     out = tmp_path / "trust.json"
     done = CliRunner().invoke(_app(), ["--only", "memcheck", "--only", "replay", "--jobs", "2", "--out", str(out)])
     assert done.exit_code == 1
-    made = json.loads(out.read_text())
+    made = summary.read(out)
     assert "No such file" in made["parts"]["memcheck"] and "exit code 1" in made["parts"]["replay"]
 
 
@@ -404,7 +404,7 @@ def test_a_result_names_what_failed_and_what_was_not_looked_at(tmp_path: Path) -
         trust.Row("memcheck", "moe_combine", "three", None, 0.0),
     ]
     trust._write(out, rows, {"memcheck": "$ compute-sanitizer\nERROR SUMMARY: 1 error"}, ["replay", "memcheck"])
-    made = json.loads(out.read_text())
+    made = summary.read(out)
     assert made["right"] == {"memcheck": 1} and [row["call"] for row in made["others"]] == ["two", "three"]
     text = (tmp_path / "trust_sanitizer.txt").read_text()
     assert text.startswith("$ compute-sanitizer\nERROR SUMMARY: 1 error\n") and "scaled_mm: two: 1 reports" in text

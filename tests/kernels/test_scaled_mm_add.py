@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inductor_ext import jit, registry
+from inductor_ext.kernels.scaled_mm import op as scaled_mm
 from inductor_ext.kernels.scaled_mm import product
 from inductor_ext.kernels.scaled_mm.config import parse
 from inductor_ext.kernels.scaled_mm_add.op import DEFAULT, MAX_ACCUMULATORS, OP, TABLE
