@@ -333,10 +333,25 @@ def trust() -> str:
     return table({name: re.sub(r", \d+ s", "", cell) for name, cell in row.items()} for row in rows)
 
 
+def compile_times() -> str:
+    rows = []
+    for model, sides in read("compile_time")["models"].items():
+        stock, cold, warm = (sides[side]["compile_s"] for side in ("stock", "cold", "warm"))
+        rows.append(
+            {
+                "model": model,
+                "stock": f"{stock:.1f} s",
+                "ours, no kernel built yet": f"{cold:.1f} s, {cold / stock:.2f} of stock",
+                "ours, kernels built": f"{warm:.1f} s, {warm / stock:.2f} of stock",
+            }
+        )
+    return table(rows)
+
+
 TABLES = (
     qwen3_steps, qwen3_parts, ablation, llama, packed, experts, casts, slow_copy, stores, products, product_means, collectives,
     call_costs, siblings, autotuned, fused, producers, one_scale, rotation_stores, attention, grouped, grouped_means, quantised,
-    combined, chunks, trust,
+    combined, chunks, trust, compile_times,
 )  # fmt: skip
 
 
