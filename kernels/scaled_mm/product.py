@@ -167,7 +167,7 @@ def ended(
         name,
         doc,
         reference=reference,
-        checks=[Call(check_operands, f"{operands}, out_dtype, config, op, named", op=name, named=named), check],
+        checks=[check, Call(check_operands, f"{operands}, out_dtype, config, op, named", op=name, named=named)],
         fake=Call(lambda a, b, scales, out_dtype: empty(a, b, out_dtype), f"{product}, out_dtype"),
         kernel=Kernel(
             source=source,

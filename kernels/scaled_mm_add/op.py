@@ -34,9 +34,9 @@ def check(a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, out_dtype: t
     if residual.dtype != out_dtype or residual.dim() != 2:
         wanted = f"{out_dtype} of two dimensions, as the output"
         raise TypeError(f"scaled_mm_add: residual: wanted {wanted}, found {residual.dtype} of shape {tuple(residual.shape)}")
-    shape = a.shape[0], b.shape[1]
-    if residual.shape[0] != shape[0] or residual.shape[1] != shape[1]:
-        raise ValueError(f"scaled_mm_add: residual: wanted shape {shape}, found {tuple(residual.shape)}")
+    if a.dim() == b.dim() == 2 and (residual.shape[0] != a.shape[0] or residual.shape[1] != b.shape[1]):
+        wanted = f"shape {(a.shape[0], b.shape[1])}"
+        raise ValueError(f"scaled_mm_add: residual: wanted {wanted}, found {tuple(residual.shape)}")
 
 
 def reference(

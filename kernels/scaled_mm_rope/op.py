@@ -76,7 +76,7 @@ def check(
     a: torch.Tensor, b: Sequence[torch.Tensor], q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
     sin: torch.Tensor, rotated: int, norm: str, out_dtype: torch.dtype, config: str,
 ) -> None:  # fmt: skip
-    if len(b) > MAX_PRODUCTS:
+    if not 1 <= len(b) <= MAX_PRODUCTS:
         raise ValueError(f"scaled_mm_rope: b: wanted 1 to {MAX_PRODUCTS} products, found {len(b)}")
     if rotated not in (1, 2) or rotated > len(b):
         raise ValueError(f"scaled_mm_rope: rotated: wanted 1 or 2 of {len(b)} products, found {rotated}")
@@ -87,7 +87,7 @@ def check(
     if config and not is_ours(parse(config)):
         raise ValueError(f"scaled_mm_rope: config: wanted a tile of 64 or 128 by {HEAD_DIM}, found {config!r}")
     for i, each in enumerate(b):
-        if each.shape[1] % HEAD_DIM:
+        if each.dim() != 2 or each.shape[1] % HEAD_DIM:
             raise ValueError(f"scaled_mm_rope: b[{i}]: wanted [K, N], N a multiple of {HEAD_DIM}, found {tuple(each.shape)}")
     _check_weight("q_weight", q_weight, bool(norm), out_dtype)
     _check_weight("k_weight", k_weight, bool(norm) and rotated == 2, out_dtype)
@@ -118,6 +118,8 @@ def _check_tables(a: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: 
             raise ValueError(f"scaled_mm_rope: {name}: wanted columns of unit stride, found strides {tuple(table.stride())}")
     if sin.shape[0] != cos.shape[0] or sin.shape[1] != cos.shape[1]:
         raise ValueError(f"scaled_mm_rope: sin: wanted the shape of cos, {tuple(cos.shape)}, found {tuple(sin.shape)}")
+    if a.dim() != 2:
+        raise ValueError(f"scaled_mm_rope: a: wanted two dimensions, found shape {tuple(a.shape)}")
     rows, positions = a.shape[0], cos.shape[1]
     if (rows % positions if positions != 0 else rows) != 0:
         raise ValueError(f"scaled_mm_rope: a: wanted rows of whole sequences of {positions}, as cos has, found {rows}")

@@ -134,7 +134,7 @@ def test_no_rows(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"b": []}, ValueError, r"b \(at least one\), found 1, 1 for 0 b"),
+        ({"b": []}, ValueError, "b: wanted 1 to 4 products, found 0"),
         ({"b": "five"}, ValueError, "b: wanted 1 to 4 products, found 5"),
         ({"b": "narrow"}, ValueError, r"b\[0\]: wanted \[K, N\], N a multiple of 128, found \(64, 64\)"),
         ({"rotated": 0}, ValueError, "rotated: wanted 1 or 2 of 3 products, found 0"),
