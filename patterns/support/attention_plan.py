@@ -91,7 +91,7 @@ def check(found: Attention, sources: tuple[Source, Source]) -> None:
         wanted = f"heads of {q.shape[3]} in V, as in Q and K"
         raise Miss("head size of V (MLA)", node, wanted, str(v.shape[3]))
     if found.bias is not None:
-        bias, scores = value_of(found.bias).shape, (*q.shape[:3], k.shape[2])
+        bias, scores = value_of(found.bias).shape, (*q.shape[:3], value_of(found.k).shape[2])
         if len(bias) > 4 or not all(known_equal(a, 1) or known_equal(a, b) for a, b in zip(bias[::-1], scores[::-1])):
             raise Miss("the bias is not of the scores' shape", node, f"what broadcasts to {list(scores)}", describe(found.bias))
     if not q.dtype is k.dtype is v.dtype:
