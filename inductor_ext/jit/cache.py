@@ -33,6 +33,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -234,10 +235,20 @@ class KernelCache:
             ours.claim(root)
             for name in FOLDERS:
                 make_folder(self.root / name, self.mode)
+                if name == "locks":
+                    self._close_locks()
                 root.folder(name).__exit__(None, None, None)
         with tempfile.TemporaryDirectory(dir=self.root / "tmp"):
             pass
         ours.sweep(self.root)
+
+    def _close_locks(self) -> None:
+        """Make the folder of locks private where filelock, whose process waited, has just made it again as the umask says."""
+        locks = self.root / "locks"
+        status = locks.lstat()
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if own and status.st_mode & 0o022 and all(map(_is_lock, locks.iterdir())):
+            locks.chmod(self.mode)
 
     def _make_root(self) -> None:
         """The root; one that a umask left open to a group is made private while it holds nothing, or nothing but locks.
