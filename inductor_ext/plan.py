@@ -8,7 +8,7 @@ left. A kernel that cannot be had costs another round of the rules, on the untou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
 from typing import Any
 
 import torch
@@ -20,30 +20,35 @@ from inductor_ext.calls import calls
 from inductor_ext.graph import value_of
 from inductor_ext.op import Op, device_of
 
+log = logging.getLogger("inductor_ext")
+
 
 def kernels_of(graph: Graph, arch: str | None) -> list[jit.JitSpec]:
-    if arch is None:
-        return []
+    """A model may call ops of ours itself: where one does not take its arguments it says so when it runs, not here."""
     found: dict[jit.JitSpec, None] = {}
-    for op, args in op_calls(graph):
-        if device_of(args).type == "cuda":
-            found.update(dict.fromkeys(op.specs(args, arch)))
+    ops = {op.overload: op for op in registry.ops()} if arch is not None else {}
+    for node in graph.nodes:
+        writes = calls(node, auto_functionalize.auto_functionalized_v2)
+        op = ops.get(node.args[0] if writes else node.target) if node.op == "call_function" else None
+        if op is None or arch is None:
+            continue
+        try:
+            args = arguments_of(op, node)
+            if device_of(args).type == "cuda":
+                found.update(dict.fromkeys(op.specs(args, arch)))
+        except Exception:
+            log.debug("%s: which kernel %s needs is not known", op.name, node.name, exc_info=True)
     return list(found)
 
 
-def op_calls(graph: Graph) -> Iterator[tuple[Op, tuple[Any, ...]]]:
-    """Every call of an op of ours with its arguments in schema order, fakes for tensors."""
-    ops = {op.overload: op for op in registry.ops()}
-    for node in graph.nodes:
-        if calls(node, auto_functionalize.auto_functionalized_v2) and node.args[0] in ops:
-            op, named = ops[node.args[0]], _written(node)
-        elif node.op == "call_function" and node.target in ops:
-            op = ops[node.target]
-            given, named = torch.fx.map_arg((node.args, node.kwargs), value_of)
-            named = {**dict(zip(_defaults(op), given)), **named}
-        else:
-            continue
-        yield op, tuple({**_defaults(op), **named}.values())
+def arguments_of(op: Op, node: Node) -> tuple[Any, ...]:
+    """Those of a call of ``op`` in schema order, fakes for tensors."""
+    if calls(node, auto_functionalize.auto_functionalized_v2):
+        named = _written(node)
+    else:
+        given, named = torch.fx.map_arg((node.args, node.kwargs), value_of)
+        named = {**dict(zip(_defaults(op), given)), **named}
+    return tuple({**_defaults(op), **named}.values())
 
 
 def _defaults(op: Op) -> dict[str, Any]:

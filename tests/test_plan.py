@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inductor_ext import jit, registry
+from inductor_ext import jit, plan, registry
 from inductor_ext.errors import BuildError
 from inductor_ext.patterns.mxfp8_grouped_mm import _quantised
 from inductor_ext.report.events import GraphReport
@@ -98,3 +99,19 @@ def test_require_raises_for_a_kernel_that_only_a_chain_of_rules_needs(monkeypatc
     Builds(monkeypatch, "scaled_mm_rope")
     with pytest.raises(Exception, match="no scaled_mm_rope today"):
         _compiled(build="require")
+
+
+def test_a_call_that_its_op_does_not_take_is_no_error_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = next(op for op in registry.ops() if op.name == "fp8_downcast")
+
+    def refuse(*_: Any) -> list[Any]:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(op, "specs", refuse)
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(4, 16, dtype=torch.bfloat16)
+    graph.call_function(op.overload, (x, [], "mul:0.5", torch.float8_e4m3fn))
+    monkeypatch.setattr(plan, "device_of", lambda args: torch.device("cuda"))
+    assert plan.kernels_of(graph, "sm_90a") == [] and plan.kernels_of(graph, None) == []
