@@ -33,7 +33,7 @@ from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise,
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.attention_examples import sdpa
 from inductor_ext.patterns.support.rope import Rope
-from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
+from inductor_ext.patterns.support.same import same_elements, same_tensor, way_in_order
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 from inductor_ext.settings import RuleMode
@@ -110,11 +110,11 @@ def _plan(node: Node, ropes: Sequence[Rope], heads: Sequence[_Head | None], forc
     products, joined = _products(whole, forced)
     for rope, each in zip(ropes, products):
         _check_rotation(rope, each)
-    for head in whole:
+    for head, own in zip(whole, products):
         _check_readers(head)
         # What comes of a permuted view is copied or not as it was: its rows are merged otherwise.
         plain = head.rope.dims == tuple(sorted(head.rope.dims))
-        columns.check(head.rope.end, forced, products[0].n if plain else head.rope.x.value.shape[-1])
+        columns.check(head.rope.end, forced, own.n if plain else head.rope.x.value.shape[-1])
     plan = _Plan(tuple(ropes), tuple(products), joined, node, "")
     return dataclasses.replace(plan, place=_place(node, plan))
 
@@ -128,10 +128,8 @@ def _head(rope: Rope) -> _Head | None:
         return None
     path, at = list[Node](), rope.x.node
     while True:
-        above = in_order(at)
-        while at is not above:
-            path.append(at)
-            at = at.args[0]  # type: ignore[assignment]
+        at, way = way_in_order(at)
+        path.extend(way)
         if scaled_product.is_product(at):
             return _Head(rope, at, tuple(reversed(path)))
         inside = columns.taken(at)
@@ -168,7 +166,9 @@ def _products(heads: Sequence[_Head], forced: bool) -> tuple[list[Product], Node
     _alike(own)
     joined = next((user for user in _users(heads[0]) if columns.is_cat_of_columns(user)), None)
     if joined is None:
-        others = [each for each in scaled_mm_siblings.siblings(own[0]) if each.node not in [one.node for one in own]]
+        nodes = [each.node for each in own]
+        others = [each for each in scaled_mm_siblings.siblings(own[0]) if each.node not in nodes]
+        others = [each for each in others if scaled_mm_siblings.stuck(each, min(nodes)) is None]
         found = [*own, *(each for each in others if columns.may_be_columns(each.node, forced))]
     else:
         found = scaled_mm_cat.joined(joined)
@@ -311,7 +311,7 @@ def replace(match: Match) -> None:
     if plan.joined is not None:
         plan.joined.replace_all_uses_with(made)
         columns.refresh(made)
-    for old, new in zip(_outputs(plan), [*parts[: len(plan.ropes)], *parts[len(plan.ropes) :]]):
+    for old, new in zip(_outputs(plan), parts, strict=True):
         old.replace_all_uses_with(new)
         columns.refresh(new)
         erase_dead(old)
@@ -432,6 +432,15 @@ def _late_tables(*inputs: Any) -> torch.Tensor:
     q, k, v = _projected(*projection)
     cos, sin = cos.cos(), sin.sin()
     return _attention(_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin), v)
+
+
+def _v_is_late(*inputs: Any) -> torch.Tensor:
+    """v's scale is computed of q, turned."""
+    x, s, wq, tq, wk, tk, wv, tv, cos, sin = inputs
+    q, k = _projected(x, s, wq, tq, wk, tk)
+    q, k = _rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    (v,) = _projected(x, s, wv, tv * q.float().abs().amax())
+    return _attention((q, k), v)
 
 
 def _tables_of_v(*inputs: Any) -> torch.Tensor:
@@ -579,6 +588,7 @@ RULE = Rule(
         _match("q_alone", _q_alone, _operands),
         _match("k_before_q", _k_first, _weighted),
         _match("late_tables", _late_tables, _operands),
+        _match("v_is_late", _v_is_late, _operands),
     ),
     near_misses=(
         _miss("not_asked_for", _llama, _operands, "not measured"),
