@@ -211,11 +211,7 @@ class RewritePass(_Base):
                 self.observer(rule.name, graph)
 
     def _visit(self, rule: Rule, context: Context, anchor: Node, report: GraphReport, kernels: dict[jit.JitSpec, Any]) -> None:
-        def fits(match: Match) -> None:
-            _check_arguments(match)
-            self._check_kernels(match, kernels)
-
-        found = self._guarded(rule, anchor, context, fits)
+        found = self._guarded(rule, anchor, context, kernels)
         if isinstance(found, Refusal):
             report.refusals.append(found)
         elif found is not None:
@@ -247,14 +243,13 @@ class RewritePass(_Base):
             self._failure(rule, graph.output_node(), error)
             return []
 
-    def _guarded(
-        self, rule: Rule, anchor: Node, context: Context, check: Callable[[Match], None] = lambda match: None
-    ) -> Match | Refusal | None:
+    def _guarded(self, rule: Rule, anchor: Node, context: Context, kernels: dict[jit.JitSpec, Any]) -> Match | Refusal | None:
         """What ``rule`` says of ``anchor``: the one place where a `Miss` becomes a near miss."""
         try:
             match = rule.guard(anchor, context)
             if match is not None:
-                check(match)
+                _check_arguments(match)
+                self._check_kernels(match, kernels)
             return match
         except Miss as miss:
             return _refusal(rule, miss)

@@ -25,12 +25,14 @@ log = logging.getLogger("inductor_ext")
 
 def kernels_of(graph: Graph, arch: str | None) -> list[jit.JitSpec]:
     """A model may call ops of ours itself: where one does not take its arguments it says so when it runs, not here."""
+    if arch is None:
+        return []
     found: dict[jit.JitSpec, None] = {}
-    ops = {op.overload: op for op in registry.ops()} if arch is not None else {}
+    ops = {op.overload: op for op in registry.ops()}
     for node in graph.nodes:
         writes = calls(node, auto_functionalize.auto_functionalized_v2)
         op = ops.get(node.args[0] if writes else node.target) if node.op == "call_function" else None
-        if op is None or arch is None:
+        if op is None:
             continue
         try:
             args = arguments_of(op, node)

@@ -204,10 +204,12 @@ def _plan(ropes: tuple[Rope, ...], forced: bool) -> _Plan | None:
 def _stored(rope: Rope, scatter: Node) -> Half | None:
     """The store of ``rope``'s end: a rounding that ends the rotation is not the first step of the cast."""
     k = kv_store.trace_any(scatter)
-    shorter = None if k is None or k.chain is None or k.x is rope.end else k.chain.behind_convert()
-    if k is None or shorter is None or shorter.x is not rope.end:
+    if k is None or k.chain is None or k.x is rope.end:
         return k
-    views = [view for view in k.input_views if view not in k.chain.pre_views] if k.chain is not None else []
+    shorter = k.chain.behind_convert()
+    if shorter is None or shorter.x is not rope.end:
+        return k
+    views = [view for view in k.input_views if view not in k.chain.pre_views]
     return dataclasses.replace(k, chain=shorter, x=shorter.x, input_views=views)
 
 

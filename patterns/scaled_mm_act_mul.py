@@ -28,7 +28,7 @@ from inductor_ext.miss import NOT_MEASURED, NOT_WHOLE_COLUMNS, Miss, no_other_us
 from inductor_ext.patterns.act_mul_quantize import gated
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
-from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
+from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor, way_in_order
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 
@@ -101,10 +101,8 @@ def _half(operand: Node) -> _Half | None:
     path = []
     node, low, high, whole = operand, 0, None, operand  # whole: what the columns are taken of
     while True:
-        above = in_order(node)
-        while node is not above:
-            path.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+        node, way = way_in_order(node)
+        path.extend(way)
         if scaled_product.is_product(node):
             break
         inside = _columns(node) if high is None else None

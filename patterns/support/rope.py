@@ -98,10 +98,7 @@ class Rope:
     @property
     def turned(self) -> torch.Tensor:
         """The fake of ``end`` as [B, S, H, D]."""
-        value = value_of(self.end)
-        with value.fake_mode:
-            value = value.permute(self.dims)
-            return value if value.dim() == 4 else value.unsqueeze(0)
+        return View(self.end, self.dims).value
 
     @property
     def result(self) -> torch.Tensor:

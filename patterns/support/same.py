@@ -74,9 +74,16 @@ def same_value(a: Node, b: Node) -> bool:
 
 def in_order(node: Node) -> Node:
     """The first node above ``node`` that is not a reshape which keeps the elements' order."""
+    return way_in_order(node)[0]
+
+
+def way_in_order(node: Node) -> tuple[Node, list[Node]]:
+    """`in_order`, and the reshapes that lead from it to ``node``, the last one first."""
+    way = []
     while isinstance(node, Node) and node.op == "call_function" and node.target in _IN_ORDER:
+        way.append(node)
         node = node.args[0]
-    return node
+    return node, way
 
 
 def same_elements(a: Node, b: Node) -> bool:
