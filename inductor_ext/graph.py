@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -255,6 +256,14 @@ def snapshot(graph: Graph) -> Callable[[], None]:
         graph.output(graph.graph_copy(kept, {})).meta = dict(meta)
 
     return restore
+
+
+def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy that shares the graph's constants: under the fake mode that Inductor sets, real tensors cannot be copied."""
+    held = [each for module in gm.modules() for each in vars(module).values()]
+    constants = [each for each in held if isinstance(each, (torch.Tensor, torch.ScriptObject))]
+    constants += [*gm.parameters(), *gm.buffers()]
+    return copy.deepcopy(gm, {id(each): each for each in constants})
 
 
 def text_of(graph: Graph) -> str:

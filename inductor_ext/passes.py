@@ -53,8 +53,9 @@ class _RuleError(Exception):
 class RewritePass(_Base):
     """Runs the rules of ``settings`` over a post-grad graph.
 
-    ``on_report`` gets the `GraphReport` of every graph; ``observer`` a look at the graph before the first rule ("") and after
-    each rule that changed it.
+    ``observer`` gets a look at the graph before the first rule ("") and after each rule that changed it. ``on_report`` gets the
+    `GraphReport` of every graph: at once or, with ``later``, in `finish`. Then the pass does not wait for kernels: they are
+    built while Inductor goes on.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class RewritePass(_Base):
         previous: Any = None,
         on_report: Callable[[GraphReport], None] | None = None,
         observer: Observer | None = None,
+        *,
+        later: bool = False,
     ) -> None:
         self.settings = settings
         self.previous = previous
@@ -70,6 +73,10 @@ class RewritePass(_Base):
         self.observer = observer
         self._report: GraphReport | None = None  # of the graph that is being compiled
         self.report_keys: list[str] = []  # of the reports of this pass, under which they are counted
+        self.later = later
+        self.failed: dict[jit.JitSpec, Exception] = {}  # kernels that a graph compiled before could not have
+        self._made: list[GraphReport] = []  # since the last `finish`, and the kernels that are being built for them
+        self._started: list[jit.Started] = []
         self._warned: set[tuple[str, str]] = set()
 
     def uuid(self) -> Any:
@@ -85,6 +92,7 @@ class RewritePass(_Base):
             self.settings.arch,
             self.settings.prefill_only,
             self.settings.checks,
+            tuple(sorted(spec.describe() for spec in self.failed)),
             tuple(rule.environment() for rule in self._rules()),
             previous,
         )
@@ -105,15 +113,41 @@ class RewritePass(_Base):
         report.seconds = time.perf_counter() - started
         self._report = report
         self.report_keys.append(store.publish(report))
-        if self.on_report:
+        if self.later:
+            self._made.append(report)
+        elif self.on_report:
             self.on_report(report)
+
+    def finish(self, others: dict[jit.JitSpec, Any]) -> bool:
+        """Wait for the kernels that were started since the last call, and give the reports of their graphs to ``on_report``.
+
+        ``others`` are kernels that what was compiled since needs too. False where one cannot be had and that is news: `failed`
+        says so then, the reports are withdrawn, and all that was compiled since has to be compiled again.
+        """
+        made, started = self._made, self._started
+        self._made, self._started = [], []
+        kernels = {**others, **{spec: module for each in started for spec, module in each.result().items()}}
+        lacking = {spec: found for spec, found in kernels.items() if isinstance(found, Exception) and spec not in self.failed}
+        self.failed.update(lacking)
+        for report in reversed(made if lacking else ()):
+            store.withdraw(self.report_keys.pop(), report)
+        if self.on_report and not lacking:
+            for report in made:
+                self.on_report(report)
+        return not lacking
+
+    def stop(self) -> None:
+        """The compile has ended early: nobody waits for kernels any more."""
+        for each in self._started:
+            each.stop()
+        self._made, self._started = [], []
 
     def _rewrite(self, graph: Graph, report: GraphReport) -> dict[jit.JitSpec, Any]:
         """Apply all rules, then have the kernels of what they made, all together; those kernels, with their modules.
 
         Where a rule fails half-way, or a kernel cannot be had, all rules run again on the graph as it was, without them.
         """
-        kernels: dict[jit.JitSpec, Any] = {}
+        kernels: dict[jit.JitSpec, Any] = dict(self.failed)
         failures: list[_RuleError] = []
         restore = graphs.snapshot(graph)
         while True:
@@ -149,9 +183,15 @@ class RewritePass(_Base):
     # ---- kernels ----------------------------------------------------------------------------------------------------
 
     def _lack(self, needed: list[jit.JitSpec], kernels: dict[jit.JitSpec, Any]) -> bool:
-        """Build or load what is not in ``kernels`` yet, in parallel, and say whether a rewrite has to do without one of it."""
+        """Build or load what is not in ``kernels`` yet, in parallel, and say whether a rewrite has to do without one of it.
+
+        With ``later`` that is only begun, and `finish` says it.
+        """
         unknown = [spec for spec in needed if spec not in kernels]
         if not unknown or self.settings.build == "defer":
+            return False
+        if self.later:
+            self._started.append(jit.start(unknown, self.settings))
             return False
         made = jit.prepare(unknown, self.settings)
         kernels.update(made)

@@ -278,6 +278,13 @@ def reinplace(gm: torch.fx.GraphModule) -> None:
     gm.recompile()
 
 
+def compiles_again() -> None:
+    """Forget what compiling a graph has told AOTAutograd of its outputs. Inductor does so too where it compiles one twice."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.output_strides:
+        context.output_strides.clear()
+
+
 def run_post_grad_passes(gm: torch.fx.GraphModule, fake_mode: Any, is_inference: bool) -> None:
     """Inductor's post-grad passes, the custom ones with them, and nothing after: what `explain` needs of a compile."""
     from torch._inductor import compile_fx

@@ -5,7 +5,7 @@ from inductor_ext.jit.clangd import write_clangd
 from inductor_ext.jit.doctor import Check, diagnose
 from inductor_ext.jit.headers import include_dirs, kernels_root
 from inductor_ext.jit.loader import forget, load, try_load
-from inductor_ext.jit.parallel import build_jobs, prebuild, prepare
+from inductor_ext.jit.parallel import Started, build_jobs, prebuild, prepare, start
 from inductor_ext.jit.progress import BuildEvent
 from inductor_ext.jit.spec import JitSpec
 from inductor_ext.jit.toolchain import Toolchain, arch_of, current_arch, find_toolchain
@@ -16,6 +16,7 @@ __all__ = [
     "Entry",
     "JitSpec",
     "KernelCache",
+    "Started",
     "Toolchain",
     "arch_of",
     "build_jobs",
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "prebuild",
     "prepare",
+    "start",
     "try_load",
     "write_clangd",
 ]

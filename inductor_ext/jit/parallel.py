@@ -1,4 +1,4 @@
-"""Many kernels at once: ``prepare`` for this process, ``prebuild`` for a machine without a compiler.
+"""Many kernels at once: ``prepare`` for this process, ``start`` in the background, ``prebuild`` for one without a compiler.
 
 Both give failures as values: a kernel that does not build costs its graph one rewrite, not the compile.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +33,16 @@ T = TypeVar("T")
 
 
 def prepare(
-    specs: Iterable[JitSpec], settings: Settings | None = None, *, on_progress: Listener | None = None
+    specs: Iterable[JitSpec],
+    settings: Settings | None = None,
+    *,
+    on_progress: Listener | None = None,
+    stopped: threading.Event | None = None,
 ) -> dict[JitSpec, Any | InductorExtError]:
     """Load every spec, building in parallel what does not exist yet. A value is a module or the error; none is raised.
 
-    ``on_progress`` gets a ``BuildEvent`` for each step, one at a time, from any thread.
+    ``on_progress`` gets a ``BuildEvent`` for each step, one at a time, from any thread. Once ``stopped`` is set no further
+    compiler starts.
     """
     settings = settings or current()
     wanted = list(dict.fromkeys(specs))
@@ -51,8 +57,33 @@ def prepare(
             results[spec] = _guarded(spec, lambda s: load(s, settings))
             counter.step(spec, "failed", error=results[spec] if isinstance(results[spec], Exception) else None)
     else:
-        results.update(_in_parallel(missing, lambda s: load(s, settings), settings, on_progress, len(wanted)))
+        results.update(_in_parallel(missing, lambda s: load(s, settings), settings, on_progress, len(wanted), stopped))
     return results
+
+
+class Started:
+    """What `prepare` gives of ``specs``, made in a thread of its own while the caller goes on."""
+
+    def __init__(self, specs: Iterable[JitSpec], settings: Settings) -> None:
+        self._stopped = threading.Event()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="inductor_ext-prepare")
+        self._future = pool.submit(prepare, list(specs), settings, stopped=self._stopped)
+        pool.shutdown(wait=False)
+
+    def result(self) -> dict[JitSpec, Any | InductorExtError]:
+        """Waits for the last of them."""
+        return self._future.result()
+
+    def stop(self) -> None:
+        """Nobody waits for the result any more: end the compilers, as Ctrl-C does in `prepare`."""
+        self._stopped.set()
+        if not self._future.done():
+            stop_all()
+
+
+def start(specs: Iterable[JitSpec], settings: Settings) -> Started:
+    """`prepare` in the background."""
+    return Started(specs, settings)
 
 
 def prebuild(
@@ -103,7 +134,12 @@ def build_jobs(settings: Settings, count: int) -> int:
 
 
 def _in_parallel(
-    specs: list[JitSpec], make: Callable[[JitSpec], T], settings: Settings, on_progress: Listener | None, total: int
+    specs: list[JitSpec],
+    make: Callable[[JitSpec], T],
+    settings: Settings,
+    on_progress: Listener | None,
+    total: int,
+    stopped: threading.Event | None = None,
 ) -> dict[JitSpec, T | InductorExtError]:
     """``make(spec)`` for each, as values. Ctrl-C stops the compilers instead of waiting for them."""
     if not specs:
@@ -113,6 +149,8 @@ def _in_parallel(
         counter.done = total - len(specs)
 
         def one(spec: JitSpec) -> T | InductorExtError:
+            if stopped is not None and stopped.is_set():
+                return BuildError(f"kernel {spec.name} ({spec.arch}): the compile was stopped", first_error="", transient=True)
             counter.step(spec, "building")
             started = time.perf_counter()
             result = _guarded(spec, make)

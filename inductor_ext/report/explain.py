@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import json
 from collections import Counter
@@ -15,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from inductor_ext import registry, settings, torch_compat
+from inductor_ext.graph import copied
 from inductor_ext.report.events import GraphReport, Refusal, Rewrite
 
 
@@ -142,13 +142,6 @@ def given_either_way(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], list) else run(*inputs)
 
     return call
-
-
-def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A copy that shares the graph's constants: under the fake mode that Inductor sets, real tensors cannot be copied."""
-    constants = [each for module in gm.modules() for each in vars(module).values() if isinstance(each, torch.Tensor)]
-    constants += [*gm.parameters(), *gm.buffers()]
-    return copy.deepcopy(gm, {id(each): each for each in constants})
 
 
 def run_passes(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> None:

@@ -30,23 +30,34 @@ _LIMIT = 256 << 20  # bytes; the graph of a large model has a few million charac
 def publish(report: GraphReport) -> str:
     """Remember a report under its digest and count the key that a cache hit will replay. Gives the key."""
     for rule, count in report.counts().items():
-        counters["inductor"][f"inductor_ext.{rule}"] += count
+        _count(f"inductor_ext.{rule}", count)
     return _keep(report)
 
 
 def amend(key: str, report: GraphReport) -> str:
     """``report``, published as ``key``, says more now and its graph is still being compiled. Gives the new key."""
-    counters["inductor"][key] -= 1
+    _count(key, -1)
+    return _keep(report)
+
+
+def withdraw(key: str, report: GraphReport) -> None:
+    """``report``, published as ``key`` or replayed under it, is of a graph that is compiled again, in another way."""
+    for rule, count in report.counts().items():
+        _count(f"inductor_ext.{rule}", -count)
+    _count(key, -1)
+
+
+def _count(key: str, change: int) -> None:
+    counters["inductor"][key] += change
     if counters["inductor"][key] == 0:
         del counters["inductor"][key]
-    return _keep(report)
 
 
 def _keep(report: GraphReport) -> str:
     text = json.dumps(report.to_dict(), sort_keys=True)
     digest = _digest(text)
     _write(digest, text)
-    counters["inductor"][_PREFIX + digest] += 1
+    _count(_PREFIX + digest, 1)
     return _PREFIX + digest
 
 
@@ -55,13 +66,13 @@ def snapshot() -> Counter[str]:
     return Counter({key: count for key, count in counters["inductor"].items() if key.startswith(_PREFIX)})
 
 
-def replayed(before: Counter[str], made: Iterable[str] = ()) -> list[GraphReport]:
+def replayed(before: Counter[str], made: Iterable[str] = ()) -> list[tuple[str, GraphReport]]:
     """Reports whose keys were counted since ``before`` and not ``made`` by a compile since: those that caches gave back."""
     reports = []
     for key, count in (snapshot() - before - Counter(made)).items():
         report = _read(key.removeprefix(_PREFIX))
         if report is not None:
-            reports.extend([report] * count)
+            reports.extend([(key, report)] * count)
     return reports
 
 

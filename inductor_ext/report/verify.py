@@ -22,11 +22,11 @@ import torch.utils._pytree as pytree
 
 from inductor_ext import registry, settings, torch_compat
 from inductor_ext.errors import VerifyError
-from inductor_ext.graph import copy_of
+from inductor_ext.graph import copied, copy_of
 from inductor_ext.moe import MXFP8Weight
 from inductor_ext.report import compare
 from inductor_ext.report.events import GraphReport
-from inductor_ext.report.explain import cloned, compiled_with, copied, given_either_way, run_passes
+from inductor_ext.report.explain import cloned, compiled_with, given_either_way, run_passes
 from inductor_ext.rule import REQUANTIZED, TOLERANCE
 
 
