@@ -33,6 +33,7 @@ def guard(node: Node, context: Context) -> Match | None:
 
 def replace(match: Match) -> None:
     graph = match.node.graph
+    scaled_product.absorb(*match.data.products)
     with graph.inserting_before(match.node):
         made = match.data.insert(graph)
     match.node.replace_all_uses_with(made)
@@ -89,6 +90,11 @@ def _quantised(x: Any, w: Any, s: Any, t: Any) -> torch.Tensor:
     return product((x.float() / s).clamp(-448.0, 448.0).to(E4), w, s, t)
 
 
+def bias_added(a: Any, w: Any, s: Any, t: Any, b: Any) -> torch.Tensor:
+    """A linear layer that adds its bias itself, through the views that flatten its input."""
+    return product(a, w, s, t).view(2, -1, w.shape[0]) + b
+
+
 def _with(name: str, fn: Any, inputs: Any = tensorwise, **options: Any) -> Example:
     return Example(name, fn, inputs, mode="always", **options)
 
@@ -98,6 +104,7 @@ MATCHES = (
     _with("rowwise", product, rowwise),
     _with("fast_accumulation", lambda *inputs: product(*inputs, use_fast_accum=True), rowwise),
     _with("bias", lambda a, w, s, t, b: product(a, w, s, t, bias=b), lambda d: with_bias(tensorwise(d))),
+    _with("bias_added_after", bias_added, lambda d: with_bias(rowwise(d))),
     _with("fp32_output", lambda *inputs: product(*inputs, out_dtype=torch.float32)),
     _with("e5m2_times_e4m3", product, lambda d: tensorwise(d, dtypes=(E5, E4))),
     _with("one_row", product, lambda d: rowwise(d, m=1)),

@@ -26,9 +26,9 @@ from inductor_ext.kernels.scaled_mm_act_mul import op as scaled_mm_act_mul
 from inductor_ext.kernels.scaled_mm_act_mul.op import OUT_DTYPES
 from inductor_ext.miss import NOT_MEASURED, NOT_WHOLE_COLUMNS, Miss, no_other_users
 from inductor_ext.patterns.act_mul_quantize import gated
-from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
+from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
-from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor, way_in_order
+from inductor_ext.patterns.support.same import same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 
@@ -101,8 +101,8 @@ def _half(operand: Node) -> _Half | None:
     path = []
     node, low, high, whole = operand, 0, None, operand  # whole: what the columns are taken of
     while True:
-        node, way = way_in_order(node)
-        path.extend(way)
+        node, steps = scaled_product.way(node)
+        path.extend(steps)
         if scaled_product.is_product(node):
             break
         inside = _columns(node) if high is None else None
@@ -140,7 +140,8 @@ def _both(halves: Sequence[_Half | None], operands: Sequence[Node]) -> tuple[_Ha
     """gate and up, two parts of products that one launch can do."""
     for half, operand in zip(halves, operands):
         if half is None:
-            raise Miss("gate and up are not both FP8 products", operand, "aten._scaled_mm", describe(in_order(operand)))
+            found = describe(scaled_product.way(operand)[0])
+            raise Miss("gate and up are not both FP8 products", operand, "aten._scaled_mm", found)
     gate, up = halves
     assert isinstance(gate, _Half) and isinstance(up, _Half)
     p, q = gate.product, up.product
@@ -230,6 +231,16 @@ def _with_bias(a: Any, s: Any, w: Any, t: Any, u: Any, r: Any, b: Any, c: Any) -
     return torch.nn.functional.silu(product(a, w, s, t, bias=b)) * product(a, u, s, r, bias=c)
 
 
+def _bias_added(a: Any, s: Any, w: Any, t: Any, u: Any, r: Any, b: Any, c: Any) -> torch.Tensor:
+    gate, up = product(a, w, s, t).view(2, 20, 48) + b, product(a, u, s, r).view(2, 20, 48) + c
+    return torch.nn.functional.silu(gate) * up
+
+
+def _halves_bias_added(a: Any, w: Any, s: Any, t: Any, b: Any) -> torch.Tensor:
+    gate, up = (product(a, w, s, t) + b).chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
 def _halves(a: Any, w: Any, s: Any, t: Any) -> torch.Tensor:
     gate, up = product(a, w, s, t).view(2, 20, 96).chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
@@ -261,6 +272,8 @@ MATCHES = (
     _always("gelu", _gelu),
     _always("through_views", _through_views),
     _always("bias", _with_bias, _with(2)),
+    _always("bias_added_after", _bias_added, _with(2)),
+    _always("halves_bias_added_after", _halves_bias_added, lambda d: with_bias(rowwise(d, n=96))),
     _always("halves_of_one_product", _halves, lambda d: rowwise(d, n=96)),
     _always("packed_halves", _packed_halves, lambda d: rowwise(d, n=96)),
     _always("packed_slices", _packed_slices, lambda d: rowwise(d, n=96)),

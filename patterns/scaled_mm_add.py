@@ -21,10 +21,9 @@ from inductor_ext.calls import arguments, aten
 from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
 from inductor_ext.kernels.scaled_mm.ready import static_b
 from inductor_ext.kernels.scaled_mm_add import op as scaled_mm_add
-from inductor_ext.miss import NOT_WHOLE_COLUMNS, Miss, second_user
-from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
+from inductor_ext.miss import NOT_WHOLE_COLUMNS, Miss, no_other_users, second_user
+from inductor_ext.patterns.scaled_mm import bias_added, fixed, product, rowwise, tensorwise, with_bias
 from inductor_ext.patterns.support import scaled_plan, scaled_product
-from inductor_ext.patterns.support.same import in_order
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 
@@ -52,7 +51,8 @@ def _operands(node: Node) -> tuple[Node, Node] | None:
         return None
     one, other = node.args
     for part, residual in ((one, other), (other, one)):
-        if scaled_product.is_product(in_order(part)):  # type: ignore[arg-type]
+        source, _ = scaled_product.way(part)
+        if scaled_product.is_product(source) and scaled_product.way(node)[0] is not source:  # which would be its bias
             return part, residual  # type: ignore[return-value]
     return None
 
@@ -61,7 +61,7 @@ def guard(node: Node, context: Context) -> Match | None:
     operands = _operands(node)
     assert operands is not None
     part, residual = operands
-    found = scaled_product.parse(in_order(part))
+    found = scaled_product.parse(scaled_product.way(part)[0])
     _check(node, part, residual, found)
     problem = found.n, found.k, found.rowwise, found.fast
     run = scaled_plan.ended(scaled_mm_add.TABLE, node, found, problem, context, "the residual is read with the product")
@@ -81,28 +81,13 @@ def _check(node: Node, part: Node, residual: Node, found: Product) -> None:
     if not known_equal(value.shape[-1], found.n):
         wanted = f"views that keep the columns, {found.n} of them"
         raise Miss(NOT_WHOLE_COLUMNS, part, wanted, f"a view as {list(value.shape)}")
-    second = _second_user(node, part, found.node)
-    if second is not None:
-        raise Miss(second_user("the product"), node, "this sum alone", describe(second))
+    path = [found.node, *scaled_product.way(part)[1]]
+    no_other_users(path, path if list(node.args).count(part) > 1 else [*path, node], "the product", "this sum alone")
     strides = other.stride()
     dense = other.is_contiguous() or (other.dim() == 2 and strides[1] == 1 and _aligned(strides[0] * other.element_size()))
     if not dense:
         wanted = "rows one after the other, or at multiples of 16 bytes"
         raise Miss("the residual's layout", node, wanted, f"strides {list(strides)}")
-
-
-def _second_user(node: Node, part: Node, made: Node) -> Node | None:
-    """A user, besides ``node``, of ``made`` or of a view on the way to ``part``."""
-    if list(node.args).count(part) > 1:
-        return node
-    below, above = node, part
-    while True:
-        for user in above.users:
-            if user is not below:
-                return user
-        if above is made:
-            return None
-        below, above = above, above.args[0]  # type: ignore[assignment]
 
 
 def _aligned(pitch: Any) -> bool:
@@ -185,6 +170,7 @@ RULE = Rule(
         _always("fast_accumulation", lambda *i: i[4] + product(*i[:4], use_fast_accum=True), rowwise),
         _always("through_views", _through_views, rowwise),
         _always("bias", _with_bias, lambda d: with_bias(tensorwise(d))),
+        _always("bias_added_after", lambda *i: i[5] + bias_added(*i[:5]).view(40, 48), lambda d: with_bias(rowwise(d))),
         _always("into_a_norm", _into_a_norm, rowwise),
         _always("dynamic_shape", _any_rows, rowwise, dynamic=True),
     ),

@@ -15,17 +15,17 @@ from torch.fx import Graph, Node
 from inductor_ext import torch_compat
 from inductor_ext.calls import aten, calling
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
-from inductor_ext.miss import NOT_WHOLE_COLUMNS, Miss, second_user
-from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
+from inductor_ext.miss import NOT_WHOLE_COLUMNS, Miss, no_other_users, second_user
+from inductor_ext.patterns.scaled_mm import bias_added, fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
-from inductor_ext.patterns.support.same import in_order, same_elements, same_tensor
+from inductor_ext.patterns.support.same import same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 
 def anchors(graph: Graph) -> list[Node]:
     def products(node: Node) -> int:
-        return sum(scaled_product.is_product(in_order(part)) for part in node.args[0])
+        return sum(scaled_product.is_product(scaled_product.way(part)[0]) for part in node.args[0])
 
     return [node for node in calling(aten.cat.default)(graph) if columns.is_cat_of_columns(node) and products(node) > 1]
 
@@ -41,14 +41,12 @@ def joined(node: Node) -> list[Product]:
     """The products that ``node`` concatenates, all of a kind and read by it alone."""
     products: list[Product] = []
     for part in node.args[0]:
-        source = in_order(part)
+        source, path = scaled_product.way(part)
         if not scaled_product.is_product(source):
             raise Miss("not only products", node, "an FP8 product as every operand", describe(part))
         found = scaled_product.parse(source)
-        user = _other_user(part, node, source)
-        if user is not None:
-            wanted = "the concatenation as its only user"
-            raise Miss(second_user("the product"), source, wanted, describe(user))
+        twice = node.args[0].count(part) > 1
+        no_other_users([source, *path], path if twice else [*path, node], "the product", "the concatenation as its only user")
         if not known_equal(value_of(part).shape[-1], found.n):
             wanted, shape = "views that keep the columns", list(value_of(part).shape)
             raise Miss(NOT_WHOLE_COLUMNS, part, f"{wanted}, {found.n} of them", f"a view as {shape}")
@@ -68,20 +66,6 @@ def replace(match: Match) -> None:
             made = call(graph, aten.reshape.default, made, torch_compat.symbolic(graph, list(shape)), like=match.node)
     match.node.replace_all_uses_with(made)
     erase_dead(match.node)
-
-
-def _other_user(part: Node, joined: Node, source: Node) -> Node | None:
-    """A user besides the one on the way from ``source`` through ``part`` to ``joined``."""
-    if joined.args[0].count(part) > 1:
-        return joined
-    below = joined
-    while True:
-        for user in part.users:
-            if user is not below:
-                return user
-        if part is source:
-            return None
-        part, below = part.args[0], part
 
 
 def _kind(product: Product) -> tuple[Any, ...]:
@@ -120,6 +104,14 @@ def _join_shared(a: Any, w: Any, s: Any, t: Any, c: Any, u: Any, r: Any, v: Any)
     return torch.cat([product(a, w, s, t).view(2, 20, 48), product(a, u, s, v).view(2, 20, 32)], -1)
 
 
+def _join_biased(a: Any, w: Any, s: Any, t: Any, c: Any, u: Any, r: Any, v: Any, b: Any, d: Any) -> torch.Tensor:
+    return torch.cat([bias_added(a, w, s, t, b), bias_added(c, u, r, v, d)], -1)
+
+
+def _biases(device: str) -> list[torch.Tensor]:
+    return [torch.randn(n, device=device).bfloat16() for n in (48, 32)]
+
+
 def _used_twice(*inputs: Any) -> Any:
     p, q = product(*inputs[:4]), product(*inputs[4:])
     return torch.cat([p, q], 1), p.float().sigmoid()
@@ -128,6 +120,7 @@ def _used_twice(*inputs: Any) -> Any:
 MATCHES = (
     Example("two_inputs", _join, _two, mode="always"),
     Example("two_depths", _join, lambda d: _two(d, k=128), mode="always"),
+    Example("bias_added_after", _join_biased, lambda d: (*_two(d, rowwise), *_biases(d)), mode="always"),
     Example("dynamic_shape", _join_any_rows, lambda d: _two(d, rowwise), mode="always", dynamic=True),
     Example("shared_input_through_views", _join_shared, _two, mode="always"),
 )

@@ -33,7 +33,7 @@ from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise,
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.attention_examples import sdpa
 from inductor_ext.patterns.support.rope import Rope
-from inductor_ext.patterns.support.same import same_elements, same_tensor, way_in_order
+from inductor_ext.patterns.support.same import same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import ACCUMULATED, Call, Context, Example, Match, Rule
 from inductor_ext.settings import RuleMode
@@ -128,8 +128,8 @@ def _head(rope: Rope) -> _Head | None:
         return None
     path, at = list[Node](), rope.x.node
     while True:
-        at, way = way_in_order(at)
-        path.extend(way)
+        at, steps = scaled_product.way(at)
+        path.extend(steps)
         if scaled_product.is_product(at):
             return _Head(rope, at, tuple(reversed(path)))
         inside = columns.taken(at)
@@ -498,6 +498,14 @@ def _biased(*inputs: Any) -> torch.Tensor:
     return _attention(_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin), v)
 
 
+def _bias_added(*inputs: Any) -> torch.Tensor:
+    """As Qwen2's q: the bias stands between the product and the rotation."""
+    *projection, cos, sin, bias = inputs
+    q, k, v = _projected(*projection)
+    q = (q.flatten(2) + bias).view(q.shape)
+    return _attention(_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin), v)
+
+
 def _in_fp32(*inputs: Any) -> torch.Tensor:
     *projection, cos, sin = inputs
     q, k, v = _projected(*projection)
@@ -594,6 +602,7 @@ RULE = Rule(
         _miss("not_asked_for", _llama, _operands, "not measured"),
         _miss("heads_of_64", _heads_of_64, _operands, miss.HEAD_DIM),
         _miss("bias", _biased, _with_bias_of_q, "the products have a bias"),
+        _miss("bias_added_after", _bias_added, _with_bias_of_q, "the products have a bias"),
         _miss("v_of_64", _v_of_64, _operands, "the products are not whole heads"),
         _miss("joined_products", _joined_products, _with_another_input, _NOT_SIBLINGS),
         _miss("heads_as_tokens", _heads_as_tokens, _operands, "q or k is not a view of whole rows"),

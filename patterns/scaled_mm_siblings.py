@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from inductor_ext.graph import describe, value_of
 from inductor_ext.miss import Miss, found_or_none
-from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise
+from inductor_ext.patterns.scaled_mm import bias_added, fixed, product, rowwise, tensorwise
 from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
 from inductor_ext.patterns.support.same import is_pure, root, same_elements, same_tensor
 from inductor_ext.patterns.support.scaled_product import Product
@@ -30,8 +30,8 @@ def guard(node: Node, context: Context) -> Match | None:
     others = list(siblings(first))
     if not others:
         return None
-    columns.check(node, context.forced)
-    others = [other for other in others if columns.may_be_columns(other.node, context.forced)]
+    columns.check(first.end, context.forced, first.n)
+    others = [other for other in others if columns.may_be_columns(other.end, context.forced, other.n)]
     if any(other.node < node and stuck(first, other.node) is None for other in others):
         return None  # of the group that the other one begins
     later = [other for other in others if node < other.node]
@@ -47,6 +47,7 @@ def guard(node: Node, context: Context) -> Match | None:
 def replace(match: Match) -> None:
     graph, plan = match.node.graph, match.data
     for each in plan.products:
+        scaled_product.absorb(each)
         for operand in (each.b, each.scale_b, each.bias):
             columns.hoist(operand, match.node, move=True)
     with graph.inserting_before(match.node):
@@ -118,6 +119,13 @@ def _qkv(*inputs: Any) -> Any:
     return q.float().sigmoid()[:, :32] * k.float().sigmoid()[:, :32] + v.float().sigmoid()[:, :32]
 
 
+def _biased(*inputs: Any) -> torch.Tensor:
+    """As BERT's: each layer adds its bias itself."""
+    a, s, w, t, u, r, b, c = inputs
+    q, k = bias_added(a, w, s, t, b), bias_added(a, u, s, r, c)
+    return q.float().sigmoid()[..., :32] * k.float().sigmoid()
+
+
 def _qkv_any_rows(*inputs: Any) -> Any:
     for weight, n in zip(inputs[2::2], (48, 32, 32)):
         fixed(weight, n)
@@ -149,6 +157,10 @@ def _pair(device: str) -> tuple[Any, ...]:
     return _inputs(device, 32, 32)
 
 
+def _with_biases(device: str) -> tuple[Any, ...]:
+    return *_inputs(device, 48, 32, make=rowwise), *(torch.randn(n, device=device).bfloat16() for n in (48, 32))
+
+
 def _whole_and_parts(*inputs: Any) -> Any:
     p, q = _apart(*inputs)
     return torch.cat([p, q], 1), p.float().sigmoid(), q.float().sigmoid()
@@ -164,6 +176,7 @@ MATCHES = (
     Example("rowwise", _qkv, lambda d: _inputs(d, 48, 32, 32, make=rowwise), mode="always"),
     Example("dynamic_shape", _qkv_any_rows, lambda d: _inputs(d, 48, 32, 32, make=rowwise), mode="always", dynamic=True),
     Example("gate_up_torchao", _gate_up, _model_inputs, mode="always"),
+    Example("bias_added_after", _biased, _with_biases, mode="always"),
     Example("parts_and_whole", _whole_and_parts, _pair, mode="always"),
 )
 

@@ -50,10 +50,10 @@ def check(matrix: Node, forced: bool, width: Any = None) -> None:
             raise Miss("a user merges its rows: a column slice would be copied", matrix, wanted, f"a view as {shape}")
 
 
-def may_be_columns(matrix: Node, forced: bool) -> bool:
+def may_be_columns(matrix: Node, forced: bool, width: Any = None) -> bool:
     """Whether `check` finds nothing."""
     try:
-        check(matrix, forced)
+        check(matrix, forced, width)
     except Miss:
         return False
     return True

@@ -41,7 +41,7 @@ PURE = frozenset(
 )
 
 #: Reshapes that keep the order of the elements: what such a chain gives depends on its input and its last shape only.
-_IN_ORDER = RESHAPES - {aten.permute.default}
+IN_ORDER = RESHAPES - {aten.permute.default}
 
 
 def is_pure(node: Any) -> bool:
@@ -80,7 +80,7 @@ def in_order(node: Node) -> Node:
 def way_in_order(node: Node) -> tuple[Node, list[Node]]:
     """`in_order`, and the reshapes that lead from it to ``node``, the last one first."""
     way = []
-    while isinstance(node, Node) and node.op == "call_function" and node.target in _IN_ORDER:
+    while isinstance(node, Node) and node.op == "call_function" and node.target in IN_ORDER:
         way.append(node)
         node = node.args[0]
     return node, way

@@ -24,7 +24,7 @@ from inductor_ext.miss import NO_KERNEL, NOT_FASTER, NOT_MEASURED, Miss
 from inductor_ext.patterns.support.scaled_product import Product
 from inductor_ext.rule import Call, Context
 
-COST = "the same inputs, sums in fp32 taken in another order; use_fast_accum is kept as written"
+COST = "the same inputs, sums in fp32 taken in another order, a bias added before rounding; use_fast_accum is kept as written"
 
 
 #: Speed of one launch for several products, relative to the best of several, below which no M in its range may fall where M

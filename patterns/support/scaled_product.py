@@ -1,6 +1,10 @@
 """Read an FP8 matrix product, ``aten._scaled_mm`` or ``aten._scaled_mm_v2``, in whatever spelling it has.
 
-    parse(node)  →  Product(a, b, scale_a, scale_b, bias, out_dtype, fast)   or a Miss
+    parse(node)  →  Product(a, b, scale_a, scale_b, bias, out_dtype, fast, added)   or a Miss
+
+A bias may also be added behind the operator, as a linear layer does that does not give it to the operator. The op adds it
+before it rounds, where two operators round twice. Who replaces the operator then calls `absorb` first; `way` leads from values
+back to the product that they are of.
 
 A `Product` is one that ``inductor_ext.scaled_mm`` can compute: a [M, K] row-major, b [K, N] column-major, one scale or a vector
 of them for each, bias [N] or None. Whether it should is not asked here. Sizes K and N are numbers, M may be symbolic.
@@ -15,10 +19,13 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
+from inductor_ext import torch_compat
 from inductor_ext.calls import arguments, aten, calling, is_call
-from inductor_ext.graph import describe, known_equal, value_of
+from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
 from inductor_ext.kernels.scaled_mm.op import ALIGNMENT, FP8, OUT_DTYPES
 from inductor_ext.miss import CONTRACTION_DIM, OUTPUT_DTYPE, SCALE_LAYOUT, Miss
+from inductor_ext.patterns.support import columns
+from inductor_ext.patterns.support.same import IN_ORDER, way_in_order
 
 TARGETS = (aten._scaled_mm.default, aten._scaled_mm_v2.default)
 
@@ -38,6 +45,12 @@ class Product:
     bias: Node | None
     out_dtype: torch.dtype
     fast: bool
+    added: Node | None = None  # where ``bias`` is added behind ``node``; None where the operator adds it, or there is none
+
+    @property
+    def end(self) -> Node:
+        """What the op computes: ``node`` or, of another shape maybe, the sum of it and the bias."""
+        return self.node if self.added is None else self.added
 
     @property
     def m(self) -> Any:
@@ -76,7 +89,63 @@ def parse(node: Node) -> Product:
     _check_layout(product)
     _check_scales(product, given)
     _check_bias(product)
-    return product
+    added = None if product.bias is not None else _added(node)
+    return product if added is None else dataclasses.replace(product, bias=added[1], added=added[0])
+
+
+def way(node: Any) -> tuple[Any, list[Node]]:
+    """`way_in_order`, on which a bias that `parse` finds behind a product is no end."""
+    at, path = way_in_order(node)
+    if not is_call(at, aten.add.Tensor):
+        return at, path
+    for operand in at.args:
+        source, more = way_in_order(operand)
+        if is_product(source) and (_added(source) or (None,))[0] is at:
+            return source, [*path, at, *more]
+    return at, path
+
+
+def absorb(product: Product) -> None:
+    """Let what reads a bias's sum read a view of the product, for a call in its place that adds the bias itself."""
+    if product.added is None:
+        return
+    columns.hoist(product.bias, product.node, move=True)
+    made, graph, shape = product.node, product.node.graph, value_of(product.added).shape
+    if len(shape) != 2:
+        with graph.inserting_before(product.added):
+            sizes = torch_compat.symbolic(graph, list(shape))
+            made = call(graph, aten.reshape.default, made, sizes, like=product.added)
+    product.added.replace_all_uses_with(made)
+    erase_dead(product.added)
+
+
+def _added(node: Node) -> tuple[Node, Node] | None:
+    """The only thing that is done to a product, if that is adding a vector to its rows: that sum, and the vector."""
+    if arguments(node)["bias"] is not None:
+        return None
+    at = node
+    while True:
+        users = list(at.users)
+        if len(users) != 1:
+            return None
+        if not is_call(users[0], *IN_ORDER):
+            break
+        at = users[0]
+    (add,) = users
+    if not is_call(add, aten.add.Tensor) or list(add.args).count(at) != 1:
+        return None
+    bias = add.args[1 if add.args[0] is at else 0]
+    width, sum_ = value_of(node).shape[-1], value_of(add)
+    if not isinstance(bias, Node) or not isinstance(value_of(bias), torch.Tensor):
+        return None
+    value = value_of(bias)
+    row = value.dim() == 1 and known_equal(value.shape[0], width)
+    rows = known_equal(value_of(at).shape[-1], width) and same_sizes(sum_.shape, value_of(at).shape)
+    if not row or not rows or value.dtype is not sum_.dtype or sum_.dtype is not value_of(node).dtype:
+        return None
+    if not value.is_contiguous() or columns.hoist(bias, node, move=False) is not None:
+        return None
+    return add, bias
 
 
 def _check_options(node: Node, given: dict[str, Any]) -> None:

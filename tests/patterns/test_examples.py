@@ -40,7 +40,7 @@ WITH_PRODUCER = {"norm_forced", "three_users_of_one_norm"}
 #: Of ‖a - b‖ / ‖b‖ of a whole compiled graph: Inductor's code for the rest keeps fp32 where eager mode rounds to bf16.
 COMPILED = 1e-2
 #: What is replaced rounds once more than the op.
-ROUNDED_TWICE = {"fp8_rows", "fp8_rows_by_128"}
+ROUNDED_TWICE = {"fp8_rows", "fp8_rows_by_128", "bias_added_after", "halves_bias_added_after"}
 
 
 @functools.cache

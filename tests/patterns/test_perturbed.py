@@ -83,4 +83,5 @@ def _compare(rule: Rule, change: str, found: list[torch.Tensor], wanted: list[to
         if rule.exact:
             assert not differing, f"{change}: {differing} of {b.numel()} values of tensor {index} differ"
         else:
-            assert distance <= _LIMIT + 2 * known, f"{change}: tensor {index} is {distance:.1e} apart, unchanged {known:.1e}"
+            whole = any(name in change for name in ("torch.int", "torch.uint", "torch.bool"))  # a rounding may cost a whole step
+            assert distance <= _LIMIT + (10 if whole else 2) * known, f"{change}: tensor {index} is {distance:.1e} apart, unchanged {known:.1e}"

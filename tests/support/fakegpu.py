@@ -100,7 +100,7 @@ def _patches(capability: tuple[int, int]) -> list[tuple[Any, str, Any]]:
         (compile_fx, "_check_triton_bf16_support", lambda graph: None),
         (importlib.import_module("torch._inductor.scheduler"), "has_triton", lambda *args, **kwargs: True),
         (importlib.import_module("torch.utils._triton"), "triton_hash_with_backend", lambda *args, **kwargs: "none"),
-        (importlib.import_module("inductor_ext.backend"), "OVERLAP", False),  # the compile ends before its kernels are asked for
+        (importlib.import_module("inductor_ext.backend"), "OVERLAP", False),  # no compile comes to its end
     ]
 
 
