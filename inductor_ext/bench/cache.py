@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from inductor_ext.bench.model import ModelShape, import_transformers
+from inductor_ext.bench.families import ModelShape
+from inductor_ext.bench.library import import_transformers
 from inductor_ext.demo import E4M3
 
 SCALE = 1 / 64  # of K and V of random models, which reach 5 or so: in the middle of e4m3's range

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inductor_ext.bench.breakdown import ATTENTION, GAPS, GEMM, MEMORY, MEMSET, OTHER
-from inductor_ext.bench.model import EXTRA, BenchError
+from inductor_ext.bench.library import EXTRA, BenchError
 
 STEP = "step"
 COLOURS = {

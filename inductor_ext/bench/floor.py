@@ -1,10 +1,10 @@
 """The time that a step's shapes alone ask for: the sum, over layers, of what perfectly fused kernels would take.
 
     GEMM          qkv, o, gate and up, down as four products: the longer of 2·M·N·K / peak and of bytes / bandwidth
-    attention     2·2·H·D·(L·(L + 1) / 2) operations a text (causal), or reading q, k, v and writing the
-                  output, whichever is longer; decoding: reading the FP8 K and V of all of its context
-    memory-bound  one pass over memory for: residual + RMSNorm + quantise (twice a layer), QK-norm and RoPE in place, the
-                  attention output's quantisation, SiLU·mul + quantise; once a step the embedding and the last norm
+    attention     2·2·H·D·(L·(L + 1) / 2) operations a text (causal; L·L where each token sees all), or reading q, k, v
+                  and writing the output, whichever is longer; decoding: reading the FP8 K and V of all of its context
+    memory-bound  one pass over memory for: residual + norm + quantise (twice a layer), QK-norm and RoPE in place, the
+                  attention output's quantisation, the activation + quantise; once a step the embedding and the last norm
 
 Padding is computed, so it counts. The rates are what one H200 sustains, not its nominal peaks.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from inductor_ext.bench.breakdown import ATTENTION, GEMM, MEMORY
-from inductor_ext.bench.model import ModelShape
+from inductor_ext.bench.families import ModelShape, linears
 from inductor_ext.bench.workload import Workload
 
 
@@ -27,13 +27,6 @@ class Rates:
     bf16_flops: float = 700e12  # nvjet, 7168 × 28672 × 4096: 682 TFLOP/s
     attention_flops: float = 600e12  # flash-attn 4, causal, bf16, 1 × 7168: 603 TFLOP/s
     bandwidth: float = 4.15e12  # a device-to-device copy, of the nominal 4.8 TB/s
-
-
-def linears(shape: ModelShape) -> list[tuple[int, int]]:
-    """(N, K) of a layer's products, those that share their input merged."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    hidden, inner = shape.hidden, shape.intermediate
-    return [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
 
 
 def floor_us(shape: ModelShape, workload: Workload, fp8: str, rates: Rates | None = None) -> dict[str, float]:
@@ -50,9 +43,10 @@ def floor_us(shape: ModelShape, workload: Workload, fp8: str, rates: Rates | Non
 def _gemms(shape: ModelShape, rows: int, fp8: str, rates: Rates) -> float:
     size, peak = (2, rates.bf16_flops) if fp8 == "none" else (1, rates.fp8_flops)
     seconds = 0.0
-    for n, k in linears(shape):
-        moved = size * (n * k + rows * k) + 2 * rows * n
-        seconds += max(2 * rows * n * k / peak, moved / rates.bandwidth)
+    for each in linears(shape):
+        n, k, m = each.n, each.k, rows * each.times
+        moved = size * (n * k * each.weights + m * k) + 2 * m * n
+        seconds += max(2 * m * n * k / peak, moved / rates.bandwidth)
     return seconds
 
 
@@ -62,7 +56,7 @@ def _attention(shape: ModelShape, workload: Workload, rates: Rates) -> float:
         moved = pairs * 2 * shape.kv_heads * shape.head_dim
         return max(4 * shape.heads * shape.head_dim * pairs / rates.attention_flops, moved / rates.bandwidth)
     lengths = workload.lengths if workload.packed else (max(workload.lengths),) * workload.items
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    pairs = sum(length * (length + 1) // 2 if shape.kind.causal else length * length for length in lengths)
     moved = 2 * workload.rows * 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     return max(4 * shape.heads * shape.head_dim * pairs / rates.attention_flops, moved / rates.bandwidth)
 
@@ -74,9 +68,9 @@ def _layer_bytes(shape: ModelShape, fp8: str) -> int:
     quantised = fp8 != "none"
     out, scale = (1, 4 if fp8 == "row" else 0) if quantised else (2, 0)
     norms = 2 * ((2 + 2 + 2 + out) * hidden + scale)  # x and the residual in; their sum and the norm out
-    rope = (2 + 2) * (q + kv)
+    rope = (2 + 2) * (q + kv) if shape.kind.rotates else 0
     attention_out = (2 + out) * q + scale if quantised else 0
-    act = (2 * 2 + out) * inner + scale
+    act = ((2 if shape.kind.gated else 1) * 2 + out) * inner * max(shape.top_k, 1) + scale
     return norms + rope + attention_out + act
 
 

@@ -16,15 +16,19 @@ WIDTH, ROW, NAMES, LABELS = 1100, 34, 190, 330  # pixels: the drawing, a bar's r
 def page(result: Mapping[str, Any]) -> str:
     shown = bars(result)
     folders = Path(__file__).parent, Path(html.__file__).parent  # the style is the report's
-    found: str = html.environment(*folders).get_template("page.html.j2").render(
-        result=result,
-        notes=notes(result),
-        sections=tables(result),
-        rows=_rows(shown),
-        legend=[(name, colour) for name, colour in COLOURS.items() if any(name in bar.parts for bar in shown)],
-        width=WIDTH,
-        height=ROW * len(shown),
-        names=NAMES,
+    found: str = (
+        html.environment(*folders)
+        .get_template("page.html.j2")
+        .render(
+            result=result,
+            notes=notes(result),
+            sections=tables(result),
+            rows=_rows(shown),
+            legend=[(name, colour) for name, colour in COLOURS.items() if any(name in bar.parts for bar in shown)],
+            width=WIDTH,
+            height=ROW * len(shown),
+            names=NAMES,
+        )
     )
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from inductor_ext.bench.model import BenchError
+from inductor_ext.bench.library import BenchError
 from inductor_ext.demo import E4M3, Fp8Linear, quiet, scaled_mm_works
 
 RECIPES = ("row", "tensor", "static", "none")

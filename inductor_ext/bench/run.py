@@ -28,7 +28,8 @@ import inductor_ext
 from inductor_ext import demo
 from inductor_ext.bench import breakdown, floor
 from inductor_ext.bench.channel import Channel
-from inductor_ext.bench.model import BenchError, ModelShape, import_transformers
+from inductor_ext.bench.families import ModelShape
+from inductor_ext.bench.library import BenchError, import_transformers
 from inductor_ext.bench.sides import SIDES, Job, Side
 from inductor_ext.bench.workload import Workload
 from inductor_ext.report.html import versions
@@ -54,12 +55,13 @@ class Plan:
     cosine_inputs: int = 8
     together: bool = False
     limit_s: float | None = None  # for a side to become ready
+    coordinate_descent: bool = True  # of Inductor's Triton kernels, as torchao's configurations switch it on
     warm: bool = True  # build our kernels beforehand, so that compile seconds are those of a warm kernel cache
 
     def job(self, side: Side, folder: Path, reference: bool = False) -> Job:
         attention = self.attention if side.backend == "inductor_ext" else self.others
         common = (self.shape, self.workload, self.fp8, self.device)
-        return Job(side, *common, str(folder), attention, self.cosine_inputs, reference)
+        return Job(side, *common, str(folder), attention, self.cosine_inputs, reference, self.coordinate_descent)
 
     @property
     def how_timed(self) -> str:
@@ -236,6 +238,7 @@ def _result(plan: Plan, processes: Sequence[Process], cosines: dict[str, Any]) -
         "attention": {"ours": plan.attention, "others": plan.others},
         "how_timed": plan.how_timed,
         "compiled_together": plan.together,
+        "coordinate_descent": plan.coordinate_descent,
         "floor": {
             "rates": dataclasses.asdict(floor.Rates()),
             "us": {name: round(us, 1) for name, us in lower.items()},

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inductor_ext import registry
-from inductor_ext.bench.model import ModelShape
+from inductor_ext.bench.families import ModelShape
 from inductor_ext.bench.workload import Workload
 from inductor_ext.errors import SettingError
 from inductor_ext.settings import RuleMode
@@ -81,6 +81,7 @@ class Job:
     attention: str = "sdpa"
     cosine_inputs: int = 8
     reference: bool = False
+    coordinate_descent: bool = True
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

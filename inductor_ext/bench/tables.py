@@ -36,7 +36,7 @@ def notes(result: Result) -> list[str]:
     return found
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
@@ -50,13 +50,13 @@ def _sides(result: Result) -> Section:
         ms, cosine = side["step_ms"], side["cosine_to_bf16"] or {}
         row = [
             side["name"],
-            "failed" if ms is None else _number(ms, ".3f"),
+            "failed" if ms is None else number(ms, ".3f"),
             "–" if side["of_stock"] is None else f"{side['of_stock']:.2f}×",
-            _number(side["items_per_s"], ",.0f"),
-            _number(side["tokens_per_s"], ",.0f"),
-            _number(side["compile_s"], ".1f"),
-            _number(cosine.get("mean"), ".6f"),
-            _number(cosine.get("min"), ".6f"),
+            number(side["items_per_s"], ",.0f"),
+            number(side["tokens_per_s"], ",.0f"),
+            number(side["compile_s"], ".1f"),
+            number(cosine.get("mean"), ".6f"),
+            number(cosine.get("min"), ".6f"),
             f"{cosine['less_stock']:+.6f} ± {cosine['standard_error']:.6f}" if "less_stock" in cosine else "–",
         ]
         if ablated:

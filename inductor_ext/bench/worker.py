@@ -6,7 +6,7 @@ It builds and quantises the model, compiles it by calling it once, answers "read
     breakdown  the kernels of one call: name, launches, µs
     embed      the embeddings of ``cosine_inputs`` random texts, in a file
 
-The step is the compiled model, ids to hidden states; taking each text's last token is no part of it.
+The step is the compiled model, from its inputs to hidden states; making embeddings of those is no part of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from inductor_ext import settings
+from inductor_ext.bench import families, quantize
 from inductor_ext.bench import model as models
-from inductor_ext.bench import quantize
 from inductor_ext.bench.cache import decode_cache
 from inductor_ext.bench.channel import Channel
 from inductor_ext.bench.sides import Job
@@ -49,6 +49,9 @@ class Worker:
             self.save("reference", self._build("sdpa"), "sdpa")
         self.inputs = self.texts(0, job.attention)
         model, self.how = quantize.quantize(lambda: self._build(job.attention), job.fp8, self._run, job.device)
+        if not job.coordinate_descent:  # which torchao's configurations switch on
+            torch._inductor.config.coordinate_descent_tuning = False
+            torch._inductor.config.coordinate_descent_check_all_directions = False
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()  # the bf16 weights: other sides share this GPU
@@ -82,8 +85,10 @@ class Worker:
 
     def texts(self, index: int, attention: str) -> Inputs:
         """Random texts as the model's arguments; sdpa gets a mask that the model makes, other attentions get bounds."""
-        work, device = self.job.workload, self.job.device
-        found = work.inputs(self.job.shape.vocab, device, FIRST_SEED + index)
+        work, device, shape = self.job.workload, self.job.device, self.job.shape
+        if shape.kind.reads != "text":
+            return families.inputs(shape, work.items, work.lengths[0], device, FIRST_SEED + index)
+        found = work.inputs(shape.vocab, device, FIRST_SEED + index)
         if attention != "sdpa" and work.packed:
             found.update(work.bounds(device), **({"padded": False} if attention == models.OURS else {}))
         return {**found, **self.cache}
@@ -167,7 +172,7 @@ class Worker:
         found = []
         for index in range(math.ceil(wanted / items)):
             hidden = model(**self.texts(index, attention)).last_hidden_state
-            found.append(self.job.workload.last_tokens(hidden).float().cpu())
+            found.append(self.job.workload.embeddings(hidden, self.job.shape.kind.causal).float().cpu())
         path = Path(self.job.folder, f"{name}.pt")
         torch.save(torch.cat(found)[:wanted], path)
         return str(path)

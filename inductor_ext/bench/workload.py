@@ -92,8 +92,11 @@ class Workload:
         longest = max(self.lengths)
         return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
 
-    def last_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[items, H]: the hidden state of each text's last token, which is its embedding."""
+    def embeddings(self, hidden: torch.Tensor, causal: bool = True) -> torch.Tensor:
+        """[items, H]: the hidden state of each text's last token, or the mean of all of its tokens', where each sees all."""
+        if not causal:
+            texts = hidden[0].split(self.lengths) if self.packed else [row[:size] for row, size in zip(hidden, self.lengths)]
+            return torch.stack([text.float().mean(0) for text in texts])
         lengths = torch.tensor(self.lengths, device=hidden.device)
         if self.packed:
             return hidden[0, lengths.cumsum(0) - 1]

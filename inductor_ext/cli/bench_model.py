@@ -11,12 +11,15 @@ from rich.text import Text
 
 from inductor_ext.bench import chart, page, sides, summary, tables
 from inductor_ext.bench import model as models
+from inductor_ext.bench import suite as suites
+from inductor_ext.bench.families import ModelShape
 from inductor_ext.bench.quantize import RECIPES
 from inductor_ext.bench.run import Plan, rules_that_fire, run
 from inductor_ext.bench.workload import Workload, parse_lengths
 from inductor_ext.cli.common import parse_rules, stdout, table
 from inductor_ext.cli.demo import stages
 from inductor_ext.errors import SettingError
+from inductor_ext.report.html import Section
 from inductor_ext.report.shown import shown as spelt_out
 
 #: Texts and tokens a text of a step, by device: a GPU gets what the results in benchmarks/results were made with.
@@ -51,6 +54,10 @@ def model(
         bool, typer.Option("--together", help="Compile all sides at once; compile seconds then mean nothing.")
     ] = False,
     limit: Annotated[float | None, typer.Option(min=1, help="Seconds after which a side not compiled is given up.")] = None,
+    suite: Annotated[
+        str,
+        typer.Option(help=f'Several models instead of --model, {suites.LAYERS} layers each: "all" or names, stock and ours.'),
+    ] = "",
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the result as JSON; every round and kernel goes to FILE.samples.json.")
@@ -71,16 +78,23 @@ def model(
     console = stdout()
     if from_path:
         result = summary.read(from_path)
+    elif suite:
+        if png or html or name or lengths or pack or decode or ablate:
+            raise SettingError("--suite goes with --layers, --fp8, --batch, --length and how to time, and writes --json")
+        where = _device(device)
+        timing = {"replays": replays, "rounds": rounds, "cosine_inputs": cosine_inputs, "together": together, "limit_s": limit}
+        size = layers, batch or BATCH[where], length or LENGTH[where]
+        result = _suite(console, suite, *size, fp8=_recipe(fp8), device=where, **timing)
     else:
         where = _device(device)
-        if fp8 not in RECIPES:
-            raise SettingError(f"--fp8: wanted one of {', '.join(RECIPES)}, found {fp8!r}")
         modes = parse_rules(rules)
         known, shape = models.named(name or ("Qwen3-0.6B" if where == "cuda" else "tiny"), layers)
-        workload = _workload(batch, length, lengths, pack, decode, where)
+        workload = _workload(shape, batch, length, lengths, pack, decode, where)
         chosen = sides.parse_sides("ours" if ablate else side_names, modes)
         attentions = (attention or (models.OURS if pack else "sdpa"), stock_attention)
-        plan = Plan(known, shape, workload, chosen, fp8, where, *attentions, replays, rounds, cosine_inputs, together, limit)
+        plan = Plan(
+            known, shape, workload, chosen, _recipe(fp8), where, *attentions, replays, rounds, cosine_inputs, together, limit
+        )
         console.print(Text(f"{known}, random weights, {shape.layers} layers, on {where}: {workload}"), soft_wrap=True)
         with stages(console, 4 if together else 4 + len(chosen)) as stage:
             if ablate:
@@ -98,7 +112,7 @@ def model(
     _show(console, result)
     for path in written:
         console.print(Text(f"Written: {spelt_out(path)}"), soft_wrap=True)
-    if any(side["error"] for side in result["sides"]):
+    if any(each["error"] for each in result.get("suite", result.get("sides"))):
         raise typer.Exit(1)
 
 
@@ -111,7 +125,27 @@ def _device(device: str | None) -> str:
     return found
 
 
-def _workload(batch: int | None, length: int | None, lengths: str, pack: bool, decode: int, device: str) -> Workload:
+def _recipe(name: str) -> str:
+    if name not in RECIPES:
+        raise SettingError(f"--fp8: wanted one of {', '.join(RECIPES)}, found {name!r}")
+    return name
+
+
+def _suite(console: Any, names: str, layers: int | None, batch: int, length: int, **options: Any) -> dict[str, Any]:
+    known = suites.parse(names)
+    with stages(console, len(known) * (4 if options["together"] else 6)) as stage:
+        told = lambda line: console.print(Text(line), soft_wrap=True)  # noqa: E731
+        return suites.run_suite(known, layers or suites.LAYERS, batch, length, told=told, stage=stage, **options)
+
+
+def _workload(
+    shape: ModelShape, batch: int | None, length: int | None, lengths: str, pack: bool, decode: int, device: str
+) -> Workload:
+    if shape.kind.reads != "text" and (lengths or pack or decode or (shape.positions and length is not None)):
+        found = "one of these" if not shape.positions else f"one of these, and {shape.positions} positions an item"
+        raise SettingError(f"--lengths, --pack, --decode, --length: wanted none for a model that reads no text, found {found}")
+    if shape.positions:
+        return suites.workload(shape, batch or BATCH[device], length or LENGTH[device])
     if decode:
         if length is not None or lengths or pack:
             raise SettingError("--decode takes the place of --length, --lengths and --pack")
@@ -124,15 +158,25 @@ def _workload(batch: int | None, length: int | None, lengths: str, pack: bool, d
 
 
 def _show(console: Any, result: tables.Result) -> None:
+    if "suite" in result:
+        _print(console, suites.section(result))
+        for row in result["suite"]:
+            if row["error"]:
+                console.print(Text.assemble((f"{row['model']} failed: ", "bold red"), spelt_out(row["error"])), soft_wrap=True)
+        return
     console.print(Text(f"{result['what']}; {result['quantisation']}"), soft_wrap=True)
     for section in tables.tables(result):
-        shown = table(*section.columns)
-        for row in section.rows:
-            shown.add_row(*row)
-        console.print(Text(section.title, style="bold"), Text(section.text))
-        console.print(shown)
+        _print(console, section)
     for note in tables.notes(result):
         console.print(Text(note, style="yellow"), soft_wrap=True)
     for side in result["sides"]:
         if side["error"]:
             console.print(Text.assemble((f"{side['name']} failed: ", "bold red"), spelt_out(side["error"])), soft_wrap=True)
+
+
+def _print(console: Any, section: Section) -> None:
+    shown = table(*section.columns)
+    for row in section.rows:
+        shown.add_row(*row)
+    console.print(Text(section.title, style="bold"), Text(section.text))
+    console.print(shown)

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from inductor_ext import registry
+from inductor_ext.bench import families, quantize, sides
 from inductor_ext.bench import model as models
-from inductor_ext.bench import quantize, sides
 from inductor_ext.bench.cache import decode_cache
 from inductor_ext.bench.channel import Channel
 from inductor_ext.bench.run import Plan, _cosines, run
@@ -75,18 +75,40 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_configs_have_the_shapes(name: str) -> None:
+def test_a_layer_has_the_products_that_the_floor_counts(name: str) -> None:
+    """All matrices of a layer: what a second one adds."""
     pytest.importorskip("transformers")
-    transformers = models.import_transformers()
-    shape = models.named(name, 1)[1]
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(shape.config())
-    layer = model.layers[0]
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    assert layer.self_attn.q_proj.weight.shape == (q, shape.hidden)
-    assert layer.self_attn.v_proj.weight.shape == (kv, shape.hidden)
-    assert layer.mlp.down_proj.weight.shape == (shape.hidden, shape.intermediate)
-    assert hasattr(layer.self_attn, "q_norm") == shape.qk_norm
+
+    def matrices(layers: int) -> int:
+        with torch.device("meta"):
+            model = families.module(models.named(name, layers)[1], "sdpa", torch.bfloat16)
+        named = ((name, each) for name, each in model.named_parameters() if "modulation" not in name)  # of a vector an item
+        return sum(each.numel() for _, each in named if each.dim() > 1)
+
+    wanted = sum(each.n * each.k * each.weights for each in families.linears(models.MODELS[name]))
+    assert matrices(2) - matrices(1) == wanted
+
+
+SMALL = {"hidden": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "intermediate": 128, "layers": 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "BERT-base", "SigLIP-so400m", "Whisper-large-encoder", "Flux-single"])
+def test_a_step_of_every_kind_of_input(name: str) -> None:
+    """A small model of each: one hidden state a position, in bf16, and one embedding an item."""
+    pytest.importorskip("transformers")
+    shape = dataclasses.replace(models.MODELS[name], **SMALL, vocab=128)
+    if shape.positions:
+        shape = dataclasses.replace(shape, positions=16)
+    length = shape.positions or 8
+    work = Workload((length,) * 3)
+    if shape.kind.reads == "text":
+        inputs = work.inputs(shape.vocab, "cpu", 1)
+    else:
+        inputs = families.inputs(shape, work.items, length, "cpu", 1)
+    hidden = models.build(shape, "cpu")(**inputs).last_hidden_state
+    assert hidden.shape == (3, length, 64) and hidden.dtype == torch.bfloat16 and bool(hidden.isfinite().all())
+    assert work.embeddings(hidden, shape.kind.causal).shape == (3, 64)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from inductor_ext.bench import breakdown, chart, floor, page, tables
+from inductor_ext.bench import breakdown, chart, families, floor, page, tables
 from inductor_ext.bench.breakdown import ATTENTION, GAPS, GEMM, MEMORY, MEMSET, OTHER
 from inductor_ext.bench.model import MODELS
 from inductor_ext.bench.workload import Workload
@@ -66,7 +66,7 @@ def test_floor_of_the_published_case() -> None:
 
 def test_floor_of_one_token_is_the_weights_bytes() -> None:
     shape = dataclasses.replace(MODELS["Qwen3-8B"], layers=1)
-    weights = sum(n * k for n, k in floor.linears(shape))
+    weights = sum(each.n * each.k for each in families.linears(shape))
     found = floor.floor_us(shape, Workload((1,)), "row")
     assert found[GEMM] == pytest.approx(weights / 4.15e12 * 1e6, rel=1e-2)
     assert floor.floor_us(shape, Workload((1,)), "none")[GEMM] == pytest.approx(2 * found[GEMM], rel=1e-2)

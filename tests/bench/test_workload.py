@@ -26,7 +26,7 @@ def test_padded() -> None:
     assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (work.tokens, work.rows, work.padded) == (6, 8, True)
     hidden = torch.arange(8.0).view(2, 4, 1)
-    assert work.last_tokens(hidden).flatten().tolist() == [1.0, 7.0]
+    assert work.embeddings(hidden).flatten().tolist() == [1.0, 7.0]
 
 
 def test_decoding() -> None:
@@ -44,7 +44,7 @@ def test_packed() -> None:
     work = Workload((2, 4), packed=True)
     inputs = work.inputs(100, "cpu", seed=1)
     assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3]] and inputs["input_ids"].shape == (1, 6)
-    assert work.last_tokens(torch.arange(6.0).view(1, 6, 1)).flatten().tolist() == [1.0, 5.0]
+    assert work.embeddings(torch.arange(6.0).view(1, 6, 1)).flatten().tolist() == [1.0, 5.0]
     assert (work.rows, work.padded) == (6, False)
     bounds = work.bounds("cpu")
     assert bounds["cu_seq_lens_q"].tolist() == [0, 2, 6] and bounds["max_length_q"] == 4
