@@ -82,7 +82,13 @@ def model(
         if png or html or name or lengths or pack or decode or ablate:
             raise SettingError("--suite goes with --layers, --fp8, --batch, --length and how to time, and writes --json")
         where = _device(device)
-        timing = {"replays": replays, "rounds": rounds, "cosine_inputs": cosine_inputs, "together": together, "limit_s": limit}
+        timing: dict[str, Any] = {
+            "replays": replays,
+            "rounds": rounds,
+            "cosine_inputs": cosine_inputs,
+            "together": together,
+            "limit_s": limit,
+        }
         size = layers, batch or BATCH[where], length or LENGTH[where]
         result = _suite(console, suite, *size, fp8=_recipe(fp8), device=where, **timing)
     else:
