@@ -187,14 +187,16 @@ def index_of(graph: Graph) -> dict[Node, int]:
 
 
 def call(graph: Graph, target: Callable[..., Any], *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
-    """Insert a call with its fake value, computed by running ``target`` on the arguments' fake values.
+    """Insert a call with its fake value: ``target`` of the arguments' fake values, in their mode or that of ``like``'s
+    where none is a tensor.
 
     Sizes among the arguments may be symbolic: nodes compute them, for a graph cannot hold a symbol.
     """
     args, kwargs = pytree.tree_map_only(torch.SymInt, lambda size: torch_compat.symbolic(graph, [size])[0], (args, kwargs))
     node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value_of)
-    mode = next((m for m in map(_fake_mode, pytree.tree_leaves((fake_args, fake_kwargs))) if m is not None), None)
+    known = (fake_args, fake_kwargs, None if like is None else like.meta.get("val"))
+    mode = next((m for m in map(_fake_mode, pytree.tree_leaves(known)) if m is not None), None)
     if mode is not None:
         with mode:
             node.meta["val"] = target(*fake_args, **fake_kwargs)

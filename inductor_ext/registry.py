@@ -40,6 +40,7 @@ RULE_MODULES = (
     "causal_attention",
     "grouped_queries",
     "moe_combine",
+    "moe_scatter",
     "moe_masks",
     "quantize_once",
     "mxfp8_grouped_mm",

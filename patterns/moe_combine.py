@@ -16,7 +16,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from inductor_ext.calls import CONVERT, arguments, aten, calling, is_call
 from inductor_ext.graph import call, constant_of, describe, erase_dead, is_opaque, is_reshape, known_equal, same_sizes, value_of
@@ -41,7 +41,7 @@ class Combine:
 
     sum: Node
     result: Node  # the sum, or the convert behind it
-    view: Node  # [T, k, H]
+    shape: tuple[Any, Any]  # T, k
     y: Node
     inverse: Node
     product: torch.dtype
@@ -57,9 +57,12 @@ def guard(node: Node, context: Context) -> Match | None:
     found = trace(node)
     if found is None:
         return None
-    _check(found, context)
-    y, top_k = value_of(found.y), value_of(found.view).shape[1]
-    parts = [f"{top_k} of {y.shape[1]}"]
+    check(found, context)
+    return match_of(found)
+
+
+def match_of(found: Combine) -> Match:
+    parts = [f"{found.shape[1]} of {value_of(found.y).shape[1]}"]
     parts += ["weights"] if found.weights is not None else []
     parts += [f"experts below {found.experts}"] if found.ids is not None else []
     return Match(found.result, (Call(OP, _fakes(found)),), ", ".join(parts), "each row is read once", found)
@@ -79,7 +82,7 @@ def trace(node: Node) -> Combine | None:
 
 def _walk(node: Node) -> Combine | None:
     at: Any = node.args[0]
-    found = Combine(node, node, at, at, at, torch.float32)
+    found = Combine(node, node, (0, 0), at, at, torch.float32)
     gathered, product = False, None
     view: Node | None = None
     weighted: list[tuple[Node, bool]] = []
@@ -102,7 +105,7 @@ def _walk(node: Node) -> Combine | None:
             gathered = True
             found.inner.append(at)
             at, found.inverse = gather
-        elif is_call(at, aten.mul.Tensor) and not weighted and (factors := _weights(at)) is not None:
+        elif is_call(at, aten.mul.Tensor) and not weighted and (factors := weighted_rows(at)) is not None:
             product = value_of(at).dtype
             weighted.append((factors[1], gathered))
             found.inner.append(at)
@@ -118,18 +121,24 @@ def _walk(node: Node) -> Combine | None:
     if narrowed is not None:
         reason = "a value is rounded between the rows and their sum"
         raise Miss(reason, narrowed, "converts to float32 only", describe(narrowed))
-    found.view, found.y = view, at
+    found.shape, found.y = tuple(value_of(view).shape[:2]), at
     found.product = product or value_of(at).dtype
     for weights, is_sorted in weighted:
         found.weights, found.weights_sorted = weights, is_sorted
     for mask, is_sorted in masked:
         found.ids, found.ids_sorted, found.experts = mask.ids, is_sorted, mask.experts
     no_other_users(found.inner, {node, *found.inner}, "a step between the rows and their sum", "the sum only")
+    found.result = narrowed_behind(node)
+    return found
+
+
+def narrowed_behind(node: Node) -> Node:
+    """The convert that alone reads a sum in fp32, where it is one to a dtype that the kernel writes; else the sum."""
     if value_of(node).dtype is torch.float32 and len(node.users) == 1:
         (user,) = node.users
         if is_call(user, CONVERT) and user.args[1] in steps.TOKEN_OF_DTYPE:
-            found.result = user
-    return found
+            return user
+    return node
 
 
 def _gather(node: Node) -> tuple[Node, Node] | None:
@@ -147,7 +156,7 @@ def _gather(node: Node) -> tuple[Node, Node] | None:
     return (source, index) if rows and value_of(source).dim() == 2 else None
 
 
-def _weights(node: Node) -> tuple[Node, Node] | None:
+def weighted_rows(node: Node) -> tuple[Node, Node] | None:
     """Rows and weights of their product: one weight a row, [.., 1]."""
     shape = value_of(node).shape
     for rows, weights in (node.args, node.args[::-1]):
@@ -162,8 +171,8 @@ def _weights(node: Node) -> tuple[Node, Node] | None:
     return None
 
 
-def _check(found: Combine, context: Context) -> None:
-    y, top_k = value_of(found.y), value_of(found.view).shape[1]
+def check(found: Combine, context: Context) -> None:
+    y, top_k = value_of(found.y), found.shape[1]
     node = found.result
     if y.dtype not in steps.TOKEN_OF_DTYPE:
         raise Miss(INPUT_DTYPE, node, "bfloat16, float16 or float32", str(y.dtype))
@@ -187,8 +196,7 @@ def _check(found: Combine, context: Context) -> None:
 
 def _fakes(found: Combine) -> tuple[Any, ...]:
     """The op's arguments, as far as its kernel depends on them."""
-    shape = value_of(found.view).shape[:2]
-    y, inverse = value_of(found.y), value_of(found.inverse)
+    y, inverse, shape = value_of(found.y), value_of(found.inverse), found.shape
     with y.fake_mode:
         weights = None if found.weights is None else y.new_empty(shape, dtype=_weights_dtype(found))
         ids = None if found.ids is None else y.new_empty(shape, dtype=value_of(found.ids).dtype)
@@ -203,40 +211,43 @@ def _weights_dtype(found: Combine) -> torch.dtype:
 
 def replace(match: Match) -> None:
     found: Combine = match.data
-    graph, like = match.node.graph, match.node
-    sizes = list(found.view.args[1][:2])
+    with match.node.graph.inserting_before(match.node):
+        made = insert(match.node.graph, found, found.inverse)
+    found.result.replace_all_uses_with(made)
+    erase_dead(found.result)
+
+
+def insert(graph: Graph, found: Combine, inverse: Node) -> Node:
+    """The call, at the graph's insertion point."""
+    like, sizes = found.result, [-1, found.shape[1]]
 
     def by_token(vector: Node | None, is_sorted: bool) -> Node | None:
         if vector is None:
             return None
         if is_sorted:
             flat = in_order(vector)
-            ordered = routing.in_token_order(flat, found.inverse)
+            ordered = routing.in_token_order(flat, inverse)
             if ordered is None:
                 if value_of(vector).dim() != 1:
                     vector = call(graph, aten.reshape.default, vector, [-1], like=like)
-                ordered = call(graph, aten.index.Tensor, vector, [found.inverse], like=like)
+                ordered = call(graph, aten.index.Tensor, vector, [inverse], like=like)
             vector = ordered
         return table(vector)
 
     def table(vector: Node) -> Node:
         """[T, k], contiguous."""
-        shape = value_of(found.view).shape[:2]
-        if not same_sizes(value_of(vector).shape, shape):
+        if not same_sizes(value_of(vector).shape, found.shape):
             vector = call(graph, aten.reshape.default, vector, sizes, like=like)
         if not value_of(vector).is_contiguous():
             vector = call(graph, aten.clone.default, vector, like=like, memory_format=torch.contiguous_format)
         return vector
 
-    with graph.inserting_before(match.node):
-        weights = by_token(found.weights, found.weights_sorted)
-        if weights is not None and value_of(weights).dtype is not _weights_dtype(found):
-            weights = call(graph, CONVERT, weights, _weights_dtype(found), like=like)
-        ids = by_token(found.ids, found.ids_sorted)
-        dtype = value_of(found.result).dtype
-        made = call(graph, OP.overload, found.y, weights, table(found.inverse), ids, found.experts, dtype, like=like)
-    found.result.replace_all_uses_with(made)
-    erase_dead(found.result)
+    weights = by_token(found.weights, found.weights_sorted)
+    if weights is not None and value_of(weights).dtype is not _weights_dtype(found):
+        weights = call(graph, CONVERT, weights, _weights_dtype(found), like=like)
+    ids = by_token(found.ids, found.ids_sorted)
+    dtype = value_of(found.result).dtype
+    return call(graph, OP.overload, found.y, weights, table(inverse), ids, found.experts, dtype, like=like)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Of the elements of one value, by rules that are not exact: on a CPU the references take the very operators they replace in
 #: nearly every case, and only sums in another order round a few elements otherwise. Systematic differences are more.
 FEW = 0.05
-#: Where the reference is another sequence of operators: attention, and a product that is rounded once and not twice.
-ELSEWHERE = ("causal_attention", "grouped_queries", "prefill_only", "mxfp8_grouped_mm")
+#: Where the reference is another sequence of operators: attention, a product that is rounded once and not twice, and a sum that
+#: is rounded once and not after each addition.
+ELSEWHERE = ("causal_attention", "grouped_queries", "prefill_only", "mxfp8_grouped_mm", "moe_scatter")
 #: Products of groups of rows.
 GROUPED = ("mxfp8_grouped_mm", "mxfp8_scaled_grouped_mm")
 #: A rule's tolerance is of what it changes; what a program computes of that, as an activation, may make it larger.

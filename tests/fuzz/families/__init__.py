@@ -28,6 +28,7 @@ FAMILIES: dict[str, Callable[[Builder], None]] = {
         attention.grouped_queries,
         attention.prefill_only,
         moe.moe_combine,
+        moe.moe_scatter,
         moe.moe_masks,
         moe.mxfp8_grouped_mm,
         moe.mxfp8_scaled_grouped_mm,

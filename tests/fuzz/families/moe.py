@@ -52,6 +52,43 @@ def moe_combine(b: Builder) -> None:
     b.force("moe_combine", percent=90)
 
 
+def moe_scatter(b: Builder) -> None:
+    t, h = b.pick(6, 1, 9), b.pick(64, 32)
+    dtype = b.pick("bfloat16", "bfloat16", "float16", "float32")
+    y = b.activation("y", t * K, h, dtype=dtype)
+    w = b.given("w", f"torch.rand({t}, {K}).to(torch.{b.pick(dtype, 'float32')})")
+    order, perm = _sorted(b, b.given("ids", f"torch.randint(0, {E + 1}, ({t}, {K}))"))
+    if b.chance(30):
+        m = b.let(f"({order} >= {E}).unsqueeze(-1)")
+        y = b.let(f"{y}.masked_fill({m}, 0.0)")
+    kind = b.pick("scatter_add", "index_add", "index_put", "sum", "bmm")
+    if kind in ("sum", "bmm"):
+        z = b.let(f"torch.zeros_like({y})")
+        b.do(f"{z}[{perm}] = {y}")
+        z = b.let(f"{z}.view({t}, {K}, {h})")
+        v = b.let(f"{w}.view({t}, {f'{K}, 1' if kind == 'sum' else f'1, {K}'})")
+        if kind == "sum":
+            out = b.let(f"({z} * {v}).sum(1)")
+        else:
+            f, g = b.let(f"{z}.float()"), b.let(f"{v}.float()")
+            out = b.let(f"torch.bmm({g}, {f}).squeeze(1)")
+    else:
+        if b.chance(70):
+            v = b.let(f"{w}.reshape(-1)[{perm}].unsqueeze(-1)")
+            f = b.let(f"{y}.float()")
+            y = b.let(f"({f} * {v}).to(torch.{dtype})")
+        zeros = f"torch.zeros({t}, {h}, dtype=torch.{dtype}, device={perm}.device)"
+        base = b.let(zeros) if b.chance(60) else b.activation("shared", t, h, dtype=dtype)
+        k = b.pick(K, K, K, 1) if t == 1 else K
+        tokens = b.let(f"{perm} // {k}" if k == K else f"{perm} % {t}")
+        if kind == "scatter_add":
+            tokens = b.let(f"{tokens}.unsqueeze(-1).expand(-1, {h})")
+        put = f"{base}.index_put(({tokens},), {y}, accumulate=True)"
+        out = b.let(put if kind == "index_put" else f"{base}.{kind}(0, {tokens}, {y})")
+    b.give(out)
+    b.force("moe_scatter", percent=90)
+
+
 def moe_masks(b: Builder) -> None:
     t, h, i = b.pick(6, 3), 32, 16
     x = b.activation("x", t, h)
