@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.calls import aten
-from inductor_ext.graph import call, describe, erase_dead, index_of, same_sizes, value_of
-from inductor_ext.kernels import steps
+from inductor_ext.graph import call, describe
 from inductor_ext.kernels.fp8_quantize.op import OP
-from inductor_ext.miss import INPUT_LAYOUT, SEVERAL_SCALES, TOO_MANY_NUMBERS, Miss, found_or_none
+from inductor_ext.miss import INPUT_LAYOUT, SEVERAL_SCALES, Miss, found_or_none
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
@@ -41,24 +39,19 @@ def guard(node: Node, context: Context) -> Match | None:
     if not (fp8_chain.collapses_to_rows(x) if scale.granularity == "row" else fp8_chain.is_dense(x)):
         wanted = "rows of one pitch and unit stride" if scale.granularity == "row" else "a dense tensor"
         raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
-    program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
-    numbers = len(steps.constants(scale.program, program))
-    if numbers > steps.MAX_CONSTS:
-        raise Miss(TOO_MANY_NUMBERS, node, f"at most {steps.MAX_CONSTS}", str(numbers))
     profit.check(node, chain.x, context)
-    arguments = (x, scale.granularity, scale.program, program, chain.dtype)
+    arguments = (x, scale.granularity, scale.scale_program, scale.program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
-    detail = f"{scale.granularity}: scale = {scale.program or 'amax'}; {program} → {chain.dtype}"
+    detail = f"{scale.granularity}: scale = {scale.scale_program or 'amax'}; {scale.program} → {chain.dtype}"
     return Match(node, (Call(OP, arguments),), detail, why, (chain, scale, arguments[1:]))
 
 
 def replace(match: Match) -> None:
     chain, scale, arguments = match.data
     graph = match.node.graph
-    order = index_of(graph)
-    scale_value = value_of(scale.node)
-    first = min((scale.node, match.node), key=order.__getitem__)
-    with graph.inserting_before(first):
+    place = min(scale.written, match.node)
+    chain.make_room(place)
+    with graph.inserting_before(place):
         outputs: list[Node] = []
 
         def make(x: Node) -> Node:
@@ -67,13 +60,8 @@ def replace(match: Match) -> None:
             return outputs[0]
 
         value = chain.insert(graph, make)
-        made = outputs[1]
-        if not same_sizes(value_of(made).shape, scale_value.shape):
-            made = call(graph, aten.reshape.default, made, list(scale_value.shape), like=scale.node)
+        scale.put(graph, outputs[1])
     fp8_chain.replace_cast(match.node, value)
-    if not scale.node._erased:
-        scale.node.replace_all_uses_with(made)
-        erase_dead(scale.node)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

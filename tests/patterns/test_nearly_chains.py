@@ -25,7 +25,6 @@ NEARLY_AMAX: dict[str, Callable[..., Any]] = {
     "of_columns": lambda x, y: x.abs().amax(0, keepdim=True).float(),
     "of_two_of_three": lambda x, y: x.view(32, 2, 16).abs().amax((0, 1), keepdim=True).view(1, 16).float().repeat(1, 2),
     "of_rows_of_the_transposed": lambda x, y: x.t().abs().amax(-1, keepdim=True).float(),
-    "plus_a_number": lambda x, y: x.abs().amax(-1, keepdim=True).float() + 0.5,
     "times_a_tensor": lambda x, y: x.abs().amax(-1, keepdim=True).float() * y[:, :1].float().abs().add(0.5),
     "rounded_to_integers": lambda x, y: x.abs().amax(-1, keepdim=True).int().float() + 0.0,
     "truncated": lambda x, y: x.abs().amax(-1, keepdim=True).float().int().float(),
