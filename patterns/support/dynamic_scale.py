@@ -26,6 +26,7 @@ from inductor_ext.kernels.steps import Step
 from inductor_ext.miss import SCALE_DTYPE, TOO_MANY_NUMBERS, Miss, found_or_none
 from inductor_ext.patterns.support.expression import Expression
 from inductor_ext.patterns.support.fp8_chain import FLOATS, Chain
+from inductor_ext.patterns.support.same import same_value
 
 _BY_NUMBER = {
     aten.mul.Tensor: "mul",
@@ -285,7 +286,7 @@ def _choice(node: Node) -> Way | None:
     alike = isinstance(value, Node) and value_of(value).dtype is value_of(node).dtype and value_of(node).dtype in FLOATS
     if number is None or zero != 0 or not alike or not same_sizes(value_of(value).shape, value_of(node).shape):
         return None
-    if _unwidened(asked) is not _unwidened(value):
+    if not same_value(_unwidened(asked), _unwidened(value)):
         return None
     return Way(value, Step(op, number), frozenset({condition}))
 
@@ -351,7 +352,8 @@ class _Ways:
     def written(self, node: Node) -> Node | None:
         """The node, ``node`` or made of it, of which all follow that are read elsewhere; None where nothing is."""
         below: list[Node] = []
-        for user in node.users:
+        own = [each for each in self.path[:-1] if self.up[each].above is node]  # perhaps no user: nodes lie between
+        for user in dict.fromkeys([*own, *node.users]):
             if user in self.chain and node is self.path[0]:
                 continue
             if user in self.inner:
@@ -408,8 +410,11 @@ def trace(chain: Chain, scale: Node) -> DynamicScale:
 
 def _program(chain: Chain, ways: _Ways, scale: Node, written: Node, first: list[Step]) -> str:
     """The chain's steps, its scale made of the one that is written or, where that is another, of the maximum."""
-    if written in ways.path:
-        name, via = steps.SCALE, ways.steps(scale, written)
+    same = written
+    while same not in ways.path and ways.up[same].step is None:
+        same = ways.up[same].above
+    if same in ways.path:
+        name, via = steps.SCALE, ways.steps(scale, same)
     else:
         name, via = steps.AMAX, [*first, *ways.steps(scale, ways.amax.node)]
     by_scale = [Step(each.op, name, tuple(via)) if each.operand in ("s0", "r0") else each for each in chain.steps]
