@@ -1,6 +1,6 @@
 """The FP8 at the end of ops that compute a y: how it is scaled, and one declaration of such ops.
 
-    "row"     scale = scale_program(max |y|) over the last dimension, [..., 1];   out = cast(program(y, scale), dtype)
+    "row"     amax = max |y| over the last dimension, [..., 1];  scale = scale_program(amax);  out = cast(program(y), dtype)
     "tensor"  the same with one maximum for all, []
     "mx"      MXFP8: scale [..., C / 32] e8m0 and out as ``moe/mx.py`` has them; scale_program is the rounding, program ""
     "static"  scales are inputs, ``kernels/static_scale.py``: out [..., C], or [N, ..., C] for N of them; scale is [0]
@@ -32,7 +32,7 @@ _E4 = torch.float8_e4m3fn
 
 def check_programs(op: str, scale_program: str, program: str) -> None:
     steps.check_program(f"{op}: scale_program", scale_program, 0)
-    steps.check_program(f"{op}: program", program, 0, scale=True)
+    steps.check_program(f"{op}: program", program, 0, made=(steps.SCALE, steps.AMAX))
     steps.check_numbers(f"{op}: scale_program, program", scale_program, program)
 
 
@@ -81,8 +81,9 @@ def quantize(
         return mx.quantize(y, scale_program)
     if granularity == STATIC:
         return static_scale.quantize(y, scale_program, program, dtype, scales)
-    scale = steps.evaluate(scale_program, y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax())
-    return steps.evaluate(program, y, scale=scale).to(dtype), scale
+    amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
+    scale = steps.evaluate(scale_program, amax)
+    return steps.evaluate(program, y, scale=scale, amax=amax).to(dtype), scale
 
 
 def check_not_empty(argument: str, y: torch.Tensor, granularity: str) -> None:

@@ -43,7 +43,7 @@ def check(
     steps.check_program(f"{name}: scale_program", scale_program, 0)
     if not scales and (scale_program or any(step.operand == "scale" for step in steps.parse(program))):
         raise ValueError(f"{name}: scales: wanted one for {program!r} and {scale_program!r}, found none")
-    steps.check_program(f"{name}: program", program, 0, scale=True)
+    steps.check_program(f"{name}: program", program, 0, made=(steps.SCALE,))
 
 
 def outputs(x: torch.Tensor, dtype: torch.dtype, scales: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +76,6 @@ def quantisation_types(dtype: torch.dtype, scale_program: str, program: str, fp8
     return (
         steps.CPP_FP8[fp8],
         str(steps.saturated(program, fp8)).lower(),
-        steps.to_cpp(program, dtype, first_const=numbers, fp8=fp8),
+        steps.to_cpp(program, dtype, first_const=numbers, fp8=fp8, scale=steps.result_dtype(scale_program, scale_dtype)),
         f"inductor_ext::StaticScales<{count}, {steps.CPP_TYPES[scale_dtype]}, {steps.to_cpp(scale_program, scale_dtype)}>",
     )

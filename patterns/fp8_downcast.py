@@ -3,22 +3,24 @@
     convert_element_type(clamp(mul | div (x, scale)), float8)   →   inductor_ext.fp8_downcast(x, [scale], program, float8)
 
 The chain may clamp in any spelling or not at all, in bf16, fp16 or fp32, with views and converts anywhere; the program keeps
-every step and its dtype, so the result is the eager chain's, byte for byte. A chain that Inductor can fuse into its producer
-is left alone unless the rule is forced: an extern kernel has to read from memory what the producer has in registers.
+every step and its dtype, so the result is the eager chain's, byte for byte. What nothing else reads of a scale, such as its
+reciprocal, the kernel computes too: ``mul:s0|recip``. A chain that Inductor can fuse into its producer, or into what makes its
+scale, is left alone unless the rule is forced: an extern kernel has to read from memory what the producer has in registers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import call, describe, value_of
+from inductor_ext.graph import call, describe, is_reshape, value_of
+from inductor_ext.kernels import steps
 from inductor_ext.kernels.fp8_downcast.op import OP
-from inductor_ext.miss import INPUT_LAYOUT, Miss
-from inductor_ext.patterns.support import fp8_chain, profit
-from inductor_ext.patterns.support.dynamic_scale import amax_above
+from inductor_ext.miss import INPUT_LAYOUT, Miss, found_or_none
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -26,7 +28,7 @@ E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 def guard(node: Node, context: Context) -> Match | None:
     chain = fp8_chain.trace(node)
-    if any(amax_above(operand, chain.x) is not None for operand in chain.operands):
+    if any(dynamic_scale.amax_above(operand, chain.x) is not None for operand in chain.operands):
         return None  # a dynamic scale: fp8_quantize's business
     x = chain.input_value()
     rows = ":r" in chain.program
@@ -34,18 +36,39 @@ def guard(node: Node, context: Context) -> Match | None:
         wanted = "rows of one pitch and unit stride" if rows else "a dense tensor, or rows of one pitch and unit stride"
         raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
     profit.check(node, chain.x, context)
-    arguments = (x, [value_of(operand) for operand in chain.operands], chain.program, chain.dtype)
+    program, operands = _with_scales_made(chain)
+    for operand in operands:
+        profit.check_scale(node, operand, chain.x, context)
+    arguments = (x, [value_of(operand) for operand in operands], program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
-    return Match(node, (Call(OP, arguments),), f"{chain.program} → {chain.dtype}", why, chain)
+    return Match(node, (Call(OP, arguments),), f"{program} → {chain.dtype}", why, (chain, operands, program))
+
+
+def _with_scales_made(chain: fp8_chain.Chain) -> tuple[str, list[Node]]:
+    """The chain's program, which makes what nothing else reads of its scales itself, and the scales that are left."""
+    program, operands = list(chain.steps), list(chain.operands)
+    for index, operand in enumerate(operands):
+        if value_of(operand).device != value_of(chain.x).device:
+            continue  # its value goes to the kernel as a number
+        node, made = operand, list[steps.Step]()
+        while len(node.users) == 1 and not is_reshape(node):
+            way = found_or_none(dynamic_scale.step, node)
+            if way is None or value_of(way.above).dtype not in fp8_chain.FLOATS:
+                break
+            made[:0] = [] if way.step is None else [way.step]
+            node = way.above
+        names = f"s{index}", f"r{index}"
+        longer = [dataclasses.replace(each, via=tuple(made)) if each.operand in names else each for each in program]
+        if len(steps.constants(steps.text_of(longer))) <= steps.MAX_CONSTS:
+            program, operands[index] = longer, node
+    return steps.text_of(program), operands
 
 
 def replace(match: Match) -> None:
-    chain: fp8_chain.Chain = match.data
+    chain, operands, program = match.data
     graph = match.node.graph
     with graph.inserting_before(match.node):
-        value = chain.insert(
-            graph, lambda x: call(graph, OP.overload, x, chain.operands, chain.program, chain.dtype, like=match.node)
-        )
+        value = chain.insert(graph, lambda x: call(graph, OP.overload, x, operands, program, chain.dtype, like=match.node))
     fp8_chain.replace_cast(match.node, value)
 
 
@@ -86,6 +109,12 @@ MATCHES = (
     Example("no_clamp", lambda x, s: (x / s).to(E4), _scaled),
     Example("e5m2", lambda x, s: (x.float() / s).clamp(-57344.0, 57344.0).to(E5), _scaled),
     Example("narrow_bounds", lambda x, s: (x.float() * s).clamp(-240.0, 240.0).to(E4), _scaled),
+    Example(
+        "scale_is_read_elsewhere",
+        lambda x, s: (lambda t: (_clamp(x.float() * t).to(E4), t))(1.0 / s),
+        _scaled,
+    ),
+    Example("reciprocal_of_a_row", lambda x, s: _clamp(x.float() * s.reciprocal()).to(E4), _rows),
     Example("row_scale", lambda x, s: _clamp(x.float() / s).to(E4), _rows),
     Example("row_scale_promotes", lambda x, s: _clamp(x / s).to(E4), _rows),
     Example("fp16", lambda x, s: _clamp(x * s).to(E4), lambda d: (_x(d, dtype=torch.float16), torch.tensor(0.5, device=d))),
@@ -143,6 +172,18 @@ NEAR_MISSES = (
         lambda x, s: _clamp(torch.sin(x).float() / s).to(E4),
         _scaled,
         reason="Inductor fuses this chain into its producer for free",
+    ),
+    Example(
+        "scale_is_made_of_the_values",
+        lambda x: (lambda s: (_clamp(x.float() / s).to(E4), s))(x.float().pow(2).mean(-1, keepdim=True).sqrt() + 1e-12),
+        lambda d: (_x(d),),
+        reason="Inductor fuses this chain into its scale for free",
+    ),
+    Example(
+        "scale_is_made_on_the_way",
+        lambda x, s, t: _clamp(x.float() / (s * t)).to(E4),
+        lambda d: (*_scaled(d), torch.tensor(0.5, device=d)),
+        reason="Inductor fuses this chain into its scale for free",
     ),
     Example(
         "strided_input",

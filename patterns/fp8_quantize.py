@@ -3,8 +3,9 @@
     s = program(amax(|x|));  q = cast(clamp(x / s))   →   q, s = inductor_ext.fp8_quantize(x, "row" | "tensor", …)
 
 A scale a row, a group (a row of ``x.view(…, 128)``) or a tensor; torchao's recipe, which takes ``amax / 448`` in bf16, and the
-usual ones in fp32 alike. Users of the scale get the second output. Left alone unless forced when Inductor can fuse the chain
-with what produces x.
+usual ones in fp32 or double alike. x may be divided by the scale or multiplied by its reciprocal, and any node on the way from
+the maximum may be read elsewhere: s is the one from which all of those follow (`dynamic_scale`). Left alone unless forced when
+Inductor can fuse the chain with what produces x.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.calls import aten
-from inductor_ext.graph import call, describe, erase_dead, index_of, same_sizes, value_of
-from inductor_ext.kernels import steps
+from inductor_ext.graph import call, describe
 from inductor_ext.kernels.fp8_quantize.op import OP
-from inductor_ext.miss import INPUT_LAYOUT, SEVERAL_SCALES, TOO_MANY_NUMBERS, Miss, found_or_none
+from inductor_ext.miss import INPUT_LAYOUT, SEVERAL_SCALES, Miss, found_or_none
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
@@ -41,24 +40,19 @@ def guard(node: Node, context: Context) -> Match | None:
     if not (fp8_chain.collapses_to_rows(x) if scale.granularity == "row" else fp8_chain.is_dense(x)):
         wanted = "rows of one pitch and unit stride" if scale.granularity == "row" else "a dense tensor"
         raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
-    program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
-    numbers = len(steps.constants(scale.program, program))
-    if numbers > steps.MAX_CONSTS:
-        raise Miss(TOO_MANY_NUMBERS, node, f"at most {steps.MAX_CONSTS}", str(numbers))
     profit.check(node, chain.x, context)
-    arguments = (x, scale.granularity, scale.program, program, chain.dtype)
+    arguments = (x, scale.granularity, scale.scale_program, scale.program, chain.dtype)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
-    detail = f"{scale.granularity}: scale = {scale.program or 'amax'}; {program} → {chain.dtype}"
+    detail = f"{scale.granularity}: scale = {scale.scale_program or 'amax'}; {scale.program} → {chain.dtype}"
     return Match(node, (Call(OP, arguments),), detail, why, (chain, scale, arguments[1:]))
 
 
 def replace(match: Match) -> None:
     chain, scale, arguments = match.data
     graph = match.node.graph
-    order = index_of(graph)
-    scale_value = value_of(scale.node)
-    first = min((scale.node, match.node), key=order.__getitem__)
-    with graph.inserting_before(first):
+    place = min(scale.written, match.node)
+    chain.make_room(place)
+    with graph.inserting_before(place):
         outputs: list[Node] = []
 
         def make(x: Node) -> Node:
@@ -67,13 +61,8 @@ def replace(match: Match) -> None:
             return outputs[0]
 
         value = chain.insert(graph, make)
-        made = outputs[1]
-        if not same_sizes(value_of(made).shape, scale_value.shape):
-            made = call(graph, aten.reshape.default, made, list(scale_value.shape), like=scale.node)
+        scale.put(graph, outputs[1])
     fp8_chain.replace_cast(match.node, value)
-    if not scale.node._erased:
-        scale.node.replace_all_uses_with(made)
-        erase_dead(scale.node)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -114,6 +103,72 @@ def _mx(x: torch.Tensor) -> Any:
     return (b * torch.exp2(-e)).clamp(-448, 448).to(E4).view(x.shape), e
 
 
+def _by(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (x.float() * factor).clamp(-448.0, 448.0).to(E4)
+
+
+def _reciprocal(x: torch.Tensor) -> Any:
+    """The reciprocal multiplies, the scale is returned: vLLM's native quantisation."""
+    s = (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
+    return _by(x, s.reciprocal()), s
+
+
+def _amax_is_read_too(x: torch.Tensor) -> Any:
+    amax = x.abs().amax(-1).float().clamp(1e-4)
+    return _by(x, 448.0 / amax[:, None]), amax / 448.0, amax
+
+
+def _aminmax(x: torch.Tensor) -> Any:
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    s = torch.maximum(low.abs(), high.abs()).float()
+    s = torch.where(s > 0, s, 1.0) / 448.0
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _powers_of_two(x: torch.Tensor) -> Any:
+    b = x.view(x.shape[0], -1, 128)
+    s = torch.exp2(torch.ceil(torch.log2((b.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6))))
+    return (b / s).clamp(-448.0, 448.0).to(E4).view_as(x), s.squeeze(-1).to(torch.float8_e8m0fnu)
+
+
+def _deep_gemm(x: torch.Tensor) -> Any:
+    b = x.view(x.shape[0], -1, 128)
+    bits = (b.abs().float().amax(-1).clamp(1e-4) / 448.0).view(torch.int)
+    s = ((((bits >> 23) & 0xFF) + (bits & 0x7FFFFF).bool().int()).clamp(1, 254) << 23).view(torch.float)
+    return (b * (1.0 / s.unsqueeze(2))).to(E4).view_as(x), s
+
+
+def _double(x: torch.Tensor) -> Any:
+    """torchao's training: the scale in double, rounded to a power of two."""
+    s = (448.0 / x.abs().max().double().clamp(min=1e-12)).float()
+    s = torch.exp2(torch.floor(torch.log2(s)))
+    return _by(x, s), s.reciprocal()
+
+
+def _flattened_between(x: torch.Tensor) -> Any:
+    s = (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-12)
+    return (x.reshape(-1, 64).float() / s.reshape(-1, 1)).clamp(-448.0, 448.0).to(E4), s
+
+
+def _bounded(x: torch.Tensor, bound: torch.Tensor) -> Any:
+    s = x.abs().amax(-1, keepdim=True).float().clamp(max=bound) / 448.0
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _signed(x: torch.Tensor) -> Any:
+    s = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float() / 448.0
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _columns(x: torch.Tensor) -> Any:
+    s = x.abs().amax(0, keepdim=True).float().clamp(min=1e-12) / 448.0
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4).t().contiguous(), s
+
+
+def _turned(x: torch.Tensor) -> Any:
+    return _row(x.t())
+
+
 MATCHES = (
     Example("row", _row, _one),
     Example("row_dynamic_shape", _row, _one, dynamic=True),
@@ -131,6 +186,14 @@ MATCHES = (
         _one,
     ),
     Example("after_matmul", lambda a, b: _row(a @ b), lambda d: (_x(d), _x(d, 256, 64))),
+    Example("reciprocal_of_what_is_returned", _reciprocal, _one),
+    Example("amax_and_scale_are_read_too", _amax_is_read_too, _one),
+    Example("amax_used_twice", lambda x: (lambda a: (*_scaled_by(x, a), a))(x.abs().amax(-1, keepdim=True)), _one),
+    Example("aminmax", _aminmax, _one),
+    Example("powers_of_two", _powers_of_two, _one),
+    Example("powers_of_two_by_bits", _deep_gemm, _one, dynamic=True),
+    Example("double", _double, _one),
+    Example("flattened_between", _flattened_between, lambda d: (_x(d, 4, 12, 64),), dynamic=True),
     Example("norm_forced", lambda x: _row(torch.nn.functional.rms_norm(x, (256,)) * 1.5), _one, mode="always"),
 )
 
@@ -157,11 +220,13 @@ NEAR_MISSES = (
         reason="Inductor fuses this chain into its producer for free",
     ),
     Example(
-        "amax_used_twice",
-        lambda x: (lambda a: (*_scaled_by(x, a), a))(x.abs().amax(-1, keepdim=True)),
-        _one,
-        reason="a step of the scale has a second user",
+        "bound_is_a_tensor",
+        _bounded,
+        lambda d: (_x(d), torch.tensor(2.0, device=d)),
+        reason="a step of the scale is not one the kernel computes",
     ),
+    Example("maximum_may_be_minus_zero", _signed, _one, reason="a maximum of zeros may be -0"),
+    Example("rows_of_the_transposed", _turned, _one, reason="input layout"),
     Example(
         "two_scales",
         lambda x, t: _scaled_by(x, x.abs().amax(-1, keepdim=True), t),

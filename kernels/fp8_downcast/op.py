@@ -3,7 +3,8 @@
     out = cast(program(x), dtype)            x, out: same shape; program: see ``kernels/steps.py``
 
 ``x`` is bf16, fp16 or fp32, any shape and any dense layout (or rows with a free pitch). Operands are scalars (one element,
-``sN`` in the program) or hold one value a row (``rN``): ``x.shape[:-1] + (1,)``. ``dtype`` is float8_e4m3fn or float8_e5m2,
+``sN`` in the program) or hold one value a row (``rN``): ``x.shape[:-1] + (1,)``; ``mul:s0|recip`` multiplies by one's
+reciprocal. ``dtype`` is float8_e4m3fn or float8_e5m2,
 cast as PyTorch casts: round to nearest even; unless the program clamps, e5m2 overflows to infinity, e4m3fn to NaN (torch 2.11)
 or ±448 (from 2.13 on). Bit-exact.
 """
@@ -32,6 +33,10 @@ def check(x: torch.Tensor, operands: Sequence[torch.Tensor], program: str, dtype
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"fp8_downcast: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
     steps.check_program("fp8_downcast: program", program, len(operands))
+    for step in steps.parse(program):
+        if step.via and operands[int(str(step.operand)[1:])].device != x.device:
+            wanted = "an operand with steps of its own on the device of x"
+            raise ValueError(f"fp8_downcast: program, operands: {step} wanted {wanted}, found one on the host")
     numbers = len(steps.constants(program)) + sum(operand.device != x.device for operand in operands)
     if numbers > steps.MAX_CONSTS:
         wanted = f"at most {steps.MAX_CONSTS} numbers and host operands"

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kQuantizeBlock<Threads>) fp8_quantize_row_kern
 
   const float scale = scale_of<ScaleProgram>(p.consts, bits);
   if (lane == 0) static_cast<ScaleT*>(p.scale)[row] = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale, bits);
   uint8_t* out = p.out + row * p.out_pitch;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -99,9 +99,10 @@ __global__ void __launch_bounds__(kWideThreads) fp8_quantize_wide_row_kernel(con
     amax.merge(raw);
   }
   allow_next_kernel();
-  const float scale = scale_of<ScaleProgram>(p.consts, block_max<kWideThreads>(amax.float_bits(), shared));
+  const uint32_t bits = block_max<kWideThreads>(amax.float_bits(), shared);
+  const float scale = scale_of<ScaleProgram>(p.consts, bits);
   if (threadIdx.x == 0) static_cast<ScaleT*>(p.scale)[row] = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale, bits);
   uint8_t* out = p.out + row * p.out_pitch;
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < p.cols; i += kWideThreads) {

@@ -55,6 +55,8 @@ def _template(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) ->
 
     with _disable_current_modes():  # a graph is being compiled, with fake tensors
         made = make_fx(lambda x: fn(x), decomposition_table=select_decomp_table())(torch.ones(2, 3, dtype=dtype))
+    for alias in made.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):  # Inductor removes them
+        alias.replace_all_uses_with(alias.args[0])
     made.graph.eliminate_dead_code()
     return made.graph
 

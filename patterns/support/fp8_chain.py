@@ -66,6 +66,18 @@ class Chain:
         """The fake tensor that the op reads: ``x`` after ``pre_views``."""
         return value_of(self.pre_views[-1] if self.pre_views else self.x)
 
+    def make_room(self, place: Node) -> None:
+        """Move what computes the sizes of the views before ``place``, where they will be."""
+        behind: set[Node] = set()
+        pending = [size for view in (*self.pre_views, *self.post_views) for size in view.all_input_nodes[1:]]
+        while pending:
+            node = pending.pop()
+            if node not in behind and place < node and not isinstance(value_of(node), torch.Tensor):
+                behind.add(node)
+                pending.extend(node.all_input_nodes)
+        for node in sorted(behind):
+            place.prepend(node)
+
     def insert(self, graph: Graph, make: Callable[[Node], Node]) -> Node:
         """``post_views(make(pre_views(x)))`` at the graph's insertion point."""
         return replay(graph, self.post_views, make(replay(graph, self.pre_views, self.x)))

@@ -19,6 +19,35 @@ def check(node: Node, source: Node, context: Context) -> None:
     check_consumer(node, context)
 
 
+def check_scale(node: Node, scale: Node, x: Node, context: Context) -> None:
+    """Miss where Inductor computes ``scale`` in the same kernel that scales ``x`` by it and casts.
+
+    A scale that is made of x itself: its kernel has x at hand. One that nothing else reads: it is computed on the way.
+    """
+    if context.forced or is_opaque(scale):
+        return
+    reason = fused("chain", "scale")
+    if made_of(scale, x):
+        raise Miss(reason, node, f"a scale that is not made of {describe(x)}", describe(scale))
+    if not feeds_opaque(scale):
+        wanted = "a scale that is a graph input, or is read elsewhere too"
+        raise Miss(reason, node, wanted, describe(scale))
+
+
+def made_of(node: Node, x: Node) -> bool:
+    """Whether ``node`` is computed from ``x``, all of it by Inductor's own code."""
+    pending, seen = [node], set[Node]()
+    while pending:
+        each = pending.pop()
+        if each is x:
+            return True
+        if each in seen or is_opaque(each):
+            continue
+        seen.add(each)
+        pending.extend(each.all_input_nodes)
+    return False
+
+
 def check_consumer(node: Node, context: Context) -> None:
     """The same of what reads ``node`` alone."""
     if not context.forced and not feeds_opaque(node):

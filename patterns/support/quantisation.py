@@ -19,10 +19,10 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_reshape, known_equal, replay, same_sizes, value_of
-from inductor_ext.kernels import quantized, steps
+from inductor_ext.kernels import quantized
 from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
 from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8
-from inductor_ext.miss import SEVERAL_SCALES, TOO_MANY_NUMBERS, Miss, found_or_none, second_user
+from inductor_ext.miss import SEVERAL_SCALES, Miss, found_or_none, second_user
 from inductor_ext.moe import mx
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run, static_quantisation
 from inductor_ext.patterns.support.same import in_order
@@ -60,16 +60,15 @@ def starts(chain: fp8_chain.Chain | Blocks) -> Iterator[fp8_chain.Chain | Blocks
 
 @dataclasses.dataclass(frozen=True)
 class Quantisation:
-    """``q = cast(program(y, scale))``; ``y`` has no other use."""
+    """``q = cast(program(y))``; ``y`` has no other use."""
 
     chain: fp8_chain.Chain
     scale: dynamic_scale.DynamicScale
-    program: str
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Granularity, scale program, program, dtype and static scales, as the ops take them."""
-        return self.scale.granularity, self.scale.program, self.program, self.chain.dtype, []
+        return self.scale.granularity, self.scale.scale_program, self.scale.program, self.chain.dtype, []
 
     @property
     def granularity(self) -> str:
@@ -81,12 +80,13 @@ class Quantisation:
 
     @property
     def detail(self) -> str:
-        return f"{self.scale.granularity}: scale = {self.scale.program or 'amax'}; {self.program} → {self.chain.dtype}"
+        scale = self.scale
+        return f"{scale.granularity}: scale = {scale.scale_program or 'amax'}; {scale.program} → {self.chain.dtype}"
 
     @property
     def nodes(self) -> tuple[Node, Node]:
-        """What is replaced: the scale and the cast."""
-        return self.scale.node, self.chain.cast
+        """What is replaced: what is made of the maximum and read elsewhere, and the cast."""
+        return self.scale.written, self.chain.cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +125,22 @@ def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> AnyQuantisation:
         found = ", ".join(map(describe, chain.operands))
         raise Miss(SEVERAL_SCALES, node, "one scale", found)
     scale = dynamic_scale.trace(chain, chain.operands[0])
-    if chain.pre_views:
-        found = f"{scale.granularity} of {list(chain.input_value().shape)}"
-        raise Miss("the scale is not of the rows", node, "amax of each row, or of all", found)
+    _check_rows(chain, scale)
     other = _other_user(chain, scale)
     if other is not None:
         wanted = "the quantisation as its only user"
         raise Miss(second_user(static_quantisation.WHAT), chain.x, wanted, describe(other))
-    program = chain.program.replace(":s0", ":scale").replace(":r0", ":scale")
-    numbers = len(steps.constants(scale.program, program))
-    if numbers > steps.MAX_CONSTS:
-        raise Miss(TOO_MANY_NUMBERS, node, f"at most {steps.MAX_CONSTS}", str(numbers))
-    return Quantisation(chain, scale, program)
+    return Quantisation(chain, scale)
+
+
+def _check_rows(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> None:
+    """Miss unless the rows that are quantised are those of y, or one scale is for all of it, perhaps flattened or split."""
+    y, scaled = value_of(chain.x), chain.input_value()
+    in_order = not any(is_call(view, aten.permute.default) for view in chain.pre_views)
+    rows = scale.granularity == "tensor" or (y.dim() > 0 and known_equal(y.shape[-1], scaled.shape[-1]))
+    if not (in_order and rows):
+        found = f"{scale.granularity} of {list(scaled.shape)}, {'' if in_order else 'permuted, '}of {list(y.shape)}"
+        raise Miss("the scale is not of the rows", chain.cast, "amax of each row of what is quantised, or of all", found)
 
 
 def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation:
@@ -164,13 +168,13 @@ def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation:
 
 def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> Node | None:
     """A user of what is quantised besides the chain and the way to its scale."""
-    known = {chain.cast, *chain.inner, *scale.inner, scale.node, scale.amax}
+    known = {chain.cast, *chain.inner, scale.amax.node}
     pending, seen = [chain.x], set()
     while pending:
         for user in pending.pop().users:
             if user in known or user in seen:
                 continue
-            if not (is_reshape(user) or is_call(user, aten.abs.default, CONVERT)):
+            if not (is_reshape(user) or is_call(user, CONVERT) or user in scale.amax.inner):
                 return user
             seen.add(user)
             pending.append(user)
@@ -183,14 +187,10 @@ def put(graph: Graph, found: AnyQuantisation, out: Node, scale: Node) -> None:
         return static_quantisation.put(graph, found, out)
     if isinstance(found, BlockQuantisation):
         return _put_blocks(graph, found.node, out, scale)
-    chain, old = found.chain, found.scale.node
-    value = replay(graph, chain.post_views, out)
-    if not same_sizes(value_of(scale).shape, value_of(old).shape):
-        scale = call(graph, aten.reshape.default, scale, list(value_of(old).shape), like=old)
+    chain = found.chain
+    value = replay(graph, [*chain.pre_views, *chain.post_views], out)
+    found.scale.put(graph, scale)
     fp8_chain.replace_cast(chain.cast, value)
-    if not old._erased:
-        old.replace_all_uses_with(scale)
-        erase_dead(old)
 
 
 def _put_blocks(graph: Graph, node: Node, out: Node, scale: Node) -> None:
@@ -213,7 +213,9 @@ def check_place(found: AnyQuantisation, place: Node) -> None:
 
 
 def make_room(found: AnyQuantisation, place: Node) -> None:
-    """Move what makes static scales before ``place``."""
+    """Move what makes static scales, and sizes of views, before ``place``."""
+    if isinstance(found, Quantisation):
+        found.chain.make_room(place)
     behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
     for node in behind if isinstance(behind, list) else ():
         place.prepend(node)

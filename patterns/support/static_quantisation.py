@@ -123,13 +123,9 @@ def _read(chain: Chain) -> _Read:
 def _computed(scale: Node, program: str) -> tuple[Node, str]:
     """The number in memory that ``scale`` is computed from, as far as the kernel can do that too, and how."""
     node, collected = scale, list[steps.Step]()
-    while True:
-        known = len(collected)
-        above: Node | None = node.args[0] if is_reshape(node) else found_or_none(dynamic_scale.step, node, collected)
-        if above is None or value_of(above).dtype not in FLOATS:
-            del collected[known:]  # the graph computes this step
-            break
-        node = above
+    while (way := found_or_none(dynamic_scale.step, node)) is not None and value_of(way.above).dtype in FLOATS:
+        collected += [] if way.step is None else [way.step]
+        node = way.above
     text = steps.text_of(list(reversed(collected)))
     return (node, text) if len(steps.constants(text, program)) <= steps.MAX_CONSTS else (scale, "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest import mock
 
@@ -30,8 +31,10 @@ plain = numbers.filter(lambda number: abs(number) > 1e-3)
 operands = st.one_of(numbers.map(str), st.sampled_from(["s0", "r1"]))
 tokens = st.one_of(
     st.sampled_from(list(DTYPES)),
-    st.just("recip"),
+    st.sampled_from(["recip", "abs", "ceil", "floor"]),
     st.builds("{}:{}".format, st.sampled_from(["mul", "div", "max", "min"]), operands),
+    st.builds("{}:{}".format, st.sampled_from(["add", "positive_or", "nonzero_or"]), numbers.map(str)),
+    st.builds("{}:{}|recip|mul:{}".format, st.sampled_from(["mul", "div", "min"]), st.sampled_from(["s0", "r1"]), numbers),
 )
 programs = st.lists(tokens, max_size=8).map(" ".join)
 
@@ -46,11 +49,20 @@ def by_hand(text: str, x: torch.Tensor, s0: torch.Tensor, r1: torch.Tensor) -> t
     """The program as a person would write it."""
     for token in text.split():
         op, _, name = token.partition(":")
+        name, *via = name.split("|")
         operand: Any = {"s0": s0, "r1": r1}[name] if name in ("s0", "r1") else float(name) if name else None
+        if via:
+            operand = operand.reciprocal() * float(via[1].partition(":")[2])
         if op in DTYPES:
             x = x.to(DTYPES[op])
-        elif op == "recip":
-            x = x.reciprocal()
+        elif op in ("recip", "abs", "ceil", "floor"):
+            x = {"recip": torch.reciprocal, "abs": torch.abs, "ceil": torch.ceil, "floor": torch.floor}[op](x)
+        elif op == "add":
+            x = x + operand
+        elif op == "positive_or":
+            x = x.masked_fill((x <= 0) | x.isnan(), operand)
+        elif op == "nonzero_or":
+            x = x.masked_fill(x == 0, operand)
         elif op == "mul":
             x = x * operand
         elif op == "div":
@@ -99,12 +111,15 @@ def test_a_random_chain_compiles_to_eagers_bytes(scaling: Any, bounds: Any, cast
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("f64", "'f64' is none of f32, bf16, f16, recip, mul:O"),
+        ("f63", "'f63' is none of f32, bf16, f16, f64, recip, abs,"),
         ("mul", "'mul' is none of"),
         ("mul:", "'mul:' is none of"),
-        ("add:1", "'add:1' is none of"),
-        ("f32 mul:x", "wanted a number, sN, rN or scale after the colon, found 'mul:x'"),
+        ("sub:1", "'sub:1' is none of"),
+        ("f32 mul:x", "wanted a number, sN, rN, scale or amax after the colon, found 'mul:x'"),
         ("recip:2", "'recip:2' is none of"),
+        ("mul:scale|", "'' is none of"),
+        ("mul:scale|sub:1", "'sub:1' is none of"),
+        ("mul:2.0|recip", r"'mul:2.0\|recip' is none of"),
     ],
 )
 def test_a_bad_token_is_named(text: str, message: str) -> None:
@@ -185,10 +200,29 @@ def test_saturated_is_never_wrong(text: str, dtype: torch.dtype, fp8: torch.dtyp
             "f32 max:1e-12 recip mul:448.0", torch.bfloat16, (), 0,
             "Steps<To<float>, Max<float, Const<0>>, Recip<float>, Mul<float, Const<1>>>",
         ),
+        (
+            "f32 mul:scale|recip|mul:3.0 max:-448.0", torch.bfloat16, (), 1,
+            "Steps<To<float>, Mul<float, Through<Scale, Steps<Recip<__half>, Mul<__half, Const<1>>>>>, Max<float, Const<2>>>",
+        ),
+        (
+            "f32 div:amax|f32|add:1.0", torch.bfloat16, (), 0,
+            "Steps<To<float>, Div<float, Through<OfAmax, Steps<To<float>, Add<float, Const<0>>>>>>",
+        ),
+        (
+            "mul:r0|recip", torch.float32, (torch.bfloat16,), 0,
+            "Steps<Mul<float, Through<Row<0, __nv_bfloat16>, Steps<Recip<__nv_bfloat16>>>>>",
+        ),
+        (
+            "f64 max:1e-12 recip mul:448.0 f32 pow2 mul:2.0", torch.bfloat16, (), 0,
+            "Steps<Wide<wide::Max<0x3d719799812dea11ull>, wide::Recip, wide::Mul<0x407c000000000000ull>>, Pow2<float>, "
+            "Mul<float, Const<2>>>",
+        ),
+        ("f32 nonzero_or:1.0 bits_up ue8m0", torch.float16, (), 0,
+         "Steps<To<float>, NonzeroOr<float, Const<0>>, BitsUp<float>, Ue8m0<float>>"),
     ],
 )  # fmt: skip
 def test_cpp_text(text: str, dtype: torch.dtype, operands: Any, first: int, wanted: str) -> None:
-    assert steps.to_cpp(text, dtype, operands, first).replace("inductor_ext::", "") == wanted
+    assert steps.to_cpp(text, dtype, operands, first, scale=torch.float16).replace("inductor_ext::", "") == wanted
 
 
 @pytest.mark.parametrize(
@@ -210,12 +244,13 @@ def test_clamps_that_the_cast_makes_itself_are_left_out(text: str, fp8: torch.dt
 
 def test_constants_in_the_order_of_the_cpp_text() -> None:
     assert steps.constants("f32 max:1e-12 recip mul:448.0", "div:scale min:2.0") == [1e-12, 448.0, 2.0]
+    assert steps.constants("mul:scale|recip|max:5.0 min:2.0", "add:1.0") == [5.0, 2.0, 1.0]
     assert steps.padded_constants("mul:3.0") == (3.0, *[0.0] * 7)
     assert steps.call_constants("mul:s0 mul:3.0", [torch.tensor(5.0)]) == (3.0, 5.0, *[0.0] * 6)
 
 
 def test_what_a_program_needs() -> None:
-    assert steps.operand_names("mul:s1 div:s0 min:s1 max:scale") == ["s0", "s1"]
+    assert steps.operand_names("mul:s1 div:s0 min:s1 max:scale mul:amax|recip mul:s2|recip") == ["s0", "s1", "s2"]
     assert steps.result_dtype("f32 mul:2.0 bf16 max:1.0", torch.float16) is torch.bfloat16
     assert steps.result_dtype("mul:2.0", torch.float16) is torch.float16
 
@@ -226,12 +261,24 @@ def test_what_a_program_needs() -> None:
         ("mul:s1", 1, "op: 'mul:s1' names s1, but 1 operands were given"),
         (" ".join(f"mul:{i}.0" for i in range(1, 10)), 0, "op: wanted at most 8 numbers, found 9"),
         ("mul:scale", 0, "op: wanted numbers and operands, found 'mul:scale', which names a dynamic scale"),
+        ("mul:amax|recip", 0, "op: wanted numbers and operands, found 'mul:amax|recip', which names a dynamic amax"),
         ("", 5, "op: wanted at most 4 operands, found 5"),
+        ("f64 mul:2.0 bf16", 0, "op: wanted f32 behind f64, found bf16"),
+        ("f64 mul:2.0", 0, "op: wanted f32 behind f64, found the end"),
+        ("mul:s0|f64|recip", 1, "op: wanted f32 behind f64, found the end"),
+        ("f64 log2 f32", 0, "op: wanted steps by a number behind f64, found log2"),
+        ("f64 mul:s0 f32", 1, "op: wanted steps by a number behind f64, found mul:s0"),
     ],
 )
 def test_programs_that_no_kernel_takes(text: str, operands: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         steps.check_program("op", text, operands)
+
+
+def test_a_program_may_name_the_scale_and_the_maximum_where_there_are_such() -> None:
+    steps.check_program("op", "mul:scale|recip div:amax", 0, made=("scale", "amax"))
+    with pytest.raises(ValueError, match="wanted numbers and operands and scale, found 'div:amax', which names a dynamic amax"):
+        steps.check_program("op", "div:amax", 0, made=("scale",))
 
 
 @pytest.mark.parametrize("saturates", [False, True])

@@ -89,7 +89,7 @@ __device__ __forceinline__ void quantize_once(const OnceParams& p, Aligned<In, E
 
   const float scale = scale_of<ScaleProgram>(p.consts, bits);
   if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<ScaleT*>(p.scale) = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale, bits);
   const auto cast = [&](const auto& raw, int64_t at) {
     if (at >= 0) downcast_vector<In, Fp8, Saturated, Chain>(raw, prepared, p.out + at);
   };

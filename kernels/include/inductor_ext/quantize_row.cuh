@@ -76,12 +76,9 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Row
     }
     if (at.row < 0) return;
 
-    Env env{consts, nullptr};
-    float scale[1] = {__uint_as_float(bits)};
-    ScaleProgram::apply(ScaleProgram::prepare(env), scale);
-    if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale[0]);
-    env.scale = scale[0];
-    const auto prepared = Chain::prepare(env);
+    const float scale = scale_of<ScaleProgram>(consts, bits);
+    if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale);
+    const auto prepared = prepare_scaled<Chain>(consts, scale, bits);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int i = u * at.threads + at.lane;

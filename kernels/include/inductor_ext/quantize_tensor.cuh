@@ -22,9 +22,9 @@ __device__ __forceinline__ float scale_of(const Consts& consts, uint32_t amax_bi
 }
 
 template <typename Chain>
-__device__ __forceinline__ typename Chain::Prepared prepare_scaled(const Consts& consts, float scale) {
+__device__ __forceinline__ typename Chain::Prepared prepare_scaled(const Consts& consts, float scale, uint32_t amax_bits) {
   Env env{consts, nullptr};
-  env.scale = scale;
+  env.scale = scale, env.amax = __uint_as_float(amax_bits);
   return Chain::prepare(env);
 }
 
@@ -70,9 +70,10 @@ __global__ void __launch_bounds__(kTensorThreads) fp8_quantize_tensor_kernel(con
     const int j = i + threadIdx.x;
     if (j < p.partials) bits = max(bits, __float_as_uint(__ldcg(p.partial + j)));
   }
-  const float scale = scale_of<ScaleProgram>(p.consts, block_max<kTensorThreads>(bits, shared));
+  bits = block_max<kTensorThreads>(bits, shared);
+  const float scale = scale_of<ScaleProgram>(p.consts, bits);
   if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<ScaleT*>(p.scale) = from_float<ScaleT>(scale);
-  const auto prepared = prepare_scaled<Chain>(p.consts, scale);
+  const auto prepared = prepare_scaled<Chain>(p.consts, scale, bits);
   allow_next_kernel();
 
   while (tile >= 0) {

@@ -11,7 +11,8 @@
 //   Const<I>         number I of the call, an fp32 value that is never rounded to T
 //   Scalar<I, S>     operand tensor I: one element of dtype S
 //   Row<I, S>        operand tensor I: one element a row
-//   Scale            the dynamic scale of fp8_quantize
+//   Scale, OfAmax    the dynamic scale of fp8_quantize, and the maximum that it is made of
+//   Through<O, S>    operand O after steps of its own: scale_steps.cuh, which has more steps too
 // Tensor operands are rounded to T before use, as TensorIterator casts a 0-d CUDA tensor to the common dtype.
 #pragma once
 
@@ -50,7 +51,7 @@ struct Env {  // what the operands of a program are read from
   const Consts& consts;
   const void* const* operands;  // may be null where the program has none
   int64_t row = 0;
-  float scale = 0.0f;
+  float scale = 0.0f, amax = 0.0f;
 };
 
 // ---- rounding ---------------------------------------------------------------------------------------------------------------
@@ -123,6 +124,10 @@ struct Row {
 struct Scale {
   static constexpr bool kTensor = true, kRow = false;
   __device__ static __forceinline__ float get(const Env& env) { return env.scale; }
+};
+struct OfAmax {
+  static constexpr bool kTensor = true, kRow = false;
+  __device__ static __forceinline__ float get(const Env& env) { return env.amax; }
 };
 
 template <typename T, typename Operand>
@@ -246,6 +251,12 @@ struct Min {
   }
 };
 
+}  // namespace inductor_ext
+
+#include "scale_steps.cuh"
+
+namespace inductor_ext {
+
 template <typename... S>
 struct Steps;
 
@@ -331,6 +342,8 @@ struct VisitStep<Step<T, Row<I, S>>> {
   template <typename F>
   static void with(F&& visit) { visit(I, true, S{}); }
 };
+template <template <typename, typename> class Step, typename T, typename Operand, typename Program>
+struct VisitStep<Step<T, Through<Operand, Program>>> : VisitStep<Step<T, Operand>> {};
 template <typename Program>
 struct VisitOperands;
 template <typename... S>

@@ -5,6 +5,8 @@
 
 namespace inductor_ext {
 
+template <typename T>
+float round_to(float v) { return to_float(from_float<T>(v)); }
 template <typename T, int N>
 void round_to(float (&v)[N]) {
   for (int i = 0; i < N; ++i) v[i] = to_float(from_float<T>(v[i]));
@@ -23,7 +25,7 @@ struct Env {
   const Consts& consts;
   const void* const* operands;
   int64_t row = 0;
-  float scale = 0.0f;
+  float scale = 0.0f, amax = 0.0f;
 };
 template <typename Program>
 using ToFp8 = Program;
