@@ -26,6 +26,7 @@ OP_MODULES = (
     "scaled_mm_act_mul",
     "scaled_mm_rope",
     "rms_norm_quantize",
+    "norm_quantize",
     "act_mul_quantize",
     "qk_norm_rope",
     "qk_norm_rope_store",
