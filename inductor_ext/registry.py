@@ -52,6 +52,7 @@ RULE_MODULES = (
     "scaled_mm_add",
     "scaled_mm",
     "rms_norm_quantize",
+    "layer_norm_quantize",
     "act_mul_quantize",
     "qk_norm_rope_store",
     "qk_norm_rope",

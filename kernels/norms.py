@@ -58,7 +58,7 @@ def operands_of(program: str) -> tuple[str, ...]:
 def normalise(
     total: torch.Tensor, eps: float, kind: str, program: str, operands: Mapping[str, torch.Tensor | None], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The norm in PyTorch's operators, in ``dtype``. Factor and shift have one row for as many consecutive rows of total each."""
+    """The norm in PyTorch's operators, in ``dtype``. Factor and shift have a row for as many consecutive rows of total each."""
     value = total.float()
     if kind == "layer":
         value = value - value.mean(-1, keepdim=True)
@@ -100,7 +100,7 @@ def to_cpp(program: str) -> str:
 def row_type(
     x: torch.dtype, summed: str, kind: str, program: str, weight: torch.dtype | None, factor: torch.dtype | None, keep: bool
 ) -> str:
-    """The C++ type of a row: ``summed`` is "None", "Rounded" or "Wide", as norm_quantize.cuh names the sum of x and residual."""
+    """The C++ type of a row; ``summed`` is None, Rounded or Wide, as norm_quantize.cuh names the sum of x and residual."""
     types = [steps.CPP_TYPES[x], steps.CPP_TYPES[weight or x], steps.CPP_TYPES[factor or x]]
     flags = [f"inductor_ext::Sum::k{summed}", str(kind == "layer").lower(), to_cpp(program), str(keep).lower()]
     return f"inductor_ext::NormRow<{', '.join(types + flags)}>"

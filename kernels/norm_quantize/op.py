@@ -1,4 +1,4 @@
-"""norm_quantize: any RMSNorm or LayerNorm, the residual before it, and FP8 with a dynamic scale or static ones; y too, if wanted.
+"""norm_quantize: any RMSNorm or LayerNorm, the residual before it, and FP8 with a dynamic scale or static ones; y too.
 
     total = x + residual              in x's dtype, an output; "wide" norms the fp32 sum itself, of which total is the rounding
     y     = norm(total)               in x's dtype, with weight, bias, factor and shift: the last output where ``keep`` is set
@@ -9,8 +9,8 @@ word "wide" before it for the fp32 sum. x [..., C] with one pitch between rows, 
 dtype; factor and shift [..., C] of one dtype, R rows or fewer, each for as many consecutive rows of x; bf16, fp16 or fp32 each.
 Outputs: out [..., C] or, for N static scales, [N, ..., C]; scale; total [..., C], or [0] without a residual; y [..., C] or [0].
 
-Only the order of the means' summation differs from eager, and h / sqrt(…) is a product here: given those, every byte is eager's.
-A row with a NaN or an infinity becomes NaN as in eager. No columns: ValueError.
+Only the order of the means' summation differs from eager, and h / sqrt(…) is a product here: given those, every byte is
+eager's. A row with a NaN or an infinity becomes NaN as in eager. No columns: ValueError.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def check(
 
 
 def _check_samples(x: torch.Tensor, factor: torch.Tensor | None, shift: torch.Tensor | None) -> None:
-    """ValueError where rows of factor and shift are not each for as many rows of x. (Symbolic sizes: the rule has proved it.)"""
+    """ValueError where rows of factor and shift are not each for as many rows of x; symbolic sizes are the rule's."""
     for name, tensor in (("factor", factor), ("shift", shift)):
         if tensor is None:
             continue
@@ -131,7 +131,8 @@ def _dtype_of(one: str, two: str) -> str:
 def _bf16(kind: str, norm: str, *, residual: bool = False, keep: bool = False) -> tuple[Any, ...]:
     """The begin of a key for bf16 everywhere."""
     reads = norms.operands_of(_split(norm)[1])
-    dtypes = (torch.bfloat16 if any(each in reads for each in pair) else None for pair in (("weight", "bias"), ("factor", "shift")))
+    pairs = ("weight", "bias"), ("factor", "shift")
+    dtypes = (torch.bfloat16 if any(each in reads for each in pair) else None for pair in pairs)
     return torch.bfloat16, residual, *dtypes, kind, norm, keep
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.calls import aten, arguments
+from inductor_ext.calls import arguments, aten
 from inductor_ext.graph import constant_of, known_equal, value_of
 from inductor_ext.patterns.support.same import same_value
 
@@ -120,9 +120,7 @@ class _Matching:
         for given in _orders(mine):
             found: _Matching | None = self
             for name, wanted in _arguments(theirs):
-                found = found._argument(mine, theirs, name, given.get(name, _MISSING), wanted)
-                if found is None:
-                    break
+                found = found and found._argument(mine, theirs, name, given.get(name, _MISSING), wanted)
             if found is not None:
                 return found._with(theirs, mine)
         return None
@@ -136,7 +134,7 @@ class _Matching:
                 return None
             found: _Matching | None = self
             for one, two in zip(given, wanted):
-                found = None if found is None else found.alike(one, two)
+                found = found and found.alike(one, two)
             return found
         return self.alike(given, wanted)
 
