@@ -250,8 +250,8 @@ def _core(node: Node) -> _Core | None:
     """
     if value_of(node).dtype is not torch.float32 or not is_call(node, aten.mul.Tensor, aten.div.Tensor):
         return None
-    if not any(isinstance(each, Node) and known_equal(value_of(each).shape[-1], 1) for each in node.args[:2]):
-        return None  # the root is one number a row
+    if not any(_one_a_row(each) for each in node.args[:2]):  # the root
+        return None
     for root in _ROOTS:
         found = root.match(node)
         if found is None:
@@ -262,6 +262,11 @@ def _core(node: Node) -> _Core | None:
                 raise Miss("eps is not a constant of the graph", found.tensors[1], EPS, describe(eps))
             return _Core(kind, h, number, [node, *(each for each in found.nodes if each is not node), *nodes])
     return None
+
+
+def _one_a_row(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(node, Node) and isinstance(value, torch.Tensor) and value.dim() > 1 and known_equal(value.shape[-1], 1)
 
 
 def _under(c: Node, v: Node) -> Iterator[tuple[str, Node, Any, list[Node]]]:

@@ -1,5 +1,5 @@
 // Norms and gated activations quantised with given scales, behind C functions, for tests/kernels/test_static_scale.py.
-#include "act_mul_quantize/static_scale.cuh"
+#include "act_quantize/static_scale.cuh"
 #include "norm_quantize/static_scale.cuh"
 
 #include "../programs.h"
@@ -63,7 +63,7 @@ void with_recipe(char recipe, int count, F&& f) {
                                 const Given* s1, const Given* s2, const Given* s3, double c0, char* error, int length) {            \
     return attempt(error, length, [&] {                                                                                             \
       with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
-        using Op = ActMulQuantizeStatic<In, PlusAbs, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>;                     \
+        using Op = ActQuantizeStatic<ActRow<In, Gated<PlusAbs>, Inputs::kTwo>, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>;                     \
         Op::run(view(*gate), view(*up), view(*out), maybe(s0), maybe(s1), maybe(s2), maybe(s3), c0, 0, 0, 0, 0, 0, 0, 0);           \
       });                                                                                                                           \
     });                                                                                                                             \
