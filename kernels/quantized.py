@@ -120,30 +120,32 @@ def producer(
     compiled: str,
     types: Callable[..., tuple[str, ...]],
     outs: str = "",
+    kernel: str = "",
     examples: Sequence[tuple[Any, ...]],
-    qwen3: Sequence[tuple[Any, ...]],
+    qwen3: Sequence[tuple[Any, ...]] = (),
 ) -> Op:
     """The op that computes a y and quantises it, from its own parts.
 
     Argument lists that name the op's arguments: ``operands``, what the kernel takes before out and scale, a tensor like y being
     first; ``compiled``, what it is compiled for, of which ``types`` makes template arguments; ``outs``, the op's own outputs.
+    ``kernel`` is the folder of its source, whose name is that of the C++ type too; the op's own if it has one.
     """
     own, x = compiled.count(",") + 1, operands.partition(",")[0]
-    outs = f", {outs}" if outs else ""
+    outs, folder = f", {outs}" if outs else "", kernel or name
 
     def key(granularity: str, scale_program: str, program: str, dtype: torch.dtype, scales: Any, *of: Any) -> Any:
         made = *of, granularity, scale_program, program, dtype
         return (*made, static_scale.key(scales)) if granularity == STATIC else made
 
     def source(key: Any) -> str:
-        return f"{name}/{'static_scale' if key[own] == STATIC else name}.cuh"
+        return f"{folder}/{'static_scale' if key[own] == STATIC else folder}.cuh"
 
     def exports(key: Any) -> str:
         granularity, scale_program, program, dtype, *given = key[own:]
-        kernel = "".join(map(str.capitalize, name.split("_")))
+        struct = "".join(map(str.capitalize, folder.split("_")))
         of = types(*key[:own])
         if granularity == STATIC:
-            kernel += "Static"
+            struct += "Static"
             of += static_scale.quantisation_types(key[0], scale_program, program, dtype, *given)
         elif granularity == MX:
             scale = f"inductor_ext::MxScale<inductor_ext::mx::{scale_program.capitalize()}>"
@@ -151,7 +153,7 @@ def producer(
         else:
             rowwise = str(granularity == "row").lower()
             of += (rowwise, *steps.quantisation_types(key[0], scale_program, program, dtype))
-        return f"inductor_ext::{kernel}<{', '.join(of)}>::run"
+        return f"inductor_ext::{struct}<{', '.join(of)}>::run"
 
     def bind(module: Any, key: Any) -> Call:
         run, (granularity, *programs) = module.run, key[own:]

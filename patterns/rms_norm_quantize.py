@@ -4,14 +4,19 @@
         →   q, s, t = inductor_ext.rms_norm_quantize(x, residual, weight, …)
     t = …;  q_i = cast(clamp(y / s_i))        static scales, one or up to four
         →   q, _, t = inductor_ext.rms_norm_quantize(x, residual, weight, …, [s_0, …]);  q_i = q[i]
+    t = x.float() + residual.float();  …      the sum in fp32, no weight, a modulation; or y is read elsewhere too
+        →   q, s, t, y = inductor_ext.norm_quantize(x, residual, weight, …)
 
 One pass over memory instead of one for each reduction. The mean's order of summation differs from eager's: the scale may differ
 in its last place, and a value by one FP8 step. On an H200 1.2 to 1.7 times as fast as Inductor's kernels; with a residual, and
-memory the limit, as fast (benchmarks/results/h200/producers.json).
+memory the limit, as fast (benchmarks/results/h200/producers.json). norm_quantize has not been measured: on a GPU it waits for
+``always`` (``MEASURED``).
 
 Static scales leave out the maximum. q, k and v, or gate and up, have one each where they were calibrated apart: the kernel then
-writes each of them from one y. A y that is read elsewhere too, or quantised in two ways, stays with Inductor; so does, up to
-torch 2.12, a single fp32 quantisation of a norm that ends in a rounding (Gemma's, torch's own): the graph has lost it there.
+writes each of them from one y. A y that is read elsewhere is written too where it has to be in memory: a router reads it,
+another branch, the graph returns it. Where Inductor would fuse its reader, or it is quantised in two ways, all stays with
+Inductor; so does, up to torch 2.12, a single fp32 quantisation of a norm that ends in a rounding (Gemma's, torch's own): the
+graph has lost it there.
 
 The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a GPU where the kernel has not run yet
 (``HAS_RUN``) that waits for ``always``.
@@ -19,98 +24,20 @@ The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Node
 
-from inductor_ext.graph import call, describe, erase_dead, value_of
-from inductor_ext.kernels.rms_norm_quantize.op import OP
-from inductor_ext.miss import INPUT_LAYOUT, Miss
-from inductor_ext.patterns.support import fp8_chain, quantisation, rms_norm
-from inductor_ext.rule import Call, Context, Example, Match, Rule
+from inductor_ext.patterns.support import normed, quantisation
+from inductor_ext.rule import Context, Example, Match, Rule
 
 E4 = torch.float8_e4m3fn
-
-#: Where two launches for a tensor with one scale gain on Inductor's: on an H200 1.05 to 1.5 times from 16 to 7168 rows of 1024;
-#: 0.66 for one row, which Inductor does in one launch, and 0.86 to 1.14 with 30 million elements and more, which miss L2.
-TENSOR_ROWS, TENSOR_ELEMENTS = 16, 1 << 23
+F = torch.nn.functional
 
 
-def guard(node: Node, context: Context) -> Match | None:
-    chain = quantisation.trace(node)
-    if chain is None:
-        return None
-    traced = _normed(chain)
-    if traced is None:
-        return None
-    chain, norm = traced
-    found = quantisation.parse(chain, context)
-    if found.granularity == "tensor" and not context.forced:
-        shape = value_of(norm.total).shape
-        rows = math.prod(shape[:-1])
-        if not isinstance(rows, int) or rows < TENSOR_ROWS or rows * shape[-1] > TENSOR_ELEMENTS:
-            wanted = f"at least {TENSOR_ROWS} rows, and at most {TENSOR_ELEMENTS} elements in all"
-            reason = "one scale for all: Inductor's kernels are as fast"
-            raise Miss(reason, node, wanted, f"{list(shape)}")
-    place = _place(found, norm)
-    quantisation.check_place(found, place)
-    if norm.weight >= place:
-        wanted = f"a weight before {describe(place)}, which reads the sum"
-        raise Miss("the weight is computed too late", norm.weight, wanted, describe(norm.weight))
-    inputs = norm.addends or (norm.total, None)
-    for each in inputs:
-        if each is not None and not fp8_chain.collapses_to_rows(value_of(each)):
-            strides = f"{describe(each)} strides {list(value_of(each).stride())}"
-            raise Miss(INPUT_LAYOUT, node, "rows of one pitch and unit stride", strides)
-    x, residual = (None if each is None else value_of(each) for each in inputs)
-    rest = (norm.eps, norm.norm, *found.arguments)
-    detail = f"{'residual, ' if norm.addends else ''}norm {norm.norm!r}, {found.detail}"
-    made = Call(OP, (x, residual, value_of(norm.weight), *torch.fx.map_arg(rest, value_of)))
-    return Match(node, (made,), detail, found.why, (found, norm, (*inputs, norm.weight, *rest)))
-
-
-def _normed(chain: Any) -> tuple[Any, rms_norm.RmsNorm] | None:
-    """The chain, from one of its `quantisation.starts`, and the norm that it begins behind."""
-    missed = None
-    for each in quantisation.starts(chain):
-        try:
-            norm = rms_norm.trace(each.x)
-        except Miss as miss:
-            missed = miss
-            continue
-        if norm is not None:
-            return each, norm
-    if missed is not None:
-        raise missed
-    return None
-
-
-def _place(found: quantisation.AnyQuantisation, norm: rms_norm.RmsNorm) -> Node:
-    """Before which node the kernel is called: where the sum was, or else the first that reads one of its outputs."""
-    if norm.addends and norm.weight < norm.total:
-        return norm.total
-    others = [user for user in norm.total.users if user is not norm.y and user not in norm.inner] if norm.addends else []
-    return min([*found.nodes, *others])
-
-
-def replace(match: Match) -> None:
-    found, norm, arguments = match.data
-    graph, place = match.node.graph, _place(found, norm)
-    fused = arguments[1] is not None
-    total_value = value_of(norm.total)
-    quantisation.make_room(found, place)
-    with graph.inserting_before(place):
-        made = call(graph, OP.overload, *arguments, like=match.node)
-        out, scale, total = (call(graph, operator.getitem, made, i, like=match.node) for i in range(3))
-        quantisation.put(graph, found, out, scale)
-    if fused and not norm.total._erased:
-        total.meta["val"] = total_value
-        norm.total.replace_all_uses_with(total)
-        erase_dead(norm.total)
+def guard(node: torch.fx.Node, context: Context) -> Match | None:
+    return normed.match(node, context, "rms")
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -197,19 +124,53 @@ def _residual_mxfp8(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> A
     return *_mxfp8(_llama(total, weight).view(-1, 64), "floor"), total * 2
 
 
+def _fp32_sum(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What serving frameworks write: the norm is of the sum before it is rounded."""
+    total = x.float() + r.float()
+    return (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight, total
+
+
+def _fp32_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    y, total = _fp32_sum(x, r, weight)
+    return *_quantise(y), total.to(x.dtype)
+
+
+def _fp32_residual_is_read(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    y, total = _fp32_sum(x, r, weight)
+    return *_quantise(y), total * 2
+
+
+def _spelled(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    return lambda x, weight: _quantise(weight * norm(x.float()).to(x.dtype))
+
+
+def _rows(device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(6, 1, 64, device=device).to(dtype)
+
+
+def _router(device: str) -> tuple[torch.Tensor, ...]:
+    return *_with_residual(device), torch.randn(8, 64, device=device).bfloat16()
+
+
+def _routed(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, router: torch.Tensor) -> Any:
+    total = x + r
+    y = _llama(total, weight)
+    return *_quantise(y), F.linear(y.view(-1, 64), router), total * 2
+
+
 RULE = Rule(
     name="rms_norm_quantize",
     doc="RMSNorm with its residual and its FP8 quantisation → one kernel",
     anchors=quantisation.anchors,
     guard=guard,
-    replace=replace,
+    replace=normed.replace,
     exact=False,
     cost="the mean is summed in another order: the scale within its last place (MXFP8: a factor 2), values within one FP8 step",
     matches=(
         Example("llama", lambda x, w: _quantise(_llama(x, w)), _inputs),
         Example("llama_dynamic_shape", lambda x, w: _quantise(_llama(x, w)), _inputs, dynamic=True),
         Example("gemma", lambda x, w: _quantise(_gemma(x, w)), _inputs),
-        Example("torch", lambda x, w: _quantise(torch.nn.functional.rms_norm(x, (64,), w, 1e-6)), _inputs),
+        Example("torch", lambda x, w: _quantise(F.rms_norm(x, (64,), w, 1e-6)), _inputs),
         Example(
             "one_scale_for_all",
             lambda x, w: (lambda y: (y.float() / (y.abs().amax() / 448.0).float()).clamp(-448.0, 448.0).to(E4))(_llama(x, w)),
@@ -222,7 +183,7 @@ RULE = Rule(
         Example("static_scales_gemma", lambda x, w, *s: _static(_gemma(x, w), *s), _with_scales(2)),
         Example(
             "static_scale_torch",
-            lambda x, w, s: (torch.nn.functional.rms_norm(x, (64,), w, 1e-6) * s.reciprocal()).to(torch.float8_e5m2),
+            lambda x, w, s: (F.rms_norm(x, (64,), w, 1e-6) * s.reciprocal()).to(torch.float8_e5m2),
             _with_scales(1, torch.bfloat16),
         ),
         Example("static_number", lambda x, w: _static(_llama(x, w), 0.02), _inputs),
@@ -235,6 +196,45 @@ RULE = Rule(
             "static_scales_made_later",
             lambda x, r, w, s: _static_after_residual(x, r, w, s, torch.maximum(s, s * 2)),
             lambda d: (*_with_residual(d), *_scales(d, 1)),
+        ),
+        Example("root_below", _spelled(lambda h: h / torch.sqrt(h.square().mean(-1, keepdim=True) + 1e-6)), _inputs),
+        Example("one_over_root", _spelled(lambda h: h * (1 / torch.sqrt((h * h).mean(-1, keepdim=True) + 1e-6))), _inputs),
+        Example("sum_over_columns", _spelled(lambda h: h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) / 64 + 1e-6)), _inputs),
+        Example(
+            "fp32_weight_behind_the_rounding",
+            lambda x, w: _quantise((w * F.rms_norm(x, (64,), None, 1e-6)).to(x.dtype)),
+            lambda device: (_inputs(device)[0], _inputs(device)[1].float()),
+        ),
+        Example("one_plus_weight_in_bf16", lambda x, w: _quantise(_llama(x, 1 + w)), _inputs),
+        Example(
+            "sum_in_fp32_handed_on_rounded",
+            lambda x, r, w: (lambda total: (*_quantise(_llama(total, w)), total * 2))((x.float() + r.float()).to(x.dtype)),
+            _with_residual,
+        ),
+        Example("no_weight", lambda x, _: _quantise(F.rms_norm(x, (64,), None, 1e-6)), _inputs, mode="always"),
+        Example("fp32_residual", _fp32_residual, _with_residual, mode="always"),
+        Example("fp32_residual_dynamic_shape", _fp32_residual, _with_residual, mode="always", dynamic=True),
+        Example("fp32_residual_ends", lambda x, r, w: _quantise(_fp32_sum(x, r, w)[0]), _with_residual, mode="always"),
+        Example(
+            "fp32_residual_static_scales",
+            lambda x, r, w, *s: (*_static(_fp32_sum(x, r, w)[0], *s), _fp32_sum(x, r, w)[1].to(x.dtype)),
+            lambda device: (*_with_residual(device), *_scales(device, 2)),
+            mode="always",
+        ),
+        Example(
+            "modulated",
+            lambda x, w, scale: _quantise(F.rms_norm(x, (64,), w, 1e-6) * (1 + scale)),
+            lambda device: (*_inputs(device), _rows(device)),
+            mode="always",
+        ),
+        Example("router_reads_it_too", _routed, _router, mode="always"),
+        Example("router_reads_it_too_dynamic_shape", _routed, _router, mode="always", dynamic=True),
+        Example("returned_too", lambda x, w: (lambda y: (*_quantise(y), y))(_llama(x, w)), _inputs, mode="always"),
+        Example(
+            "static_and_returned_too",
+            lambda x, w, *s: (lambda y: (*_static(y, *s), y))(_llama(x, w)),
+            _with_scales(2),
+            mode="always",
         ),
         Example("mxfp8", lambda x, w: _mxfp8(_llama(x, w).view(-1, 64)), _inputs, mode="always"),
         Example("mxfp8_dynamic_shape", lambda x, w: _mxfp8(_llama(x, w).view(-1, 64)), _inputs, mode="always", dynamic=True),
@@ -253,6 +253,19 @@ RULE = Rule(
             lambda x, w: (lambda y: (*_mxfp8(y), y * 3))(_llama(x, w).view(-1, 64)),
             _inputs,
             reason="what is quantised has a second user",
+        ),
+        Example("fp32_residual_is_read", _fp32_residual_is_read, _with_residual, reason="the fp32 sum has a second user"),
+        Example(
+            "two_weights",
+            lambda x, w: _quantise(F.rms_norm(x, (64,), w, 1e-6) * w),
+            _inputs,
+            reason="a norm with two such operands",
+        ),
+        Example(
+            "modulated_by_two_dtypes",
+            lambda x, w, scale, shift: _quantise((_llama(x, w).float() * (1 + scale) + shift).to(x.dtype)),
+            lambda device: (*_inputs(device), _rows(device, torch.half), _rows(device, torch.float32)),
+            reason="norm operands",
         ),
         Example(
             "eps_is_an_input",
@@ -306,7 +319,7 @@ RULE = Rule(
         ),
         Example(
             "static_scale_of_fp32",
-            lambda x, w, s: (torch.nn.functional.rms_norm(x.float(), (64,), w.float(), 1e-6) / s).to(E4),
+            lambda x, w, s: (F.rms_norm(x.float(), (64,), w.float(), 1e-6) / s).to(E4),
             _with_scales(1),
             reason="norm dtype",
         ),

@@ -9,7 +9,7 @@
 or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
 [..., 1], [] or [..., C / 32]. Programs are those of ``kernels/steps.py``, MXFP8 that of ``moe/mx.py``. Static scales are
 those of ``kernels/static_scale.py``: one, none, or N with out [N, ..., C]; scale is [0] then. In every other mode ``scales`` is
-empty. C up to 32 768; no columns: ValueError.
+empty. C up to 32 768; no columns: ValueError. The kernel is act_quantize's, the op for every other form.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def check(
 
 
 def types(gate: torch.dtype, act: str) -> tuple[str, ...]:
-    return steps.CPP_TYPES[gate], f"inductor_ext::{CPP_ACTIVATIONS[act]}"
+    form = f"inductor_ext::Gated<inductor_ext::{CPP_ACTIVATIONS[act]}>"
+    return (f"inductor_ext::ActRow<{steps.CPP_TYPES[gate]}, {form}, inductor_ext::Inputs::kTwo>",)
 
 
 SILU, GELU_TANH = (torch.bfloat16, "silu"), (torch.bfloat16, "gelu_tanh")
@@ -66,6 +67,7 @@ OP = quantized.producer(
     operands="gate, up",
     compiled="gate.dtype, act",
     types=types,
+    kernel="act_quantize",
     examples=[
         (*SILU, *quantized.dynamic("row")),
         (*GELU_TANH, *quantized.dynamic("row")),

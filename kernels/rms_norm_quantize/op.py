@@ -16,7 +16,7 @@ scale [..., 1], [] or [..., C / 32], total [..., C] contiguous, or [0] without a
 with out [N, ..., C]; scale is [0] then. In every other mode ``scales`` is empty.
 
 Only the mean's order of summation differs from eager: given the same r, every byte is eager's. A row with a NaN or an infinity
-becomes NaN as in eager. No columns: ValueError.
+becomes NaN as in eager. No columns: ValueError. The kernel is norm_quantize's, the op for every other norm.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from inductor_ext.kernels import quantized, steps
+from inductor_ext.kernels import norms, quantized, steps
+from inductor_ext.kernels.norms import CPP_NORMS as CPP_NORMS
 from inductor_ext.kernels.quantized import GRANULARITIES
 from inductor_ext.kernels.quantized import TORCHAO_PROGRAM as TORCHAO_PROGRAM
 from inductor_ext.kernels.quantized import TORCHAO_SCALE as TORCHAO_SCALE
 
-NORMS = ("cast mul", "mul cast", "mul+1 cast")
-CPP_NORMS = {"cast mul": "CastThenWeight", "mul cast": "WeightThenCast", "mul+1 cast": "OnePlusWeightThenCast"}
+NORMS = tuple(CPP_NORMS)
 
 
 def reference(
@@ -48,11 +48,7 @@ def reference(
 
 def normalise(total: torch.Tensor, weight: torch.Tensor, eps: float, norm: str) -> torch.Tensor:
     """RMSNorm as the models spell it, in PyTorch's operators."""
-    h = total.float()
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    if norm == "cast mul":
-        return (weight * h.to(total.dtype)).to(total.dtype)
-    return (h * (1.0 + weight.float() if norm == "mul+1 cast" else weight.float())).to(total.dtype)
+    return norms.normalise(total, eps, "rms", norm, {"weight": weight}, total.dtype)
 
 
 def fake(
@@ -80,7 +76,7 @@ def check(
 
 
 def types(x: torch.dtype, residual: bool, weight: torch.dtype, norm: str) -> tuple[str, ...]:
-    return steps.CPP_TYPES[x], steps.CPP_TYPES[weight], str(residual).lower(), f"inductor_ext::{CPP_NORMS[norm]}"
+    return (norms.row_type(x, "Rounded" if residual else "None", "rms", norm, weight, None, keep=False),)
 
 
 def _bf16(residual: bool, *quantisation: Any, weight: torch.dtype = torch.bfloat16, norm: str = "cast mul") -> tuple[Any, ...]:
@@ -93,10 +89,11 @@ OP = quantized.producer(
     reference=reference,
     check=check,
     fake=fake,
-    operands="x, residual, weight, eps",
+    operands="x, residual, weight, None, None, None, eps",
     compiled="x.dtype, residual is not None, weight.dtype, norm",
     types=types,
-    outs="out2",
+    outs="out2, None",
+    kernel="norm_quantize",
     examples=[
         _bf16(True, *quantized.dynamic("row")),
         _bf16(False, *quantized.dynamic("row")),

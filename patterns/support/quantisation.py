@@ -26,6 +26,7 @@ from inductor_ext.miss import SEVERAL_SCALES, Miss, found_or_none, second_user
 from inductor_ext.moe import mx
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run, static_quantisation
 from inductor_ext.patterns.support.same import in_order
+from inductor_ext.patterns.support.static_quantisation import WHAT as WHAT
 from inductor_ext.patterns.support.static_quantisation import StaticQuantisation
 from inductor_ext.rule import Context
 
@@ -114,22 +115,25 @@ class BlockQuantisation:
 AnyQuantisation = Quantisation | BlockQuantisation | StaticQuantisation
 
 
-def parse(chain: fp8_chain.Chain | Blocks, context: Context) -> AnyQuantisation:
-    """The quantisation that ``chain`` is of ``chain.x``, or the first condition that failed."""
+def parse(chain: fp8_chain.Chain | Blocks, context: Context, kept: bool = False) -> AnyQuantisation:
+    """The quantisation that ``chain`` is of ``chain.x``, or the first condition that failed.
+
+    ``kept``: y is written too, so that it may have other users, which are then no condition.
+    """
     if isinstance(chain, Blocks):
-        return _parse_blocks(chain, context)
+        return _parse_blocks(chain, context, kept)
     node = chain.cast
     if all(dynamic_scale.amax_above(operand, chain.x) is None for operand in chain.operands):
-        return static_quantisation.parse(chain, starts, context)
+        return static_quantisation.parse(chain, starts, context, kept)
     if len(chain.operands) != 1:
         found = ", ".join(map(describe, chain.operands))
         raise Miss(SEVERAL_SCALES, node, "one scale", found)
     scale = dynamic_scale.trace(chain, chain.operands[0])
     _check_rows(chain, scale)
-    other = _other_user(chain, scale)
+    other = None if kept else _other_user(chain, scale)
     if other is not None:
         wanted = "the quantisation as its only user"
-        raise Miss(second_user(static_quantisation.WHAT), chain.x, wanted, describe(other))
+        raise Miss(second_user(WHAT), chain.x, wanted, describe(other))
     return Quantisation(chain, scale)
 
 
@@ -143,7 +147,7 @@ def _check_rows(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> No
         raise Miss("the scale is not of the rows", chain.cast, "amax of each row of what is quantised, or of all", found)
 
 
-def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation:
+def _parse_blocks(blocks: Blocks, context: Context, kept: bool) -> BlockQuantisation:
     node, y = blocks.cast, blocks.x
     x, _, rounding, swizzled = node.args
     if swizzled:
@@ -154,14 +158,14 @@ def _parse_blocks(blocks: Blocks, context: Context) -> BlockQuantisation:
     if not rows and not same_sizes(shape, wanted_shape):
         wanted, found = "blocks of the rows of what is quantised", f"{list(wanted_shape)} of {list(shape)}"
         raise Miss("the scale is not of the rows", node, wanted, found)
-    pending = [y]
+    pending = [] if kept else [y]
     while pending:
         for user in pending.pop().users:
             if is_reshape(user):
                 pending.append(user)
             elif user is not node:
                 wanted = "the quantisation as its only user"
-                raise Miss(second_user(static_quantisation.WHAT), y, wanted, describe(user))
+                raise Miss(second_user(WHAT), y, wanted, describe(user))
     has_run.check(node, context, value_of(y).device, HAS_RUN)
     return BlockQuantisation(node, rounding)
 

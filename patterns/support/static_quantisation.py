@@ -82,8 +82,13 @@ class _Read:
         return f"{scale}{self.program} → {chain.dtype}"
 
 
-def parse(chain: Chain, starts: Callable[[Chain], Iterable[Any]], context: Context) -> StaticQuantisation:
-    """The quantisations of ``chain.x``, this chain among them, or the first condition that failed."""
+def parse(
+    chain: Chain, starts: Callable[[Chain], Iterable[Any]], context: Context, kept: bool = False
+) -> StaticQuantisation:
+    """The quantisations of ``chain.x``, this chain among them, or the first condition that failed.
+
+    ``kept``: x is written too, and may have other users.
+    """
     first = _read(chain)
     chains, scales = _chains(chain.x, starts), []
     for each in chains:
@@ -96,7 +101,7 @@ def parse(chain: Chain, starts: Callable[[Chain], Iterable[Any]], context: Conte
     if len(chains) > most:
         wanted = f"at most {most} times, with as many scales"
         raise Miss("quantised too often", chain.cast, wanted, f"{len(chains)} times")
-    reader = _other_user(chain.x, chains)
+    reader = None if kept else _other_user(chain.x, chains)
     if reader is not None:
         raise Miss(second_user(WHAT), chain.x, "the quantisation as its only user", describe(reader))
     for each in chains:

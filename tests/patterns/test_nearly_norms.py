@@ -77,7 +77,7 @@ def test_what_is_not_times_a_weight_is_no_norm(what: str, end: str) -> None:
         return quantise_rows(y[what]().to(x.dtype))
 
     x, w = (square().float(), WEIGHT.float()) if end == "fp32" else (square(), WEIGHT)
-    check("rms_norm_quantize", other, x, w, count=0)
+    check("rms_norm_quantize", other, x, w, count=int(what == "sum"))  # a norm with a bias alone
 
 
 @pytest.mark.parametrize("between", [torch.float16, torch.bfloat16])
@@ -115,6 +115,41 @@ def test_a_normalised_value_that_is_read_too() -> None:
         return *quantise_rows(w * n), n * 2
 
     refused("rms_norm_quantize", other, square(), WEIGHT, reason="a step of the norm has a second user")
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        lambda h, v: h / torch.sqrt(v),
+        lambda h, v: h * (1 / torch.sqrt(v)),
+        lambda h, v: h * torch.sqrt(v).reciprocal(),
+        lambda h, v: h * v**-0.5,
+    ],
+)
+@pytest.mark.parametrize("mean", [lambda h: h.pow(2).mean(-1, keepdim=True), lambda h: (h * h).sum(-1, keepdim=True) / 32])
+def test_roots_and_means_in_other_words(mean: Any, root: Any) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows(w * root(h, mean(h) + 1e-6).to(BF16))
+
+    check("rms_norm_quantize", other, square(), WEIGHT, count=1)
+
+
+@pytest.mark.parametrize("columns", [31, 33, 32.5])
+def test_a_sum_over_another_number_of_columns_is_no_mean(columns: float) -> None:
+    check("rms_norm_quantize", lambda x, w: quantise_rows(norm(x, w, lambda h: h.pow(2).sum(-1, keepdim=True) / columns)),
+          square(), WEIGHT, count=0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "root", [lambda h, v: h * torch.sqrt(v), lambda h, v: torch.sqrt(v) / h, lambda h, v: h * v**-0.25, lambda h, v: h / v]
+)
+def test_other_powers_of_the_mean_are_no_root(root: Any) -> None:
+    def other(x: Any, w: Any) -> Any:
+        h = x.float()
+        return quantise_rows(w * root(h, h.pow(2).mean(-1, keepdim=True) + 1e-6).to(BF16))
+
+    check("rms_norm_quantize", other, square(), WEIGHT, count=0)
 
 
 def test_square_roots_and_reciprocals_are_no_rsqrt() -> None:
@@ -209,3 +244,137 @@ def test_one_and_a_weight_added_in_bf16() -> None:
 
     found = inductor_ext.verify(gemma, square(), WEIGHT / 700, rules={"rms_norm_quantize": "always"}, end_to_end=False)
     assert found.differs == []
+
+
+# ---- the fp32 sum and what is handed on ------------------------------------------------------------------------------
+
+
+def _summed(x: Any, r: Any, w: Any, total: Any) -> Any:
+    n = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return quantise_rows(n.to(BF16) * w)
+
+
+def test_a_sum_in_fp32_is_normalised_before_it_is_rounded() -> None:
+    def native(x: Any, r: Any, w: Any) -> Any:
+        total = x.float() + r.float()
+        return *_summed(x, r, w, total), total.to(BF16), total.to(BF16) * 2
+
+    check("rms_norm_quantize", native, square(), square(1) * 7, WEIGHT, count=1)
+
+
+@pytest.mark.parametrize("other", ["fp16", "row", "scaled", "three", "difference"])
+def test_sums_in_fp32_that_are_not_the_kernels(other: str) -> None:
+    """Another dtype, a row for all, a factor, a third addend: x is then the fp32 sum, and y is not in its dtype."""
+
+    def summed(x: Any, r: Any, w: Any) -> Any:
+        made = {
+            "fp16": lambda: x.float() + r.half().float(),
+            "row": lambda: x.float() + r[:1].float(),
+            "scaled": lambda: torch.add(x.float(), r.float(), alpha=2),
+            "three": lambda: x.float() + r.float() + 1.5,
+            "difference": lambda: x.float() - r.float(),
+        }
+        total = made[other]()
+        return *_summed(x, r, w, total), total.to(BF16)
+
+    refused("rms_norm_quantize", summed, square(), square(1), WEIGHT, reason="norm dtype")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_sum_in_fp32_that_is_handed_on_in_another_dtype(dtype: torch.dtype) -> None:
+    def native(x: Any, r: Any, w: Any) -> Any:
+        total = x.float() + r.float()
+        return *_summed(x, r, w, total), total.to(dtype) if dtype is torch.float16 else total
+
+    refused("rms_norm_quantize", native, square(), square(1), WEIGHT, reason="the fp32 sum has a second user")
+
+
+def test_a_sum_in_fp32_that_is_rounded_first_is_a_sum() -> None:
+    def rounded(x: Any, r: Any, w: Any) -> Any:
+        total = (x.float() + r.float()).to(BF16)
+        return *_summed(x, r, w, total.float()), total * 2
+
+    check("rms_norm_quantize", rounded, square(), square(1) * 7, WEIGHT, count=1)
+
+
+@pytest.mark.parametrize("reader", ["returned", "product", "view_of_it", "after_the_quantisation"])
+def test_a_normalised_value_that_has_to_be_in_memory(reader: str) -> None:
+    def other(x: Any, w: Any, v: Any) -> Any:
+        y = norm(x, w, MEANS_OF_SQUARES)
+        q, s = quantise_rows(y)
+        made = {
+            "returned": lambda: y,
+            "product": lambda: y @ v,
+            "view_of_it": lambda: y.view(-1, 16)[:, None],
+            "after_the_quantisation": lambda: (y + s) @ v.float(),
+        }
+        return q, s, made[reader]()
+
+    check("rms_norm_quantize", other, square(), WEIGHT, square(2), count=1)
+    found = inductor_ext.explain(other, square(), WEIGHT, square(2))
+    taken = found.counts().get("rms_norm_quantize", 0)
+    assert taken == (reader != "after_the_quantisation"), "what Inductor can fuse is no reason to write y"
+
+
+def test_a_normalised_value_of_another_layout_is_not_written() -> None:
+    def other(x: Any, w: Any) -> Any:
+        y = norm(x.t(), w, MEANS_OF_SQUARES)
+        return *quantise_rows(y), y
+
+    check("rms_norm_quantize", other, square(), WEIGHT, count=0)
+
+
+# ---- LayerNorm -------------------------------------------------------------------------------------------------------
+
+
+def layer(x: Any, w: Any, b: Any, mean: Any = None, variance: Any = None, eps: float = 1e-5) -> Any:
+    h = x.float()
+    m = mean(h) if mean else h.mean(-1, keepdim=True)
+    v = variance(h) if variance else h.var(-1, keepdim=True, correction=0)
+    return quantise_rows(((h - m) * torch.rsqrt(v + eps) * w + b).to(BF16))
+
+
+NEARLY_LAYERS: dict[str, Any] = {
+    "sample_variance": {"variance": lambda h: h.var(-1, keepdim=True)},
+    "variance_of_columns": {"variance": lambda h: h.var(0, keepdim=True, correction=0)},
+    "variance_of_all": {"variance": lambda h: h.var(correction=0)},
+    "deviation": {"variance": lambda h: h.std(-1, keepdim=True, correction=0)},
+    "variance_of_another": {"variance": lambda h: (2 * h).var(-1, keepdim=True, correction=0)},
+    "squares": {"variance": lambda h: h.pow(2).mean(-1, keepdim=True)},
+    "mean_of_columns": {"mean": lambda h: h.mean(0, keepdim=True)},
+    "mean_of_another": {"mean": lambda h: (2 * h).mean(-1, keepdim=True)},
+    "maximum": {"mean": lambda h: h.amax(-1, keepdim=True)},
+    "no_keepdim": {"mean": lambda h: h.mean(-1)},
+}
+
+
+@pytest.mark.parametrize("what", list(NEARLY_LAYERS))
+def test_what_is_nearly_a_layer_norm_is_none(what: str) -> None:
+    changed = NEARLY_LAYERS[what]
+    check("layer_norm_quantize", lambda x, w, b: layer(x, w, b, **changed), square(), WEIGHT, WEIGHT - 1, count=0)
+
+
+def test_a_layer_norm() -> None:
+    check("layer_norm_quantize", layer, square(), WEIGHT, WEIGHT - 1, count=1)
+
+
+@pytest.mark.parametrize("alpha", [2, 0.5])
+def test_a_bias_times_a_number_is_no_bias(alpha: float) -> None:
+    """The graph adds it then, and what it adds is read."""
+
+    def scaled(x: Any, w: Any, b: Any) -> Any:
+        n = torch.nn.functional.layer_norm(x.float(), (32,), w.float(), None, 1e-5)
+        return quantise_rows(torch.add(n, b, alpha=alpha).to(BF16))
+
+    check("layer_norm_quantize", scaled, square(), WEIGHT, WEIGHT - 1, count=0)
+
+
+@pytest.mark.parametrize("one", [1.0, 2.0, -1.0])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_what_is_added_to_a_modulation(dtype: torch.dtype, one: float) -> None:
+    def modulated(x: Any, scale: Any, shift: Any) -> Any:
+        n = torch.nn.functional.layer_norm(x, (32,), None, None, 1e-5)
+        return quantise_rows((n * (one + scale) + shift).to(BF16))
+
+    rows = [square(seed)[:4, None].to(dtype) for seed in (3, 4)]
+    check("layer_norm_quantize", modulated, square().view(4, 8, 32), *rows, count=1)

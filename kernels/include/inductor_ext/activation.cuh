@@ -1,10 +1,17 @@
-// Gated activations: y = round(round(act(gate)) * up), in place of gate.
+// Activations, and the forms in which models use them, in place of gate:
 //
-// The activations are PyTorch's own formulas (aten/src/ATen/native/cuda/Activation*.cu), computed in fp32.
+//   Gated<Act>         round(round(act(gate)) * up)
+//   GatedInFp32<Act>   round(act(gate) * up)
+//   Alone<Act>         round(act(gate))
+//   ClampedSwiglu      gpt-oss's: gate at most 7, up within 7, and gate * sigmoid(1.702 gate) times up + 1, each step rounded
+//
+// The activations are PyTorch's own formulas (aten/src/ATen/native/cuda/Activation*.cu), computed in fp32. QuickGelu and
+// ReluSquared are several operators in a graph, each of which rounds.
 #pragma once
 
 #include <type_traits>
 
+#include "inductor_ext/steps.cuh"
 #include "inductor_ext/vec.cuh"
 
 namespace inductor_ext {
@@ -66,17 +73,79 @@ struct GeluTanh {
   }
 };
 
-// y = act(y) * factor, each step rounded.
-template <typename In, typename Act, int E, int U>
-__device__ __forceinline__ void act_mul(Raw<In, E> (&y)[U], const Raw<In, E> (&factor)[U]) {
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    float v[E];
-    y[u].unpack(v);
-    Act::template apply<In>(v);
-    y[u].pack(v);
-    y[u].multiply(factor[u]);
-  }
+template <typename In>
+__device__ __forceinline__ float rounded(float v) { return to_float(from_float<In>(v)); }
+
+// x * sigmoid(1.702 x)
+template <typename In>
+__device__ __forceinline__ float quick_gelu(float x) {
+  const float sigmoid = rounded<In>(1.0f / (1.0f + expf(-rounded<In>(__fmul_rn(x, 1.702f)))));
+  return rounded<In>(__fmul_rn(x, sigmoid));
 }
+struct QuickGelu {
+  template <typename In, int N>
+  __device__ static __forceinline__ void apply(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = quick_gelu<In>(x[i]);
+  }
+};
+struct ReluSquared {
+  template <typename In, int N>
+  __device__ static __forceinline__ void apply(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float positive = x[i] < 0.0f ? 0.0f : x[i];  // NaN stays
+      x[i] = __fmul_rn(positive, positive);
+    }
+  }
+};
+
+template <typename Act>
+struct Gated {
+  template <typename In, int E>
+  __device__ static __forceinline__ void apply(Raw<In, E>& y, const Raw<In, E>& up) {
+    float v[E];
+    y.unpack(v);
+    Act::template apply<In>(v);
+    y.pack(v);
+    y.multiply(up);
+  }
+};
+template <typename Act>
+struct GatedInFp32 {
+  template <typename In, int E>
+  __device__ static __forceinline__ void apply(Raw<In, E>& y, const Raw<In, E>& up) {
+    float v[E], factor[E];
+    y.unpack(v), up.unpack(factor);
+    Act::template apply<float>(v);
+#pragma unroll
+    for (int i = 0; i < E; ++i) v[i] = __fmul_rn(v[i], factor[i]);
+    y.pack(v);
+  }
+};
+template <typename Act>
+struct Alone {
+  template <typename In, int E>
+  __device__ static __forceinline__ void apply(Raw<In, E>& y, const Raw<In, E>&) {
+    float v[E];
+    y.unpack(v);
+    Act::template apply<In>(v);
+    y.pack(v);
+  }
+};
+struct ClampedSwiglu {
+  template <typename In, int E>
+  __device__ static __forceinline__ void apply(Raw<In, E>& y, const Raw<In, E>& up) {
+    constexpr float kLimit = 7.0f;
+    float v[E], factor[E];
+    y.unpack(v), up.unpack(factor);
+#pragma unroll
+    for (int i = 0; i < E; ++i) {
+      const float gate = v[i] > kLimit ? kLimit : v[i], above = factor[i] < -kLimit ? -kLimit : factor[i];  // NaN stays
+      v[i] = __fmul_rn(rounded<In>(__fadd_rn(above > kLimit ? kLimit : above, 1.0f)), quick_gelu<In>(gate));
+    }
+    y.pack(v);
+  }
+};
 
 }  // namespace inductor_ext

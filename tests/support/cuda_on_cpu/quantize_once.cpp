@@ -1,7 +1,7 @@
 // A tensor's quantisation with one scale, in one launch and in two, behind C functions, for tests/kernels/test_quantize_once.py.
-#include "act_mul_quantize/act_mul_quantize.cuh"
+#include "act_quantize/act_mul_quantize.cuh"
 #include "fp8_quantize/fp8_quantize.cuh"
-#include "rms_norm_quantize/rms_norm_quantize.cuh"
+#include "norm_quantize/rms_norm_quantize.cuh"
 
 #include "../programs.h"
 #include "entry.h"
@@ -33,8 +33,8 @@ int attempt_once(char* error, int length, F&& f) {
                              int length) {                                                                                     \
     return attempt_once(error, length, [&] {                                                                                   \
       const auto with = [&](auto has) {                                                                                        \
-        using Op = RmsNormQuantize<In, W, decltype(has)::value, CastThenWeight, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>; \
-        return Op::run(view(*x), maybe(residual), view(*weight), eps, view(*out), view(*scale), view(*total), maybe(y), maybe(partial), \
+        using Op = NormQuantize<NormRow<In, W, In, decltype(has)::value ? Sum::kRounded : Sum::kNone, false, CastThenWeight, false>, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>; \
+        return Op::run(view(*x), maybe(residual), view(*weight), {}, {}, {}, eps, view(*out), view(*scale), view(*total), {}, maybe(y), maybe(partial), \
                        0, 0, 0, 0, 0, 0, 0, 0);                                                                                \
       };                                                                                                                       \
       return residual ? with(std::true_type{}) : with(std::false_type{});                                                      \
@@ -42,7 +42,7 @@ int attempt_once(char* error, int length, F&& f) {
   }                                                                                                                            \
   extern "C" int act_mul_##name(const Given* gate, const Given* up, const Given* out, const Given* scale, const Given* y,      \
                                 const Given* partial, char* error, int length) {                                               \
-    using Op = ActMulQuantize<In, PlusAbs, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                           \
+    using Op = ActQuantize<ActRow<In, Gated<PlusAbs>, Inputs::kTwo>, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                           \
     return attempt_once(error, length, [&] {                                                                                   \
       return Op::run(view(*gate), view(*up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);      \
     });                                                                                                                        \

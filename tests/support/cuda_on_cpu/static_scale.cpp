@@ -1,6 +1,6 @@
 // Norms and gated activations quantised with given scales, behind C functions, for tests/kernels/test_static_scale.py.
-#include "act_mul_quantize/static_scale.cuh"
-#include "rms_norm_quantize/static_scale.cuh"
+#include "act_quantize/static_scale.cuh"
+#include "norm_quantize/static_scale.cuh"
 
 #include "../programs.h"
 #include "entry.h"
@@ -51,8 +51,8 @@ void with_recipe(char recipe, int count, F&& f) {
     return attempt(error, length, [&] {                                                                                             \
       with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
         const auto run = [&](auto has) {                                                                                            \
-          using Op = RmsNormQuantizeStatic<In, W, decltype(has)::value, CastThenWeight, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>; \
-          Op::run(view(*x), maybe(residual), view(*weight), eps, view(*out), view(*total), maybe(s0), maybe(s1), maybe(s2), maybe(s3), \
+          using Op = NormQuantizeStatic<NormRow<In, W, In, decltype(has)::value ? Sum::kRounded : Sum::kNone, false, CastThenWeight, false>, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>; \
+          Op::run(view(*x), maybe(residual), view(*weight), {}, {}, {}, eps, view(*out), view(*total), {}, maybe(s0), maybe(s1), maybe(s2), maybe(s3), \
                   c0, 0, 0, 0, 0, 0, 0, 0);                                                                                         \
         };                                                                                                                          \
         residual ? run(std::true_type{}) : run(std::false_type{});                                                                  \
@@ -63,7 +63,7 @@ void with_recipe(char recipe, int count, F&& f) {
                                 const Given* s1, const Given* s2, const Given* s3, double c0, char* error, int length) {            \
     return attempt(error, length, [&] {                                                                                             \
       with_recipe<In, S>(recipe, count, [&](auto program, auto scales) {                                                            \
-        using Op = ActMulQuantizeStatic<In, PlusAbs, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>;                     \
+        using Op = ActQuantizeStatic<ActRow<In, Gated<PlusAbs>, Inputs::kTwo>, __nv_fp8_e4m3, true, decltype(program), decltype(scales)>;                     \
         Op::run(view(*gate), view(*up), view(*out), maybe(s0), maybe(s1), maybe(s2), maybe(s3), c0, 0, 0, 0, 0, 0, 0, 0);           \
       });                                                                                                                           \
     });                                                                                                                             \

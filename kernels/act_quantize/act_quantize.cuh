@@ -1,15 +1,16 @@
-// A gated activation and FP8 with a dynamic scale a row, in one pass over memory.
+// An activation, gated or not, and FP8 with a dynamic scale a row, in one pass over memory.
 //
-//   y = round(round(act(gate)) * up);  scale = scale_program(max |y|);  out = cast(program(y, scale))
+//   y = form(gate, up);  scale = scale_program(max |y|);  out = cast(program(y, scale))
 //
 //   gate, up [R, C] (leading dims may be several), unit last stride, row pitch free each; out [R, C] contiguous, scale R elements
+//   without a gate there is no up; Inputs::kPairs has both in gate, [R, 2C], in neighbouring columns
 //   C up to 32 768; c0..c7 are the constants of both programs
 //   MXFP8 (MxScale): C a multiple of 32, scale [R, C / 32]
 //
 // With one scale for the whole tensor one launch keeps y on the chip (quantize_once.cuh), or y goes to memory and a second launch
 // casts it: rows that are not whole aligned vectors, and a y of which little would be kept.
 //
-// Activations are those of activation.cuh.
+// Forms are those of activation.cuh.
 #pragma once
 
 #include <tvm/ffi/function.h>
@@ -21,7 +22,7 @@
 
 namespace inductor_ext {
 
-struct ActMulQuantizeParams {
+struct ActQuantizeParams {
   const void* gate;
   const void* up;
   uint8_t* out;
@@ -38,67 +39,98 @@ struct ActMulQuantizeParams {
   uint32_t count;   // vectors of all rows
 };
 
+enum class Inputs { kOne, kTwo, kPairs };
+
+// All that y is compiled for: its dtype, how it is computed, and of what.
+template <typename In_, typename Form_, Inputs kInputs_>
+struct ActRow {
+  using In = In_;
+  static constexpr Inputs kInputs = kInputs_;
+
+  // Vector i of a row.
+  template <int E>
+  __device__ static __forceinline__ void load(const ActQuantizeParams& p, int64_t row, int64_t i, Raw<In, E>& gate, Raw<In, E>& up) {
+    const In* first = static_cast<const In*>(p.gate) + row * p.gate_pitch;
+    if constexpr (kInputs == Inputs::kPairs) {
+      Raw<In, E> low, high;
+      low.load(first + 2 * i * E), high.load(first + (2 * i + 1) * E);
+      float a[E], b[E], even[E], odd[E];
+      low.unpack(a), high.unpack(b);
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        even[e] = 2 * e < E ? a[2 * e % E] : b[2 * e % E];
+        odd[e] = 2 * e + 1 < E ? a[(2 * e + 1) % E] : b[(2 * e + 1) % E];
+      }
+      gate.pack(even), up.pack(odd);
+    } else {
+      gate.load(first + i * E);
+      if constexpr (kInputs == Inputs::kTwo) up.load(static_cast<const In*>(p.up) + row * p.up_pitch + i * E);
+    }
+  }
+  template <int E, int U>
+  __device__ static __forceinline__ void activate(Raw<In, E> (&y)[U], const Raw<In, E> (&up)[U]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) Form_::template apply<In>(y[u], up[u]);
+  }
+};
+
 // y of one row.
-template <typename In, typename Act, int Threads, int E, int U>
-__device__ __forceinline__ void act_mul_row(const ActMulQuantizeParams& p, const RowPlace<Threads>& place, Raw<In, E> (&y)[U]) {
-  const In* gate = static_cast<const In*>(p.gate) + place.row * p.gate_pitch;
-  const In* up = static_cast<const In*>(p.up) + place.row * p.up_pitch;
-  Raw<In, E> factor[U];
+template <typename Row, int Threads, int E, int U>
+__device__ __forceinline__ void act_row(const ActQuantizeParams& p, const RowPlace<Threads>& place, Raw<typename Row::In, E> (&y)[U]) {
+  Raw<typename Row::In, E> up[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * place.threads + place.lane;
-    y[u].zero(), factor[u].zero();
-    if (place.row >= 0 && i < p.cols) y[u].load(gate + i * E), factor[u].load(up + i * E);
+    y[u].zero(), up[u].zero();
+    if (place.row >= 0 && i < p.cols) Row::load(p, place.row, i, y[u], up[u]);
   }
   allow_next_kernel();
-  act_mul<In, Act>(y, factor);
+  Row::activate(y, up);
 }
 
-template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads,
-          int E, int U>
+template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
 __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
-    act_mul_quantize_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+    act_quantize_kernel(const __grid_constant__ ActQuantizeParams p) {
   __shared__ uint32_t shared[32];
   const auto place = RowPlace<Threads>::of(p.rows, blockIdx.x);
-  Raw<In, E> y[U];
+  Raw<typename Row::In, E> y[U];
   wait_for_previous_kernel();
-  act_mul_row<In, Act>(p, place, y);
+  act_row<Row>(p, place, y);
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
       y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
       p.out + place.row * p.cols * E);
 }
 
-template <typename In, typename Act, int Threads, int E, int U>
+template <typename Row, int Threads, int E, int U>
 __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
-    act_mul_amax_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+    act_amax_kernel(const __grid_constant__ ActQuantizeParams p) {
+  using In = typename Row::In;
   wait_for_previous_kernel();
   rows_of_tensor<Threads, In, E, U>(p.rows, p.cols, p.blocks, static_cast<In*>(p.y), p.partial,
-                                    [&](const RowPlace<Threads>& place, Raw<In, E>(&y)[U]) { act_mul_row<In, Act>(p, place, y); });
+                                    [&](const RowPlace<Threads>& place, Raw<In, E>(&y)[U]) { act_row<Row>(p, place, y); });
 }
 
 // One scale in one launch: vectors of all rows one after the other, the last ones first.
-template <typename In, typename Act, int E, int U>
-struct ActMulOnce : OnceWork<In> {
-  const ActMulQuantizeParams& p;
+template <typename Row, int E, int U>
+struct ActOnce : OnceWork<typename Row::In> {
+  using In = typename Row::In;
+  const ActQuantizeParams& p;
 
-  __device__ __forceinline__ explicit ActMulOnce(const ActMulQuantizeParams& p) : p(p) {}
+  __device__ __forceinline__ explicit ActOnce(const ActQuantizeParams& p) : p(p) {}
   __device__ __forceinline__ uint32_t vector(uint32_t block, int u) const {
     return ((p.once.blocks - 1 - block) * U + u) * blockDim.x + threadIdx.x;
   }
   __device__ __forceinline__ void y(uint32_t block, bool, Raw<In, E> (&raw)[U]) const {
-    Raw<In, E> factor[U];
+    Raw<In, E> up[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const uint32_t i = vector(block, u);
       uint32_t column;
       const int64_t row = p.columns.divide(i, &column);
-      raw[u].zero(), factor[u].zero();
-      if (i < p.count) {
-        raw[u].load(static_cast<const In*>(p.gate) + row * p.gate_pitch + column * E);
-        factor[u].load(static_cast<const In*>(p.up) + row * p.up_pitch + column * E);
-      }
+      raw[u].zero(), up[u].zero();
+      if (i < p.count) Row::load(p, row, column, raw[u], up[u]);
     }
-    act_mul<In, Act>(raw, factor);
+    Row::activate(raw, up);
   }
   __device__ __forceinline__ int64_t at(uint32_t block, int u) const {
     const uint32_t i = vector(block, u);
@@ -106,49 +138,63 @@ struct ActMulOnce : OnceWork<In> {
   }
 };
 
-template <typename In, typename Act, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E, int U>
-__global__ void __launch_bounds__(kOnceThreads, sizeof(In) == 4 ? 1 : 2)
-    act_mul_quantize_once_kernel(const __grid_constant__ ActMulQuantizeParams p) {
+template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int E, int U>
+__global__ void __launch_bounds__(kOnceThreads, sizeof(typename Row::In) == 4 ? 1 : 2)
+    act_quantize_once_kernel(const __grid_constant__ ActQuantizeParams p) {
+  using In = typename Row::In;
   quantize_once<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain, E, U>(p.once, dynamic_shared_memory<Aligned<In, E>>(),
-                                                                       ActMulOnce<In, Act, E, U>(p));
+                                                                       ActOnce<Row, E, U>(p));
 }
 
 // Host: checks what every mode is given, and puts it into `p`.
-template <typename In, typename Fp8>
-Rows take_gated(ActMulQuantizeParams& p, const TensorView& gate, const TensorView& up, const TensorView& out, Device& device) {
+template <typename Row, typename Fp8>
+Rows take_inputs(ActQuantizeParams& p, const TensorView& gate, const Optional<TensorView>& up, const TensorView& out, Device& device) {
+  using In = typename Row::In;
   TensorMatcher().dtype<In>().device(device).verify(gate, "gate");
-  TensorMatcher().dtype<In>().device(device).verify(up, "up");
   TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(out, "out");
-  const Rows rows = rows_of(gate, "gate"), other = rows_of(up, "up");
-  if (other.rows != rows.rows || other.cols != rows.cols) {
-    TVM_FFI_THROW(ValueError) << "up: wanted the shape of gate, " << shape_of(gate) << ", found " << shape_of(up);
+  Rows rows = rows_of(gate, "gate");
+  p.gate = data(gate), p.gate_pitch = rows.pitch;
+  if constexpr (Row::kInputs == Inputs::kPairs) {
+    if (rows.cols % 2 != 0) TVM_FFI_THROW(ValueError) << "gate: wanted pairs of columns, found shape " << shape_of(gate);
+    rows.cols /= 2;
+  }
+  if constexpr (Row::kInputs == Inputs::kTwo) {
+    if (!up.has_value()) TVM_FFI_THROW(ValueError) << "up: wanted a tensor, found None";
+    TensorMatcher().dtype<In>().device(device).verify(*up, "up");
+    const Rows other = rows_of(*up, "up");
+    if (other.rows != rows.rows || other.cols != rows.cols) {
+      TVM_FFI_THROW(ValueError) << "up: wanted the shape of gate, " << shape_of(gate) << ", found " << shape_of(*up);
+    }
+    p.up = data(*up), p.up_pitch = other.pitch;
   }
   if (rows.cols == 0 || rows.cols > 32768) {
     TVM_FFI_THROW(ValueError) << "gate: wanted 1 to 32768 columns, found shape " << shape_of(gate);
   }
-  p.gate = data(gate), p.up = data(up), p.out = data<uint8_t>(out);
-  p.rows = rows.rows, p.cols = rows.cols, p.gate_pitch = rows.pitch, p.up_pitch = other.pitch;
+  p.out = data<uint8_t>(out), p.rows = rows.rows, p.cols = rows.cols;
   return rows;
 }
 
 // Host: whether whole vectors of eight can be loaded and stored.
-template <typename In>
-bool gated_in_vectors(const ActMulQuantizeParams& p) {
-  const auto rows_aligned = [](const void* pointer, int64_t pitch) { return aligned(pointer, 16) && pitch * sizeof(In) % 16 == 0; };
+template <typename Row>
+bool inputs_in_vectors(const ActQuantizeParams& p) {
+  const auto rows_aligned = [](const void* pointer, int64_t pitch) {
+    return aligned(pointer, 16) && pitch * sizeof(typename Row::In) % 16 == 0;
+  };
   return p.cols % 8 == 0 && rows_aligned(p.gate, p.gate_pitch) && rows_aligned(p.up, p.up_pitch) && aligned(p.out, 8);
 }
 
-template <typename In, typename Act, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
-struct ActMulQuantize {
-  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_mul_quantize has no tensor operands");
+template <typename Row, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
+struct ActQuantize {
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_quantize has no tensor operands");
   using Chain = ToFp8<Program>;
+  using In = typename Row::In;
 
   // For a tensor with one scale `partial` is given. True: nothing has been done, for want of `y`.
-  static bool run(TensorView gate, TensorView up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
+  static bool run(TensorView gate, Optional<TensorView> up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
                   double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
-    ActMulQuantizeParams p{};
-    const Rows rows = take_gated<In, Fp8>(p, gate, up, out, device);
+    ActQuantizeParams p{};
+    const Rows rows = take_inputs<Row, Fp8>(p, gate, up, out, device);
     TensorMatcher().dtype<ScaleT>().contiguous().device(device).verify(scale, "scale");
     if (kIsMx<ScaleProgram> && rows.cols % mx::kBlock != 0) {
       TVM_FFI_THROW(ValueError) << "gate: wanted rows of a multiple of " << mx::kBlock << " elements, found shape " << shape_of(gate);
@@ -162,7 +208,7 @@ struct ActMulQuantize {
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
     p.scale = data(scale), p.consts = Consts::of(constants);
-    const bool vectors = gated_in_vectors<In>(p);
+    const bool vectors = inputs_in_vectors<Row>(p);
     DeviceGuard guard(device.id());
     if (vectors) p.cols /= 8;
     if constexpr (!Rowwise) {
@@ -178,7 +224,7 @@ struct ActMulQuantize {
   }
 
  private:
-  static bool once(ActMulQuantizeParams& p, int device) {
+  static bool once(ActQuantizeParams& p, int device) {
     const int64_t count = p.rows * p.cols;
     if (count >= int64_t{1} << 31) return false;
     p.count = static_cast<uint32_t>(count), p.columns = Divisor::of(p.cols);
@@ -187,25 +233,25 @@ struct ActMulQuantize {
     return count < int64_t{4} * kOnceThreads * sm_count(device) ? once<1>(p, device) : once<4>(p, device);
   }
   template <int U>
-  static bool once(ActMulQuantizeParams& p, int device) {
+  static bool once(ActQuantizeParams& p, int device) {
     static OncePlans plans;
-    auto* kernel = act_mul_quantize_once_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, U>;
+    auto* kernel = act_quantize_once_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, 8, U>;
     return launch_once(kernel, plans, p, ceil_div(p.count, kOnceThreads * U), kOnceThreads, kOnceThreads * U * sizeof(Aligned<In, 8>),
                        device);
   }
   struct Start {
-    ActMulQuantizeParams& p;
+    ActQuantizeParams& p;
     cudaStream_t stream;
     int device;
     template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
       if constexpr (Rowwise) {
-        auto* kernel = act_mul_quantize_kernel<In, Act, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
+        auto* kernel = act_quantize_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
         Launch(grid, block).stream(stream).programmatic().run(kernel, p);
       } else {
         p.blocks = grid;
         const unsigned partials = tensor_blocks(grid, block, device);
-        Launch(partials, block).stream(stream).programmatic().run(act_mul_amax_kernel<In, Act, Threads, E, U>, p);
+        Launch(partials, block).stream(stream).programmatic().run(act_amax_kernel<Row, Threads, E, U>, p);
         cast_rows<In, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(p, partials, device, E == 8);
       }
     }
