@@ -6,6 +6,8 @@ The chain may clamp in any spelling or not at all, in bf16, fp16 or fp32, with v
 every step and its dtype, so the result is the eager chain's, byte for byte. What nothing else reads of a scale, such as its
 reciprocal, the kernel computes too: ``mul:s0|recip``. A chain that Inductor can fuse into its producer, or into what makes its
 scale, is left alone unless the rule is forced: an extern kernel has to read from memory what the producer has in registers.
+
+Eight-bit work that no rule reads is reported here too, by its name (`unread`).
 """
 
 from __future__ import annotations
@@ -14,19 +16,26 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from inductor_ext.graph import call, describe, is_reshape, value_of
 from inductor_ext.kernels import steps
 from inductor_ext.kernels.fp8_downcast.op import OP
 from inductor_ext.miss import INPUT_LAYOUT, Miss, found_or_none
-from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit, unread
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
+def anchors(graph: Graph) -> list[Node]:
+    return [*fp8_chain.casts(graph), *unread.converts(graph)]
+
+
 def guard(node: Node, context: Context) -> Match | None:
+    if not fp8_chain.is_fp8_cast(node):
+        unread.check(node)
+        return None
     chain = fp8_chain.trace(node)
     if any(dynamic_scale.amax_above(operand, chain.x) is not None for operand in chain.operands):
         return None  # a dynamic scale: fp8_quantize's business
@@ -186,6 +195,30 @@ NEAR_MISSES = (
         reason="Inductor fuses this chain into its scale for free",
     ),
     Example(
+        "fnuz",
+        lambda x, s: _clamp(x.float() / s).to(torch.float8_e4m3fnuz),
+        _scaled,
+        reason="another format than NVIDIA's FP8",
+    ),
+    Example(
+        "int8",
+        lambda x, s: (x.float() / s).round().clamp(-128, 127).to(torch.int8),
+        _scaled,
+        reason="quantised to int8",
+    ),
+    Example(
+        "weight_only",
+        lambda x, w, s: x @ (w.to(torch.bfloat16) * s).t(),
+        lambda d: (_x(d), _x(d).to(E4), torch.ones(64, 1, dtype=torch.bfloat16, device=d)),
+        reason="eight bits are only storage here",
+    ),
+    Example(
+        "simulated",
+        lambda x, w, s: (_clamp(x / s).to(E4).to(torch.bfloat16) * s) @ w,
+        lambda d: (_x(d), _x(d).t(), torch.tensor(0.5, dtype=torch.bfloat16, device=d)),
+        reason="FP8 is only simulated here",
+    ),
+    Example(
         "strided_input",
         lambda x, s: _clamp(x[:, ::2].float() / s).to(E4),
         _scaled,
@@ -196,7 +229,7 @@ NEAR_MISSES = (
 RULE = Rule(
     name="fp8_downcast",
     doc="scale-clamp-cast with static scales → one fused kernel",
-    anchors=fp8_chain.casts,
+    anchors=anchors,
     guard=guard,
     replace=replace,
     matches=MATCHES,

@@ -39,6 +39,8 @@ def guard(node: Node, context: Context) -> Match | None:
     x = chain.input_value()
     if not (fp8_chain.collapses_to_rows(x) if scale.granularity == "row" else fp8_chain.is_dense(x)):
         wanted = "rows of one pitch and unit stride" if scale.granularity == "row" else "a dense tensor"
+        if scale.granularity == "row" and fp8_chain.is_dense(x):
+            wanted += ": no kernel here takes the maximum of columns"
         raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
     profit.check(node, chain.x, context)
     arguments = (x, scale.granularity, scale.scale_program, scale.program, chain.dtype)

@@ -34,6 +34,8 @@ _CLAMPS = {
 }
 _COMMUTATIVE = (aten.mul.Tensor, aten.maximum.default, aten.minimum.default)
 _SCALES = {aten.mul.Tensor: "mul", aten.div.Tensor: "div"}
+_SCALED = "mul or div by a scale; a cast alone is one kernel of Inductor's, which moves no more bytes than ours would"
+_ONE_OR_ROWS = "one value, or one value a row of the last dimension"
 #: What a chain consists of, besides converts and views.
 STEPS = (*_CLAMPS, *_SCALES)
 
@@ -130,7 +132,7 @@ class _Walk:
             if not advanced:
                 break
         if not self.scaled:
-            raise self.stopped or Miss("no scale before the cast", self.cast, "mul or div by a scale", describe(self.node))
+            raise self.stopped or Miss("no scale before the cast", self.cast, _SCALED, describe(self.node))
         dtype = value_of(self.node).dtype
         if dtype not in FLOATS:
             # Named by the node that reads it: a graph input has no source line.
@@ -256,7 +258,8 @@ class _Walk:
         if not all(known_equal(size, 1) for size in tensor.shape):
             kind = "r"
             if not self._rows(tensor.shape, shape):
-                wanted = "one value, or one value a row of the last dimension"
+                columns = known_equal(tensor.shape[-1], shape[-1])
+                wanted = f"{_ONE_OR_ROWS}: no kernel here scales columns" if columns else _ONE_OR_ROWS
                 return self._stop(node, SCALE_LAYOUT, wanted, describe(other))
         if len(self.operands) == steps.MAX_OPERANDS:
             return None

@@ -37,7 +37,8 @@ def times(x: Any, s: Any) -> Any:
 def read(fn: Callable[..., Any], given: Any = None, dynamic: bool = False) -> None:
     """One kernel does all of it: nothing else takes a maximum."""
     (graph,) = check("fp8_quantize", fn, x() if given is None else given, count=1, dynamic=dynamic).graphs
-    assert not any(name in graph.after for name in ("aten.amax", "aten.amin", "aten.max.", "aten.abs", "aten.where", "aten.log2"))
+    left = ("aten.amax", "aten.amin", "aten.max.", "aten.abs", "aten.where", "aten.log2")
+    assert not any(name in graph.after for name in left)
 
 
 # ---- where it leaves -------------------------------------------------------------------------------------------------
