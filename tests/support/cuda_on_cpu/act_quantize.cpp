@@ -1,0 +1,65 @@
+// Activations of every form quantised with a scale a row, one for all and a given one, behind C functions, for test_act_quantize.py.
+#include "act_quantize/static_scale.cuh"
+
+#include "../programs.h"
+#include "entry.h"
+
+namespace {
+
+struct Nothing {};
+// scale = amax / 448 in fp32; rows of zeros have the scale 1.
+struct Over448 {
+  static constexpr bool kRow = false;
+  static Nothing prepare(const Env&) { return {}; }
+  static void apply(Nothing, float (&v)[1]) { v[0] = v[0] == 0.0f ? 1.0f : v[0] / 448.0f; }
+};
+struct AsGiven {
+  static Nothing prepare(const Env&) { return {}; }
+  static void apply(Nothing, float (&)[1]) {}
+};
+
+template <typename Row>
+bool run(char mode, const Given* gate, const Given* up, const Given* out, const Given* scale, const Given* y, const Given* partial) {
+  if (mode == 's') {
+    ActQuantizeStatic<Row, __nv_fp8_e4m3, true, ByScale, StaticScales<1, float, AsGiven>>::run(
+        view(*gate), maybe(up), view(*out), maybe(scale), {}, {}, {}, 0, 0, 0, 0, 0, 0, 0, 0);
+    return false;
+  }
+  const auto dynamic = [&](auto rowwise) {
+    return ActQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, Over448, ByScale>::run(
+        view(*gate), maybe(up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);
+  };
+  return mode == 'r' ? dynamic(std::true_type{}) : dynamic(std::false_type{});
+}
+
+}  // namespace
+
+// 0, 1 with `error` filled, or 2 where y is wanted.
+#define VARIANT(name, ...)                                                                                                            \
+  extern "C" int name(int mode, const Given* gate, const Given* up, const Given* out, const Given* scale, const Given* y,             \
+                      const Given* partial, char* error, int length) {                                                                \
+    bool wants_y = false;                                                                                                             \
+    const int failed = attempt(error, length, [&] { wants_y = run<ActRow<__VA_ARGS__>>(static_cast<char>(mode), gate, up, out, scale, y, partial); }); \
+    return wants_y ? 2 : failed;                                                                                                      \
+  }
+using B = __nv_bfloat16;
+using H = __half;
+using F = float;
+// SiLU is PTX: PlusAbs stands for it in the forms that are not of one activation alone.
+VARIANT(alone_bf16, B, Alone<PlusAbs>, Inputs::kOne)
+VARIANT(alone_fp32, F, Alone<PlusAbs>, Inputs::kOne)
+VARIANT(gelu, B, Alone<Gelu>, Inputs::kOne)
+VARIANT(gelu_tanh, H, Alone<GeluTanh>, Inputs::kOne)
+VARIANT(quick_gelu, B, Alone<QuickGelu>, Inputs::kOne)
+VARIANT(quick_gelu_fp16, H, Alone<QuickGelu>, Inputs::kOne)
+VARIANT(relu_squared, B, Alone<ReluSquared>, Inputs::kOne)
+VARIANT(relu_squared_mul, H, Gated<ReluSquared>, Inputs::kTwo)
+VARIANT(fp32_mul, B, GatedInFp32<PlusAbs>, Inputs::kTwo)
+VARIANT(fp32_mul_pairs, B, GatedInFp32<PlusAbs>, Inputs::kPairs)
+VARIANT(pairs_fp32, F, Gated<PlusAbs>, Inputs::kPairs)
+VARIANT(clamped, B, ClampedSwiglu, Inputs::kTwo)
+VARIANT(clamped_pairs, B, ClampedSwiglu, Inputs::kPairs)
+VARIANT(clamped_fp16, H, ClampedSwiglu, Inputs::kTwo)
+
+// The GPU, before the first call: its multiprocessors, blocks of one, and shared memory of one.
+extern "C" void set_device(int sms, int blocks, int shared) { multiprocessors = sms, blocks_of_sm = blocks, shared_of_sm = shared; }
