@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,13 +146,17 @@ def constant_of(node: Any) -> float | None:
 
 
 def _stored(number: float, dtype: torch.dtype) -> float | None:
-    """``number`` if a tensor of ``dtype`` holds it as it is, or rounded no more than the operator that uses it would round."""
+    """``number`` as a tensor of ``dtype`` holds it, through fp32; an operator in fp32 rounds what it is given itself."""
     if dtype in (torch.float32, torch.float64):
         return number
     if dtype in (torch.bfloat16, torch.float16):
         info, bits = torch.finfo(dtype), 8 if dtype is torch.bfloat16 else 11
-        exact = (math.frexp(number)[0] * 2**bits).is_integer() and info.tiny <= abs(number) <= info.max
-        return number if exact or number == 0 else None
+        if not info.tiny <= abs(number) <= info.max:
+            return number if number == 0 else None
+        (single,) = struct.unpack("f", struct.pack("f", number))
+        mantissa, exponent = math.frexp(single)
+        held = math.ldexp(round(mantissa * 2**bits), exponent - bits)  # to even, where it lies half way
+        return held if abs(held) <= info.max else None
     return number if number.is_integer() and dtype is not torch.bool else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from inductor_ext.graph import describe, feeds_opaque, is_opaque
+from inductor_ext.graph import describe, feeds_opaque, is_opaque, value_of
 from inductor_ext.miss import Miss, fused
 from inductor_ext.rule import Context
 
@@ -24,7 +24,8 @@ def check_scale(node: Node, scale: Node, x: Node, context: Context) -> None:
 
     A scale that is made of x itself: its kernel has x at hand. One that nothing else reads: it is computed on the way.
     """
-    if context.forced or is_opaque(scale):
+    on_host = value_of(scale).device != value_of(x).device  # a number for either kernel
+    if context.forced or on_host or is_opaque(scale):
         return
     reason = fused("chain", "scale")
     if made_of(scale, x):

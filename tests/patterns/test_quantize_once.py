@@ -13,7 +13,8 @@ from tests.support.compiled import run_compiled, run_copies
 from tests.support.equal import assert_all_same_bytes
 
 E4 = torch.float8_e4m3fn
-PRODUCERS_OFF = {"rms_norm_quantize": "off", "act_mul_quantize": "off"}  # they take the casts with their input
+#: They take the casts with their input.
+PRODUCERS_OFF = dict.fromkeys(("rms_norm_quantize", "layer_norm_quantize", "act_mul_quantize", "act_quantize"), "off")
 HIDDEN, MIDDLE, HEADS = 64, 128, 4
 
 

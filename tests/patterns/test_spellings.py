@@ -141,13 +141,13 @@ SPELLINGS: list[tuple[str, Callable[..., Any], Callable[[str], tuple[Any, ...]],
     ("7", minimum_maximum, _scaled, {"fp8_downcast": 1}),
     ("8", hardtanh, _scaled, {"fp8_downcast": 1}),
     ("9", no_clamp, _scaled, {"fp8_downcast": 1}),
-    ("10", norm_then_static, _scaled, {}),
+    ("10", norm_then_static, _scaled, {"rms_norm_quantize": 1}),
     ("11", tensor_bounds, _scaled, {"fp8_downcast": 1}),
     ("12", group_128, _one, {"fp8_quantize": 1}),
     ("13", mx_32, _one, {}),
 ]
 CASES = [pytest.param(*case[1:], id=f"{case[0]}-{case[1].__name__}") for case in SPELLINGS]
-#: Left to Inductor, whose own arithmetic (rsqrt, log2) need not be eager's.
+#: Left to Inductor, whose own arithmetic (log2) need not be eager's, or a norm, whose mean is summed in another order.
 NOT_OURS = {"norm_then_static", "mx_32"}
 
 
@@ -168,7 +168,7 @@ def test_spelling(fn: Any, inputs: Any, wanted: dict[str, int], dynamic: bool) -
 def test_spelling_on_fake_cuda(fn: Any, inputs: Any, wanted: dict[str, int], dynamic: bool) -> None:
     with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
         found = inductor_ext.explain(fn, *inputs("cuda"), dynamic=dynamic)
-    assert found.counts() == wanted
+    assert found.counts() == ({} if fn is norm_then_static else wanted)  # whose kernel is not measured yet
 
 
 def test_bounds_that_are_float64_graph_inputs() -> None:
@@ -180,7 +180,7 @@ def test_bounds_that_are_float64_graph_inputs() -> None:
 
     bounds = tuple(torch.tensor(value, dtype=torch.float64) for value in (-448.0, 448.0))
     given = (*_scaled("cpu"), *bounds)
-    found, recorder = run_compiled(bounded, given, dynamic=True)
+    found, recorder = run_compiled(bounded, given, dynamic=True, rules={"fp8_downcast": "always"})
     assert recorder.counts() == {"fp8_downcast": 1}
     assert "max:s1 min:s2" in recorder.reports[0].after
     assert_all_same_bytes(found, run_copies(bounded, given))
