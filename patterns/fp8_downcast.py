@@ -141,6 +141,7 @@ MATCHES = (
         ).to(E4),
         _scaled,
         mode="always",
+        before=(("rms_norm_quantize", "off"),),
     ),
 )
 

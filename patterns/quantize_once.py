@@ -113,7 +113,7 @@ RULE = Rule(
     guard=guard,
     replace=replace,
     matches=(
-        Example("three_users_of_one_norm", _three, lambda d: (_x(d),), count=2),
+        Example("three_users_of_one_norm", _three, lambda d: (_x(d),), count=2, before=(("act_quantize", "off"),)),
         Example("same_static_scale", lambda x, s, t: _static(x, s, s), _scales),
     ),
     near_misses=(
