@@ -1,16 +1,20 @@
-"""What pip is asked to install: the pins of ``./run`` exist for every Python that is supported."""
+"""What pip is asked to install: pins that exist for every Python that is supported, and an image that only serves."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -39,3 +43,74 @@ def test_every_pin_resolves_on(python: str) -> None:
 def test_run_says_what_test_torch_wants() -> None:
     result = subprocess.run([ROOT / "run", "test-torch"], capture_output=True, text=True)
     assert result.returncode and "test-torch wants a version of torch" in result.stderr
+
+
+# ---- a serving image -------------------------------------------------------------------------------------------------
+
+SERVE = re.search(r"^pip install (torch .*)$", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+COMPILES = """
+import torch, inductor_ext
+E4 = torch.float8_e4m3fn
+def model(x, w, s):
+    sx = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448
+    q = (x.float() / sx).clamp(-448, 448).to(E4)
+    return torch._scaled_mm(q, w.t(), scale_a=sx, scale_b=s, out_dtype=x.dtype)
+args = torch.ones(64, 256).bfloat16(), torch.ones(512, 256).to(E4), torch.full((1, 512), 0.1)
+backend = inductor_ext.backend(rules={"fp8_quantize": "always"}, strict=True)
+assert torch.equal(torch.compile(model, backend=backend)(*args), model(*args))
+print("compiled")
+"""
+
+
+def _closure(names: list[str]) -> set[str]:
+    """Distributions that pip installs for these."""
+    found: set[str] = set()
+    while names:
+        name = canonicalize_name(names.pop())
+        if name in found:
+            continue
+        found.add(name)
+        needed = map(Requirement, metadata.distribution(name).requires or ())
+        names += [each.name for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages that holds what docs/install.md installs for serving, as links, and nothing else."""
+    assert SERVE is not None
+    folder = tmp_path_factory.mktemp("image")
+    for name in _closure(SERVE[1].split()):
+        found = metadata.distribution(name)
+        for top in {Path(str(file)).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(str(found.locate_file(top)))
+    return folder
+
+
+def _python(image: Path, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    """A fresh process, without the site-packages of this one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("INDUCTOR_EXT_", "CUDA_", "PYTHON"))}
+    env |= {"PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), str(image)])}
+    return subprocess.run([sys.executable, "-S", *arguments], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_serving_image_is_the_dependencies_without_cutlass() -> None:
+    assert SERVE is not None
+    needed = {canonicalize_name(Requirement(each).name) for each in metadata.requires("inductor-ext") or () if ";" not in each}
+    assert {canonicalize_name(name) for name in SERVE[1].split()} == needed - {"nvidia-cutlass"}
+
+
+def test_a_serving_image_compiles_models(image: Path) -> None:
+    absent = "import importlib.metadata as m\ntry: m.version('nvidia-cutlass')\nexcept m.PackageNotFoundError: print('absent')\n"
+    result = _python(image, "-c", absent + COMPILES, path=os.environ["PATH"])
+    assert result.stdout.split() == ["absent", "compiled"], result.stderr
+
+
+def test_doctor_says_that_a_serving_image_only_loads(image: Path) -> None:
+    result = _python(image, "-m", "inductor_ext.cli", "doctor", "--json", path="")
+    found = json.loads(result.stdout)
+    checks = {check["name"]: check for check in found["checks"]}
+    if checks["nvcc"]["ok"] is None:  # /usr/local/cuda is looked at whatever PATH says
+        assert "only loads kernels: it has no nvcc, no host compiler" in found["summary"]
+    assert checks["CUTLASS headers"]["ok"] is None and "only building needs" in checks["CUTLASS headers"]["found"]
