@@ -49,7 +49,7 @@ def summary(checks: list[jit.Check]) -> str:
         return f"Reference mode: no GPU, so every op runs its PyTorch reference. This environment {kind}."
     if not missing or state.get("prebuilt directory") or state.get("kernel wheels"):
         return f"Ready. This environment {kind}."
-    return f"No prebuilt kernels, and this environment {kind}. Graphs keep stock operators unless the cache holds their kernels."
+    return f"No prebuilt kernels, and this environment {kind}. Graphs keep stock operators unless the cache has theirs."
 
 
 def _has_gpu() -> bool:

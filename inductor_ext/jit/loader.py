@@ -113,7 +113,8 @@ def _caches(settings: Settings, arch: str) -> list[tuple[KernelCache, str]]:
         caches.append((KernelCache(path, prebuilt=True), f"INDUCTOR_EXT_PREBUILT_DIR={line(path)}"))
     if wheel := shipped.installed(arch):
         if wheel.unfit:
-            _warn_once(wheel.root, f"{line(wheel.describe())} is not used: it {line(wheel.unfit)}. To fix: install them together")
+            told = f"{line(wheel.describe())} is not used: it {line(wheel.unfit)}"
+            _warn_once(wheel.root, f"{told}. To fix: install the one of this version")
         else:
             caches.append((KernelCache(wheel.root, prebuilt=True), line(wheel.describe())))
     caches.append((KernelCache(settings.cache_path()), "the kernel cache"))

@@ -1,7 +1,7 @@
 """Kernels of one target as a wheel: ``inductor-ext-kernels-sm-90a``, made of a prebuilt directory, found where it is installed.
 
-The wheel holds the directory as it is, under ``inductor_ext_kernels/sm_90a``; wheels of several targets lie side by side. What is
-installed is looked at as any prebuilt directory is: its owner, its manifest and each record. Its version is that of the
+The wheel holds the directory as it is, under ``inductor_ext_kernels/sm_90a``; wheels of several targets lie side by side. What
+is installed is looked at as any prebuilt directory is: its owner, its manifest and each record. Its version is that of the
 inductor-ext that made it, which it requires.
 """
 
