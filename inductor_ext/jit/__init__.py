@@ -1,4 +1,4 @@
-"""From a ``JitSpec`` to a loaded tvm-ffi module: prebuilt directory, installed wheel, cache or nvcc. Importing it does no work."""
+"""From a ``JitSpec`` to a loaded tvm-ffi module: prebuilt directory, wheel, cache or nvcc. Importing it does no work."""
 
 from inductor_ext.jit.cache import Entry, KernelCache
 from inductor_ext.jit.clangd import write_clangd

@@ -18,6 +18,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+from inductor_ext.errors import SettingError
 from inductor_ext.jit import headers
 from inductor_ext.jit.cache import KernelCache
 from inductor_ext.jit.ours import MANIFEST, MARKER
@@ -70,12 +71,14 @@ def every() -> list[Installed]:
 
 
 def pack(directory: Path, arch: str, out: Path) -> Path:
-    """A wheel in ``out`` of a prebuilt ``directory`` that holds kernels of ``arch``. Raises ``OSError``.
+    """A wheel in ``out`` of a prebuilt ``directory`` that holds kernels of ``arch``. Raises ``OSError``, ``SettingError``.
 
     Its platform is this machine's as pip names it (``linux_x86_64``): an index of one's own takes it, a public one wants the
     oldest libc that it runs on (`auditwheel`).
     """
-    name, version = name_of(arch), headers.package_version(headers.PACKAGE) or _own_version()
+    name, version = name_of(arch), headers.package_version(headers.PACKAGE)
+    if version is None:
+        raise SettingError("a wheel of kernels requires the inductor-ext that made it, which is not installed: pip install it")
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     stem, tag = f"{name.replace('-', '_')}-{version}", f"py3-none-{platform}"
     files = {f"{_FOLDER}/{arch}/{MARKER}": directory / MARKER, f"{_FOLDER}/{arch}/{MANIFEST}": directory / MANIFEST}
@@ -106,9 +109,3 @@ def pack(directory: Path, arch: str, out: Path) -> Path:
         rows.writerow([f"{stem}.dist-info/RECORD", "", ""])
         archive.writestr(zipfile.ZipInfo(f"{stem}.dist-info/RECORD", _DATE), record.getvalue())
     return wheel
-
-
-def _own_version() -> str:
-    from inductor_ext import __version__
-
-    return __version__
