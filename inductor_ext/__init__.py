@@ -1,4 +1,4 @@
-"""inductor_ext: a torch.compile backend that gives FP8 models fused, explained, bit-exact kernels.
+"""inductor_ext: a torch.compile backend that gives FP8 models fused kernels, and says what it rewrote and why.
 
     torch.compile(model, backend="inductor_ext")        compile
     inductor_ext.explain(model, *inputs)                what was rewritten, what was not, and why

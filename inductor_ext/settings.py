@@ -75,7 +75,7 @@ class Settings:
         "", "INDUCTOR_EXT_PREBUILT_DIR", "read-only directory made by `inductor-ext build`", path="folder"
     )
     nvcc: str = _option(
-        "", "INDUCTOR_EXT_NVCC", "path of nvcc (default: CUDA_HOME, then PATH, then /usr/local/cuda)", path="program"
+        "", "INDUCTOR_EXT_NVCC", "path of nvcc (default: CUDA_HOME, PATH, pip's wheels, /usr/local/cuda)", path="program"
     )
     arch: str = _option("", "INDUCTOR_EXT_ARCH", "target such as sm_90a (default: the current GPU's)")
     build_jobs: int = _option(

@@ -35,8 +35,16 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="Leave out long files and what is marked slow, nvcc or gpu.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Those first: two processes then end together."""
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.path.name in LONG or any(map(item.get_closest_marker, ("slow", "nvcc", "gpu")))]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 

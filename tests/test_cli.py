@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 import inductor_ext
 from inductor_ext import registry
 from inductor_ext.cli import app
+from inductor_ext.cli.doctor import summary
 from inductor_ext.jit import Check, KernelCache
 
 MODEL = """
@@ -133,7 +134,27 @@ def test_doctor_reference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inductor_ext.cli.doctor.jit.diagnose", lambda: absent)
     monkeypatch.setattr("inductor_ext.cli.doctor._has_gpu", lambda: False)
     shown = invoke("doctor").stdout
-    assert "Reference mode" in shown and "kernels cannot be built" in shown and "install it" in shown
+    assert "Reference mode" in shown and "only loads kernels: it has no nvcc" in shown and "install it" in shown
+
+
+@pytest.mark.parametrize(
+    ("present", "said"),
+    [
+        ((), "No prebuilt kernels, and this environment only loads kernels: it has no nvcc, no host compiler."),
+        (("kernel wheels",), "Ready. This environment only loads kernels: it has no nvcc, no host compiler."),
+        (("prebuilt directory", "host compiler"), "Ready. This environment only loads kernels: it has no nvcc."),
+        (("nvcc", "host compiler"), "Ready. This environment builds kernels but those of products: it has no CUTLASS headers."),
+        (("nvcc", "host compiler", "CUTLASS headers"), "Ready. This environment builds kernels."),
+    ],
+)
+def test_doctor_says_whether_an_environment_builds_or_loads(
+    monkeypatch: pytest.MonkeyPatch, present: tuple[str, ...], said: str
+) -> None:
+    names = ("nvcc", "host compiler", "CUTLASS headers", "prebuilt directory", "kernel wheels")
+    checks = [Check(name, True if name in present else None, "") for name in names]
+    monkeypatch.setattr("inductor_ext.cli.doctor._has_gpu", lambda: True)
+    found = summary(checks)
+    assert found.startswith(said)
 
 
 def test_doctor_fails_when_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from inductor_ext.cli.common import Group, version_option
 app = typer.Typer(
     name="inductor-ext",
     cls=Group,
-    help="A torch.compile backend that gives FP8 models fused, explained, bit-exact kernels.",
+    help="A torch.compile backend that gives FP8 models fused kernels, and says what it rewrote and why.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,17 +23,42 @@ def build(
     preset: Annotated[str, typer.Option(help=f"A set of ops: {', '.join(registry.PRESETS)} or all.")] = "",
     arch: Annotated[list[str] | None, typer.Option(help="Target such as sm_90a; may be repeated. Default: this GPU.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to fill. Default: the kernel cache.", file_okay=False)] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="Directory for a wheel inductor-ext-kernels-TARGET of them.", file_okay=False)
+    ] = None,
 ) -> None:
     """Build the kernels that ops declare as worth having, before any model needs them.
 
-    Ship the directory and point INDUCTOR_EXT_PREBUILT_DIR at it: that machine then needs no compiler.
+    Ship the directory and point INDUCTOR_EXT_PREBUILT_DIR at it, or make a wheel and install it: that machine then needs no
+    compiler.
     """
     chosen = settings.current()
     wanted = _ops(names or [], preset)
-    specs = [spec for target in _targets(arch, chosen) for op in wanted for spec in op.examples(target, preset)]
-    if not specs:
+    targets = _targets(arch, chosen)
+    specs = {target: [spec for op in wanted for spec in op.examples(target, preset)] for target in targets}
+    if not any(specs.values()):
         raise SettingError("none of these ops declares a kernel to build ahead")
-    directory = out or chosen.cache_path()
+    if wheel is None:
+        _fill(out or chosen.cache_path(), [spec for each in specs.values() for spec in each], chosen)
+        return
+    for target in targets:  # a wheel holds one target, so that a machine installs what its GPU runs
+        with _folder(out, target, len(targets)) as directory:
+            _fill(directory, specs[target], chosen)
+            stdout().print(f"made {line(jit.pack(directory, target, wheel))}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None, target: str, count: int) -> Iterator[Path]:
+    """Where the kernels of a wheel are built: in ``out``, where the next call finds them, or in a temporary folder."""
+    if out is not None:
+        yield out if count == 1 else out / target
+        return
+    with tempfile.TemporaryDirectory(prefix="inductor_ext-wheel-") as path:
+        yield Path(path)
+
+
+def _fill(directory: Path, specs: list[jit.JitSpec], chosen: settings.Settings) -> None:
+    """Build ``specs`` into ``directory`` and say how it goes; ends the command with status 1 where one fails."""
     console = stderr()
 
     def tell(event: jit.BuildEvent) -> None:

@@ -41,13 +41,15 @@ def summary(checks: list[jit.Check]) -> str:
     if broken:
         return f"Broken: {', '.join(broken)}."
     state = {check.name: check.ok for check in checks}
-    can_build = bool(state.get("nvcc") and state.get("host compiler"))
+    missing = [name for name in ("nvcc", "host compiler") if not state.get(name)]
+    kind = "only loads kernels: it has no " + ", no ".join(missing) if missing else "builds kernels"
+    if not missing and not state.get("CUTLASS headers"):
+        kind = "builds kernels but those of products: it has no CUTLASS headers"
     if not _has_gpu():
-        build = "kernels can be built ahead (`inductor-ext build`)" if can_build else "kernels cannot be built"
-        return f"Reference mode: no GPU, so every op runs its PyTorch reference; {build}."
-    if can_build or state.get("prebuilt directory"):
-        return "Ready: kernels are built, or loaded, while a model compiles."
-    return "No compiler and no prebuilt kernels: ops run their PyTorch references unless the cache holds their kernels."
+        return f"Reference mode: no GPU, so every op runs its PyTorch reference. This environment {kind}."
+    if not missing or state.get("prebuilt directory") or state.get("kernel wheels"):
+        return f"Ready. This environment {kind}."
+    return f"No prebuilt kernels, and this environment {kind}. Graphs keep stock operators unless the cache has theirs."
 
 
 def _has_gpu() -> bool:

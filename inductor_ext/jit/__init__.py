@@ -1,4 +1,4 @@
-"""From a ``JitSpec`` to a loaded tvm-ffi module: prebuilt directory, cache, or nvcc. Importing it does no work."""
+"""From a ``JitSpec`` to a loaded tvm-ffi module: prebuilt directory, wheel, cache or nvcc. Importing it does no work."""
 
 from inductor_ext.jit.cache import Entry, KernelCache
 from inductor_ext.jit.clangd import write_clangd
@@ -7,6 +7,7 @@ from inductor_ext.jit.headers import include_dirs, kernels_root
 from inductor_ext.jit.loader import forget, load, try_load
 from inductor_ext.jit.parallel import Started, build_jobs, prebuild, prepare, start
 from inductor_ext.jit.progress import BuildEvent
+from inductor_ext.jit.shipped import pack
 from inductor_ext.jit.spec import JitSpec
 from inductor_ext.jit.toolchain import Toolchain, arch_of, current_arch, find_toolchain
 
@@ -27,6 +28,7 @@ __all__ = [
     "include_dirs",
     "kernels_root",
     "load",
+    "pack",
     "prebuild",
     "prepare",
     "start",

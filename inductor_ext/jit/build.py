@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from inductor_ext.errors import BuildError
-from inductor_ext.jit import binary, headers, process
+from inductor_ext.jit import binary, headers, process, wheels
 from inductor_ext.jit.cache import Entry, KernelCache
 from inductor_ext.jit.files import is_disk_full, read_regular, write_atomically
 from inductor_ext.jit.ours import BINARY, SOURCE
@@ -154,9 +154,12 @@ def _command(job: _Job, stage: Path) -> list[str]:
 
 def _compile(job: _Job, command: list[str], stage: Path) -> None:
     """Run nvcc. Its intermediate files go to the stage too, so that a killed build leaves nothing elsewhere."""
+    env = {**os.environ, "TMPDIR": str(stage), "LC_ALL": "C"}
+    if libraries := wheels.library_path(job.toolchain.nvcc):
+        env["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), env.get("LIBRARY_PATH")]))
     with (stage / "output.txt").open("w+", encoding="utf-8", errors="replace") as file:
         try:
-            code = process.run(command, file, job.timeout_s, cwd=stage, env={**os.environ, "TMPDIR": str(stage), "LC_ALL": "C"})
+            code = process.run(command, file, job.timeout_s, cwd=stage, env=env)
         except process.TimedOut:
             file.seek(0)
             cause = f"nvcc was stopped after {job.timeout_s:g} s (INDUCTOR_EXT_BUILD_TIMEOUT)"

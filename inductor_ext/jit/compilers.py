@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from inductor_ext.errors import ToolchainError
-from inductor_ext.jit import process
+from inductor_ext.jit import process, wheels
 from inductor_ext.jit.files import Folder, parse_json, read_regular, scratch, write_atomically
 from inductor_ext.jit.ours import is_marked
 from inductor_ext.report.shown import shown
 from inductor_ext.settings import Settings
 
 _PROBE_TIMEOUT_S = 60
-INSTALL_NVCC = "install the CUDA toolkit, or set INDUCTOR_EXT_NVCC to nvcc's path, or run from a prebuilt directory"
+INSTALL_NVCC = (
+    "`pip install 'inductor-ext[nvcc]'` brings nvcc in wheels (or install the CUDA toolkit, or set INDUCTOR_EXT_NVCC to nvcc's "
+    "path, or run from prebuilt kernels)"
+)
 INSTALL_HOST = "install g++ (`apt install g++`, `dnf install gcc-c++`) or set NVCC_CCBIN to a host compiler"
 
 
@@ -39,8 +42,12 @@ def find_nvcc(settings: Settings) -> tuple[Path | None, list[str]]:
             else:
                 places.append((f"{variable} (not set)", None))
         places.append(("PATH", shutil.which("nvcc")))
+        if found := wheels.installed():
+            places.append((found.describe(), None if found.unfit else shutil.which(str(found.nvcc))))
+        else:
+            places.append((f"{wheels.NVCC} (not installed)", None))
         places.append(("/usr/local/cuda/bin/nvcc", shutil.which("/usr/local/cuda/bin/nvcc")))
-    return next((Path(found) for _, found in places if found), None), [place for place, _ in places]
+    return next((Path(path) for _, path in places if path), None), [place for place, _ in places]
 
 
 def find_host_compiler() -> tuple[Path | None, list[str]]:
@@ -64,9 +71,10 @@ def short_version(text: str) -> str:
     return match.group(1) if match else (text.strip().splitlines() or ["?"])[-1]
 
 
-def with_environment(version: str) -> str:
-    """nvcc takes options from two variables too; they change the binary as much as its version does."""
+def with_environment(version: str, nvcc: Path) -> str:
+    """nvcc takes options from two variables too, and its parts may be wheels: they change the binary as much as it does."""
     extra = [f"{v}={os.environ[v]}" for v in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS") if os.environ.get(v)]
+    extra += [f"{name} {found}" for name, found in wheels.versions_beside(nvcc).items() if name != wheels.NVCC]
     return "\n".join([version, *extra])
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 
 from inductor_ext.errors import SettingError
-from inductor_ext.jit import compilers, headers
+from inductor_ext.jit import compilers, headers, shipped
 from inductor_ext.jit.cache import KernelCache
 from inductor_ext.jit.files import said
 from inductor_ext.jit.toolchain import current_arch
@@ -35,7 +35,7 @@ def diagnose(settings: Settings | None = None) -> list[Check]:
         fix = "correct or unset the variable; the lines below are about the defaults"
         results.append(Check("settings", False, str(error), fix))
     checks = [_check_nvcc, _check_host, _check_tvm_ffi, _check_cutlass, _check_torch, _check_gpu]
-    checks += [_check_cache_dir, _check_free_disk, _check_prebuilt]
+    checks += [_check_cache_dir, _check_free_disk, _check_prebuilt, _check_wheels]
     for check in checks:
         try:
             results.append(check(settings))
@@ -72,7 +72,8 @@ def _check_tvm_ffi(settings: Settings) -> Check:
 def _check_cutlass(settings: Settings) -> Check:
     version, path = headers.package_version(headers.CUTLASS), headers.cutlass_include()
     if path is None:
-        return Check("CUTLASS headers", None, "none; GEMM kernels cannot be built", "pip install nvidia-cutlass")
+        found = "none, which only building needs: kernels of products cannot be built here"
+        return Check("CUTLASS headers", None, found, "pip install nvidia-cutlass")
     return Check("CUTLASS headers", True, f"{version} in {path}")
 
 
@@ -127,3 +128,17 @@ def _check_prebuilt(settings: Settings) -> Check:
         return Check("prebuilt directory", False, f"{path} {what}", "make it with `inductor-ext build`")
     arches = ", ".join(sorted({entry.arch for entry in entries}))
     return Check("prebuilt directory", True, f"{path}: {len(entries)} kernels for {arches}")
+
+
+def _check_wheels(settings: Settings) -> Check:
+    found = shipped.every()
+    if not found:
+        return Check("kernel wheels", None, "none installed", "make one with `inductor-ext build --wheel`")
+    told, ok = [], True
+    for wheel in found:
+        cache = KernelCache(wheel.root, prebuilt=True)
+        reason = wheel.unfit or cache.refusal()
+        ok = ok and not reason
+        told.append(f"{wheel.describe()}: {reason or f'{len(cache.entries())} kernels'}")
+    fix = "" if ok else "install it again, for this version; nobody but its owner (you or root) may be able to write there"
+    return Check("kernel wheels", ok, "; ".join(told), fix)

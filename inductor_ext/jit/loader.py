@@ -1,4 +1,5 @@
-"""``load`` and ``try_load``: what this process holds, else the prebuilt directory, else the cache, else a build.
+"""``load`` and ``try_load``: what this process holds, else the prebuilt directory, an installed wheel of kernels, the cache, a
+build.
 
 A process keeps what it loaded and what failed: edits of a header are seen by the next process, or after ``forget()``;
 a failed build is tried again once a source, the compiler or the target changed, or after an hour; one that failed for want of
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from inductor_ext.errors import BuildError, KernelUnavailable, ToolchainError
-from inductor_ext.jit import binary, headers
+from inductor_ext.jit import binary, headers, shipped
 from inductor_ext.jit.build import CacheFailed, build
 from inductor_ext.jit.cache import NOTE_LIFE_S, Entry, KernelCache
 from inductor_ext.jit.files import Refused, is_disk_full, said
@@ -73,6 +74,7 @@ def forget() -> None:
     _failed.clear()
     _warned.clear()
     _writable.clear()
+    shipped.installed.cache_clear()
 
 
 def _place(spec: JitSpec, settings: Settings) -> _Place:
@@ -85,11 +87,11 @@ def _existing(spec: JitSpec, settings: Settings, rejected: list[str]) -> Any | N
     if place in _loaded:
         return _loaded[place]
     compilers = Compilers(None, None)
-    for cache in _caches(settings):
+    for cache, name in _caches(settings, spec.arch):
         if reason := cache.refusal():
             rejected.append(f"{line(cache.root)}: {line(reason)}")
             if cache.prebuilt:  # that of a cache is told when something has to be built
-                told = f"INDUCTOR_EXT_PREBUILT_DIR={line(cache.root)} is not used: it {line(reason)}"
+                told = f"{name} is not used: it {line(reason)}"
                 _warn_once(cache.root, f"{told}. To fix: make it again, or correct it ({_CHMOD})")
             continue
         if not cache.has_slot(spec):
@@ -103,13 +105,22 @@ def _existing(spec: JitSpec, settings: Settings, rejected: list[str]) -> Any | N
     return None
 
 
-def _caches(settings: Settings) -> list[KernelCache]:
-    caches = [KernelCache(settings.cache_path())]
+def _caches(settings: Settings, arch: str) -> list[tuple[KernelCache, str]]:
+    """Where binaries for ``arch`` may be, in the order in which they are looked for, each with what people call it."""
+    caches = []
     if settings.prebuilt_dir:
-        caches.insert(0, KernelCache(settings.prebuilt_path(), prebuilt=True))
+        path = settings.prebuilt_path()
+        caches.append((KernelCache(path, prebuilt=True), f"INDUCTOR_EXT_PREBUILT_DIR={line(path)}"))
+    if wheel := shipped.installed(arch):
+        if wheel.unfit:
+            told = f"{line(wheel.describe())} is not used: it {line(wheel.unfit)}"
+            _warn_once(wheel.root, f"{told}. To fix: install the one of this version")
+        else:
+            caches.append((KernelCache(wheel.root, prebuilt=True), line(wheel.describe())))
+    caches.append((KernelCache(settings.cache_path()), "the kernel cache"))
     writable = _writable.get((settings.cache_path(), os.getpid()))
-    if writable and writable.root != settings.cache_path():  # this process's private one
-        caches.append(writable)
+    if writable and writable.root != settings.cache_path():
+        caches.append((writable, "this process's private cache"))
     return caches
 
 
@@ -246,7 +257,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _unavailable(spec: JitSpec, rejected: list[str], why: str, settings: Settings) -> KernelUnavailable:
-    looked = ", ".join(line(cache.root) for cache in _caches(settings))
+    looked = ", ".join(line(cache.root) for cache, _ in _caches(settings, spec.arch))
     found = "; ".join(rejected) if rejected else "no entry for it"
     return KernelUnavailable(
         f"kernel {spec.name} ({spec.arch}): no usable binary in {looked} (found: {found}), and {why}. "

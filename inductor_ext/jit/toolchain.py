@@ -81,7 +81,7 @@ def find_toolchain(settings: Settings | None = None) -> Toolchain:
     nvcc_text, nvcc_dirs = memo.get(nvcc, compilers.probe_nvcc)
     host_text, host_dirs = memo.get(host, compilers.probe_host)
     dirs = tuple(dict.fromkeys(Path(d) for d in [*nvcc_dirs, *host_dirs]))
-    return Toolchain(nvcc, compilers.with_environment(nvcc_text), host, host_text, dirs)
+    return Toolchain(nvcc, compilers.with_environment(nvcc_text, nvcc), host, host_text, dirs)
 
 
 def known_compilers(settings: Settings) -> Compilers:
@@ -94,6 +94,7 @@ def known_compilers(settings: Settings) -> Compilers:
         except ToolchainError:
             return None
 
-    nvcc = ask(compilers.find_nvcc(settings)[0], compilers.probe_nvcc)
+    path = compilers.find_nvcc(settings)[0]
+    nvcc = ask(path, compilers.probe_nvcc)
     host = ask(compilers.find_host_compiler()[0], compilers.probe_host)
-    return Compilers(compilers.with_environment(nvcc) if nvcc else None, host)
+    return Compilers(compilers.with_environment(nvcc, path) if path and nvcc else None, host)

@@ -156,6 +156,7 @@ def test_doctor_reports_every_part_and_never_raises(lab, monkeypatch):
         "cache directory",
         "free disk",
         "prebuilt directory",
+        "kernel wheels",
     ]
     assert checks["nvcc"].ok and "99.1.1" in checks["nvcc"].found
     assert checks["cache directory"].ok and str(lab.cache) in checks["cache directory"].found
