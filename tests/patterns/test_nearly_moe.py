@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import inductor_ext
-from tests.support.nearly import N
+from tests.support.nearly import N, check, reasons, refused
 
 # ---- a mixture's rows, back in the tokens' order -----------------------------------------------------------------------
 
@@ -117,3 +117,136 @@ def test_rows_of_experts_are_combined_as_eager_does(name: str) -> None:
     assert found.differs == []
     counts = [graph.counts().get("moe_combine", 0) for graph in found.graphs]
     assert sum(counts) or name not in ("weights", "hidden", "selected", "places_by_scatter", "places_by_sorting")
+
+
+# ---- rows that are hidden from grouped products ------------------------------------------------------------------------
+
+
+#: As many rows as columns, of which 6 are of the 4 experts here: fewer than half, so that half the rows could hold them.
+SQUARE, HERE, LOCAL = 16, 6, 4
+IDS = torch.tensor([5, 0, 4, 1, 4, 3, 5, 1, 4, 4, 0, 4, 5, 3, 4, 5])
+
+
+def ends(ids: Any, experts: int = LOCAL) -> Any:
+    return torch.cumsum(torch.histc(ids.float(), experts, 0, experts - 1), 0, dtype=torch.int32)
+
+
+def times(rows: Any, w: Any, s: Any) -> Any:
+    """The product's rows that are written: those of experts here."""
+    return torch._grouped_mm(rows, w, offs=ends(s))[:HERE]
+
+
+def masked(x: Any, s: Any) -> Any:
+    return torch.where((s >= LOCAL).unsqueeze(-1), x.new_zeros(()), x)
+
+
+def combined(rows: Any, ids: Any, perm: Any, experts: int = LOCAL, weights: Any = None) -> Any:
+    given = (None if each is None else each.view(-1, 1) for each in (weights, torch.argsort(perm), ids))
+    return torch.ops.inductor_ext.moe_combine(rows, *given, experts, torch.bfloat16)
+
+
+def parts(rows: Any) -> Any:
+    return rows.view(SQUARE, 4, 4)
+
+
+#: What is made of masked rows m (x where they are of experts here), of sorted ids s and their permutation p.
+UNREAD: dict[str, Callable[..., Any]] = {
+    "as_they_are": lambda m, w, s, p, ids, x: times(m, w, s),
+    "columns_turned": lambda m, w, s, p, ids, x: times(parts(m).transpose(1, 2).reshape(SQUARE, SQUARE), w, s),
+    "by_their_own_largest": lambda m, w, s, p, ids, x: times(m / m.abs().amax(-1, keepdim=True), w, s),
+    "in_fp32_for_a_while": lambda m, w, s, p, ids, x: times((m.float() / 3).bfloat16(), w, s),
+    "rounded_to_mxfp8": lambda m, w, s, p, ids, x: times(
+        torch.ops.inductor_ext.mxfp8_round((m[:, None] * x.new_ones(2, 1)).view(SQUARE, 32), "rceil")[:, 8:24], w, s
+    ),
+    "ends_of_ids_not_sorted": lambda m, w, s, p, ids, x: times(m, w, ids),
+    "combined": lambda m, w, s, p, ids, x: combined(m, ids, p),
+    "combined_and_multiplied": lambda m, w, s, p, ids, x: (combined(m, ids, p), times(m, w, s)),
+    "combined_of_fewer_experts": lambda m, w, s, p, ids, x: combined(m, ids, p, LOCAL - 1),
+}
+
+A_ROW_IS_READ = "a masked row is read"
+READ: dict[str, tuple[str, Callable[..., Any]]] = {
+    "combined_of_more_experts": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: combined(m, ids, p, LOCAL + 1)),
+    "combined_of_other_ids": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: combined(m, ids.flip(0), p)),
+    "combined_whole": (
+        A_ROW_IS_READ,
+        lambda m, w, s, p, ids, x: torch.ops.inductor_ext.moe_combine(m, None, p.view(-1, 1), None, 0, torch.bfloat16),
+    ),
+    "ends_of_columns": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), torch._grouped_mm(m, x, offs=ends(s)))),
+    "later_rows": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m[HERE - 2 :], w, s))),
+    "rows_backwards": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m.flip(0), w, s))),
+    "rows_in_pairs": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m.view(8, 32)[:, 8:24], w, s))),
+    "sorted_rows": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), torch.sort(m, 0)[0])),
+    "returned": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), m)),
+    "turned": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m.t().contiguous(), w, s))),
+    "by_the_largest_of_all": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m / m.amax(), w, s))),
+    "by_the_largest_of_columns": (
+        A_ROW_IS_READ,
+        lambda m, w, s, p, ids, x: (times(m, w, s), times(m - m.amin(0).unsqueeze(-1), w, s)),
+    ),
+    "the_last_row_in_all": (
+        A_ROW_IS_READ,
+        lambda m, w, s, p, ids, x: (times(m, w, s), times((m + x[:, :1, None])[:, -1], w, s)),
+    ),
+}
+
+
+def with_masked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def whole(x: Any, w: Any, ids: Any) -> Any:
+        s, p = torch.sort(ids)
+        return fn(masked(x, s), w, s, p, ids, x)
+
+    return whole
+
+
+def rows_and_weights() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(shape, generator=generator) for shape in ((SQUARE, SQUARE), (LOCAL, SQUARE, SQUARE)))
+    return x.bfloat16(), w.bfloat16(), IDS
+
+
+@pytest.mark.parametrize("name", list(UNREAD))
+def test_a_mask_that_nothing_reads_goes(name: str) -> None:
+    check("moe_masks", with_masked(UNREAD[name]), *rows_and_weights(), count=1)
+
+
+@pytest.mark.parametrize("name", list(READ))
+def test_a_mask_that_something_reads_stays(name: str) -> None:
+    reason, fn = READ[name]
+    refused("moe_masks", with_masked(fn), *rows_and_weights(), reason=reason)
+
+
+def test_a_mask_of_anything_else_is_no_near_miss() -> None:
+    found = check("moe_masks", with_masked(lambda m, w, s, p, ids, x: m * 2), *rows_and_weights(), count=0)
+    assert reasons(found, "moe_masks") == []
+
+
+def test_one_row_of_a_sum_over_everything_is_not_looked_into() -> None:
+    def by_their_sum(x: Any, w: Any, ids: Any) -> Any:
+        s = torch.sort(ids)[0]
+        m = masked(x, s)
+        return torch._grouped_mm(m / m.sum(None, keepdim=True), w, offs=ends(s))
+
+    x, w, ids = rows_and_weights()
+    refused("moe_masks", by_their_sum, x[:1], w, ids[1:2], reason=A_ROW_IS_READ)
+
+
+def test_a_weight_of_the_combined_may_be_a_masked_row() -> None:
+    """Weights are in the tokens' order, and so a token that is here may be weighted by a row that is not."""
+
+    def by_themselves(x: Any, ids: Any) -> Any:
+        s, p = torch.sort(ids)
+        m = masked(x, s)
+        return combined(m, ids, p), combined(m, ids, p, weights=m)
+
+    refused("moe_masks", by_themselves, rows_and_weights()[0][:, :1], IDS, reason=A_ROW_IS_READ)
+
+
+def test_a_mask_of_rows_in_two_dimensions_stays() -> None:
+    """The first of each pair of rows: the product reads 6 of those, and the ends count pairs' other rows too."""
+
+    def pairs(x: Any, w: Any, ids: Any) -> Any:
+        s = torch.sort(ids)[0]
+        return times(masked(x.view(8, 2, 16), s.view(8, 2))[:, 0], w, s)
+
+    check("moe_masks", pairs, *rows_and_weights(), count=0)
