@@ -48,7 +48,7 @@ def guard(node: Node, context: Context) -> Match | None:
         raise Miss(_READ, node, "operators that take each row by itself, then a grouped matmul", describe(other))
     for reader in readers:
         _check(reader, mask)
-    named = ", ".join(reader.name for reader in readers)
+    named = ", ".join(map(str, readers))
     return Match(node, (), f"rows of experts from {mask.experts} on", f"read by {named} only, which skip them", mask.kept)
 
 
@@ -58,7 +58,7 @@ def replace(match: Match) -> None:
 
 
 def _readers(node: Node) -> tuple[list[Node], Node | None]:
-    """The matmuls and combinations that what is made of ``node``'s rows ends in, and the first other use of them."""
+    """The matmuls and combinations that what is made of ``node``'s rows ends in, and another use of them if there is one."""
     rows = value_of(node).shape[0]
     readers: dict[Node, None] = {}
     other: Node | None = None
@@ -69,7 +69,7 @@ def _readers(node: Node) -> tuple[list[Node], Node | None]:
             if _skips_rows(at, user):
                 readers[user] = None
             elif not _row_by_row(at, user, rows):
-                other = other or user
+                other = user
             elif user not in seen:
                 seen.add(user)
                 pending.append(user)
@@ -78,31 +78,27 @@ def _readers(node: Node) -> tuple[list[Node], Node | None]:
 
 def _skips_rows(source: Node, user: Node) -> bool:
     """Whether ``user`` takes rows of ``source`` that groups of rows name, or that expert ids do."""
-    if user.args[:1] != (source,) or any(argument is source for argument in user.args[1:]):
+    if source in user.args[1:]:
         return False
     return user.target is COMBINE.overload or (is_call(user, *_GROUPED) and value_of(user.args[1]).dim() == 3)
 
 
 def _row_by_row(source: Node, user: Node, rows: Any) -> bool:
     """Whether a row of ``user``, or of each of its parts, comes of the same row of ``source`` alone, and of other tensors."""
-    if user.op != "call_function":
-        return False
-    value, before = value_of(user), value_of(source)
     if user.target is operator.getitem:
-        return not isinstance(before, torch.Tensor)  # a part of a split
+        return True  # a part of a split
+    value, before = value_of(user), value_of(source)
     if user.target in _SLICES:
         at = _SLICES[user.target]
         dim = user.kwargs.get("dim", user.args[at] if len(user.args) > at else 0)
         return dim % before.dim() != 0
-    if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor):
-        return False
-    if value.dim() == 0 or not known_equal(value.shape[0], rows) or not known_equal(before.shape[0], rows):
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or not known_equal(value.shape[0], rows):
         return False
     if user.target in RESHAPES:
         return user.target is not aten.permute.default or user.args[1][0] == 0
     if user.target in _REDUCTIONS:
-        dims = user.args[1] if len(user.args) > 1 else []
-        return bool(dims) and all(dim % before.dim() != 0 for dim in ([dims] if isinstance(dims, int) else dims))
+        dims = (user.args[1] if len(user.args) > 1 else None) or [0]  # without any it is over all, rows too
+        return all(dim % before.dim() != 0 for dim in ([dims] if isinstance(dims, int) else dims))
     pointwise = user.target in (CONVERT, ROUND.overload) or torch.Tag.pointwise in getattr(user.target, "tags", ())
     return pointwise and value.dim() == before.dim()
 
@@ -112,8 +108,8 @@ def _check(reader: Node, mask: RowMask) -> None:
     ids = routing.sorted_ids(mask.ids)
     assert ids is not None
     if reader.target is COMBINE.overload:
-        expert_ids, experts = reader.args[3], reader.args[4]
-        if isinstance(expert_ids, Node) and in_order(expert_ids) is ids.ids and experts <= mask.experts:
+        expert_ids, experts = reader.args[3:5]
+        if in_order(expert_ids) is ids.ids and experts <= mask.experts:
             return
         raise Miss(_READ, reader, f"experts from {mask.experts} on left out", describe(reader))
     at = _GROUPED[reader.target]

@@ -51,9 +51,7 @@ def row_mask(node: Node) -> RowMask | None:
         return None
     condition, true, false = node.args
     shape, given = value_of(node).shape, value_of(condition).shape
-    if not isinstance(condition, Node) or not given or len(shape) != len(given) or not known_equal(given[-1], 1):
-        return None
-    if not same_sizes(given[:-1], shape[:-1]):
+    if not given or not known_equal(given[-1], 1) or not same_sizes(given[:-1], shape[:-1]):
         return None
     compared, negated = in_order(condition), False
     while is_call(compared, *_NOT):
@@ -63,7 +61,7 @@ def row_mask(node: Node) -> RowMask | None:
     past, further = _COMPARISONS[compared.target]
     fill, kept = (true, false) if past is not negated else (false, true)
     ids = in_order(compared.args[0])
-    alike = isinstance(kept, Node) and same_sizes(value_of(kept).shape, shape) and value_of(kept).dtype is value_of(node).dtype
+    alike = same_sizes(value_of(kept).shape, shape) and value_of(kept).dtype is value_of(node).dtype
     if not alike or value_of(ids).dtype not in INTEGERS:
         return None
     return RowMask(ids, compared.args[1] + further, fill, kept)
@@ -96,32 +94,32 @@ def _sort(node: Any, item: int) -> Sorted | None:
     return None if arguments(sort)["descending"] else Sorted(sort, in_order(sort.args[0]))
 
 
-def inverse_of(node: Node) -> Node | None:
-    """The permutation that ``node`` is the inverse of: iota written to the places it names, or what sorts it."""
+def inverse_of(node: Node) -> Sorted | None:
+    """The sort whose permutation ``node``, of one dimension, is the inverse of: iota written to the places that this names, or
+    what sorts it. Other places may name a row twice, and another one never: they have no inverse."""
     if is_call(node, aten.index_put.default):
         _, indices, values = node.args[:3]
-        if arguments(node)["accumulate"] or len(indices) != 1:
+        if arguments(node)["accumulate"]:
             return None
         perm = indices[0]
     elif is_call(node, aten.scatter.src):
         _, _, perm, values = node.args[:4]
     else:
         again = permutation(node)
-        return again.ids if again is not None and permutation(again.ids) is not None else None
+        return None if again is None else permutation(again.ids)
     counts = is_call(values, prims.iota.default) and values.kwargs["start"] == 0 and values.kwargs["step"] == 1
-    whole = value_of(node).dim() == 1 and same_sizes(value_of(node).shape, value_of(perm).shape)
-    return perm if counts and whole and same_sizes(value_of(values).shape, value_of(perm).shape) else None
+    alike = same_sizes(value_of(node).shape, value_of(perm).shape) and same_sizes(value_of(values).shape, value_of(perm).shape)
+    return permutation(perm) if counts and alike else None
 
 
 def in_token_order(vector: Node, inverse: Node) -> Node | None:
     """What ``vector[inverse]`` is, ``vector`` having a number for each sorted row, if that is in the graph already."""
-    perm = inverse_of(inverse)
-    if perm is None:
+    sort = inverse_of(inverse)
+    if sort is None:
         return None
-    if is_call(vector, aten.index.Tensor) and len(vector.args[1]) == 1 and vector.args[1][0] is perm:
+    if is_call(vector, aten.index.Tensor) and permutation(vector.args[1][0]) == sort:
         return vector.args[0] if same_sizes(value_of(vector.args[0]).shape, value_of(vector).shape) else None
-    values, indices = sorted_ids(vector), permutation(perm)
-    return values.ids if values is not None and indices is not None and values.sort is indices.sort else None
+    return sort.ids if sorted_ids(vector) == sort else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ class GroupEnds:
 
 def group_ends(offs: Node) -> GroupEnds | None:
     """What ``offs`` of a grouped matmul counts."""
-    if not is_call(offs, aten.cumsum.default) or value_of(offs).dim() != 1:
+    if not is_call(offs, aten.cumsum.default):
         return None
     counts = offs.args[0]
     if not is_call(counts, aten.histc.default):

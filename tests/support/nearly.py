@@ -25,6 +25,7 @@ def check(rule: str, fn: Callable[..., Any], *inputs: Any, count: int, dynamic: 
     rewrites = [event for graph in found.graphs for event in graph.rewrites if event.rule == rule]
     assert len(rewrites) == count, reasons(found, rule)
     assert found.differs == []
+    assert "the rule failed" not in reasons(found, rule)
     return found
 
 
