@@ -266,7 +266,8 @@ def {self.name}({self.signature.parameters(self._given)}):
         return self.reference(*args)
 
     def _run_reference_out(self, *args: Any, **outs: torch.Tensor) -> None:
-        self._run_reference_into(*args, *outs.values())
+        missing = list(self.signature.types)[len(args) :]  # the dispatcher leaves out what has its default
+        self._run_reference_into(*args, *(self.signature.defaults[name] for name in missing), *outs.values())
 
     def _run_reference_into(self, *values: Any) -> None:
         first = len(self.signature.types)

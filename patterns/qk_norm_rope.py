@@ -1,7 +1,10 @@
-"""qk_norm_rope: RMSNorm of each head, if there is one, and rotate-half RoPE of q and k become one launch.
+"""qk_norm_rope: RMSNorm of each head, if there is one, and RoPE of q and k become one launch.
 
     q = norm(q) * cos + cat(-norm(q)[..., D/2:], norm(q)[..., :D/2]) * sin;  k alike
         →   q, k = inductor_ext.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, …)
+
+However it is spelled (`support.rope`): by halves or by pairs, of whole heads or of their first columns, with tables of as many
+columns or of half as many.
 
 q and k are read where the projections left them, columns of one buffer too, and written as [B, S, H, D], of which attention
 reads a permuted view. Two rotations become one call if they share their tables, norm and tokens, and nothing stands between
@@ -17,13 +20,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.calls import aten, calling, is_call
+from inductor_ext.calls import aten, calling, calls, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope.op import MAX_HEAD_DIM, OP
+from inductor_ext.memory import readers
 from inductor_ext.miss import HEAD_DIM, INPUT_LAYOUT, Miss, found_or_none, fused
 from inductor_ext.patterns.support import rope
-from inductor_ext.patterns.support.columns import hoist
-from inductor_ext.patterns.support.rope import Rope, Table
+from inductor_ext.patterns.support.attention_examples import sdpa
+from inductor_ext.patterns.support.columns import hoist, refresh
+from inductor_ext.patterns.support.rope import NOT_A_ROTATION, Rope, Table
 from inductor_ext.patterns.support.same import in_order, same_elements
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
@@ -35,7 +40,7 @@ def guard(node: Node, context: Context) -> Match | None:
     found = ropes[0]
     heads = " and ".join(str(each.x.value.shape[2]) for each in ropes)
     norm = f"norm {found.norm.norm!r}" if found.norm else "no norm"
-    detail = f"{heads} heads of {found.x.value.shape[3]}, {norm}"
+    detail = f"{heads} heads of {found.x.value.shape[3]}, {norm}{'' if found.plain else f', {found.described}'}"
     why = "forced" if context.forced else f"its input is in memory: {describe(found.x.node)}"
     tables = (found.cos.value, found.sin.value)
     arguments = rotation_arguments(ropes, [each.x.value for each in ropes], tables)
@@ -71,9 +76,11 @@ def _usable(add: Node, forced: bool) -> Rope | None:
         if not known_equal(value.stride(-1), 1):
             strides = f"{describe(node)} strides {list(value.stride())}"
             raise Miss(INPUT_LAYOUT, found.end, "columns of unit stride", strides)
-    if not _same_strides(found.result, value_of(found.end)):
-        strides = f"strides {list(value_of(found.end).stride())}"
-        raise Miss("memory layout", found.end, f"[B, S, H, D] in memory: strides {list(found.result.stride())}", strides)
+    reader = None if _same_strides(found.result, value_of(found.end)) else _reader_by_layout(found.end)
+    if reader is not None:
+        strides = f"strides {list(value_of(found.end).stride())}, read by {describe(reader)}"
+        wanted = f"[B, S, H, D] in memory, strides {list(found.result.stride())}, or attention and copies as its readers"
+        raise Miss("memory layout", found.end, wanted, strides)
     if not forced and not is_opaque(found.x.node):
         wanted = "a graph input, a GEMM or another opaque kernel as producer"
         raise Miss(fused("rotation", "producer"), found.end, wanted, describe(found.x.node))
@@ -83,6 +90,21 @@ def _usable(add: Node, forced: bool) -> Rope | None:
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     pairs = zip(a.shape, a.stride(), b.stride())
     return all(known_equal(size, 1) or known_equal(one, two) for size, one, two in pairs)
+
+
+def _reader_by_layout(end: Node) -> Node | None:
+    """A reader of ``end``, through views too, for which other strides might mean a copy, or which hands them on."""
+    for _, user in readers(end):
+        if is_call(user, *_REARRANGES) or (calls(user, aten.clone.default) and "memory_format" in user.kwargs):
+            continue
+        if not isinstance(user.target, torch._ops.OpOverload) or not user.target._schema.name.startswith(_ATTENTION):
+            return user
+    return None
+
+
+#: Views that any strides allow, and what reads whatever strides it gets.
+_REARRANGES = (aten.permute.default, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
+_ATTENTION = ("aten::_scaled_dot_product_", "inductor_ext::varlen_attention")
 
 
 #: How many rotations before and after one are looked at for its partner. All layers share their tables, so there are many.
@@ -100,18 +122,18 @@ def _partner(found: Rope, add: Node, forced: bool, fits: Fits) -> Rope | None:
     earlier = [other for other in others if other < add]
     for other in (*others[len(earlier) :][:NEAREST], *earlier[: -NEAREST - 1 : -1]):
         rotation = found_or_none(_usable, other, forced)
-        if rotation is not None and _alike(found, rotation) and fits(found, rotation):
+        if rotation is not None and rotation.end is not found.end and _alike(found, rotation) and fits(found, rotation):
             return rotation
     return None
 
 
 def _rotations_by(table: Node) -> Iterator[Node]:
-    """Additions of something that is multiplied by ``table`` or a view of it."""
+    """Anchors of rotations that may multiply something by ``table`` or a view of it."""
     for user in table.users:
         if is_reshape(user):
             yield from _rotations_by(user)
         elif is_call(user, aten.mul.Tensor):
-            yield from (add for add in user.users if is_call(add, aten.add.Tensor))
+            yield from (rope.anchor_of(add) for add in user.users if is_call(add, aten.add.Tensor))
 
 
 def _place(ropes: Sequence[Rope]) -> Node:
@@ -131,11 +153,13 @@ def _alike(a: Rope, b: Rope) -> bool:
         weights = value_of(a.norm.weight).dtype, value_of(b.norm.weight).dtype
         if (a.norm.norm, a.norm.eps) != (b.norm.norm, b.norm.eps) or weights[0] is not weights[1]:
             return False
+    if (a.pairs, a.rotary) != (b.pairs, b.rotary):
+        return False
     return _same_table(a.cos, b.cos) and _same_table(a.sin, b.sin)
 
 
 def _same_table(a: Table, b: Table) -> bool:
-    return known_equal(a.value.shape[0], b.value.shape[0]) and same_elements(a.node, b.node)
+    return all(known_equal(a.value.shape[dim], b.value.shape[dim]) for dim in (0, 2)) and same_elements(a.node, b.node)
 
 
 def rotation_arguments(ropes: Sequence[Rope], x: list[Any], tables: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -145,7 +169,13 @@ def rotation_arguments(ropes: Sequence[Rope], x: list[Any], tables: tuple[Any, A
     q, k = (*x, None)[:2]
     q_weight, k_weight = (*weights, None)[:2]
     rest = (0.0, "") if norm is None else (norm.eps, norm.norm)
-    return q, k, q_weight, k_weight, *tables, *rest, ropes[0].dtype
+    return q, k, q_weight, k_weight, *tables, *rest, ropes[0].dtype, *turned(ropes[0])
+
+
+def turned(rope: Rope) -> tuple[Any, ...]:
+    """The op's last arguments, ``pairs`` and ``rotary``, where they are not the defaults."""
+    part = rope.rotary != rope.x.value.shape[3]
+    return (rope.pairs, rope.rotary if part else 0) if rope.pairs or part else ()
 
 
 def replace(match: Match) -> None:
@@ -163,6 +193,7 @@ def replace(match: Match) -> None:
             results.append(each.put_result(graph, out))
     for each, result in zip(ropes, results):
         each.end.replace_all_uses_with(result)
+        refresh(result)
         erase_dead(each.end)
 
 
@@ -255,12 +286,80 @@ def _wrong_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x[..., : D // 2], x[..., D // 2 :]), dim=-1)
 
 
-def _partial(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
-    """Phi: half of a head is rotated, the rest passes."""
-    q = _heads(qkv)[0].transpose(1, 2)
-    turning, passing = q[..., : D // 2], q[..., D // 2 :]
+def _by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """vLLM's and SGLang's ``forward_native``."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _by_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same of GPT-J's style."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+def _native(by: Any = _by_halves, rotary: int = D, norm: Any = None) -> Callable[..., Any]:
+    """q and k of packed tokens, turned by rows of one cache of cosines and sines."""
+
+    def fn(qkv: Any, cache: Any, positions: Any, *weights: Any) -> tuple[torch.Tensor, ...]:
+        heads = [x if norm is None else norm(x, weight) for x, weight in zip(_heads(qkv), weights or (None, None))]
+        cos, sin = (each.to(qkv.dtype).unsqueeze(1) for each in cache.index_select(0, positions).chunk(2, -1))
+        turned = [by(x[..., :rotary], cos, sin) for x in heads]
+        if rotary == D:
+            return tuple(turned)
+        return tuple(torch.cat((each, x[..., rotary:]), -1) for each, x in zip(turned, heads))
+
+    return fn
+
+
+def _given_halves(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(_by_halves(x, cos.unsqueeze(2), sin.unsqueeze(2)) for x in _heads(qkv))
+
+
+def _flux(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """diffusers' ``apply_rotary_emb``: in fp32, with a number of the tables for each column."""
+    cos, sin = cos.float(), sin.float()
+
+    def one(x: torch.Tensor) -> torch.Tensor:
+        real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+        return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+    q, k = (each.transpose(1, 2) for each in _heads(qkv))
+    return one(q), one(k)
+
+
+def _partly(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """Phi: the first columns of a head are rotated by halves, the others pass."""
+    cos, sin = cos[..., : D // 2].unsqueeze(2), sin[..., : D // 2].unsqueeze(2)
+    each = ((x[..., : D // 2], x[..., D // 2 :]) for x in _heads(qkv))
+    return tuple(torch.cat((low * cos + _rotate_half(low) * sin, high), dim=-1) for low, high in each)
+
+
+def _selected(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """Qwen2-VL: sections of a head are turned by the angles of time, height and width."""
+    cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(each.split([2, 3, 3] * 2, -1))], -1) for each in (cos, sin))
+    return _qwen2(qkv, cos, sin)
+
+
+def _biased(x: Any, w: Any, bias: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    return _qwen2(torch.nn.functional.linear(x, w, bias), cos, sin)
+
+
+def _phi(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
+    """Heads before positions when they are put together again: attention reads them wherever they lie."""
+    x = [each.transpose(1, 2) for each in _heads(qkv)]
     cos, sin = cos[..., : D // 2].unsqueeze(1), sin[..., : D // 2].unsqueeze(1)
-    return torch.cat((turning * cos + _rotate_half(turning) * sin, passing), dim=-1)
+    parts = [(each[..., : D // 2], each[..., D // 2 :]) for each in x]
+    q, k = (torch.cat((low * cos + _rotate_half(low) * sin, high), dim=-1) for low, high in parts)
+    return sdpa(q, k.repeat_interleave(2, 1), x[0])[0]
+
+
+def _last_columns(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
+    """DeepSeek: the last columns of a head are rotated."""
+    q = _heads(qkv)[0]
+    cos, sin = cos[..., : D // 2].unsqueeze(2), sin[..., : D // 2].unsqueeze(2)
+    return torch.cat((q[..., D // 2 :], q[..., : D // 2] * cos + _rotate_half(q[..., : D // 2]) * sin), -1)
 
 
 def _turned_is_read(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
@@ -283,6 +382,35 @@ def _inputs(device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Ten
 
 def _inputs_fp16(device: str) -> tuple[torch.Tensor, ...]:
     return _inputs(device, torch.float16)
+
+
+def _cached(rotary: int = D, dtype: torch.dtype = torch.bfloat16) -> Callable[[str], tuple[torch.Tensor, ...]]:
+    def make(device: str) -> tuple[torch.Tensor, ...]:
+        qkv, angles = _inputs(device, dtype)[0], torch.randn(40, rotary // 2, device=device) * 9
+        positions = torch.arange(18, device=device) * 2
+        return qkv.flatten(0, 1), torch.cat((angles.cos(), angles.sin()), -1), positions
+
+    return make
+
+
+def _cached_weighted(device: str) -> tuple[torch.Tensor, ...]:
+    return *_cached()(device), *_weighted(device)[3:]
+
+
+def _half_tables(device: str) -> tuple[torch.Tensor, ...]:
+    qkv, cos, sin = _inputs(device)
+    return qkv, cos[..., : D // 2].contiguous(), sin[..., : D // 2].contiguous()
+
+
+def _three_tables(device: str) -> tuple[torch.Tensor, ...]:
+    angles = torch.randn(3, 3, 6, D, device=device) * 9
+    return _inputs(device)[0], angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def _linear(device: str) -> tuple[torch.Tensor, ...]:
+    qkv, cos, sin = _inputs(device)
+    w, bias = (torch.randn(*shape, device=device).bfloat16() for shape in ((qkv.shape[-1], 32), (qkv.shape[-1],)))
+    return qkv[..., :32].contiguous(), w, bias, cos, sin
 
 
 def _batched(device: str) -> tuple[torch.Tensor, ...]:
@@ -311,8 +439,8 @@ def _heads_first_in_memory(device: str) -> tuple[torch.Tensor, ...]:
 
 RULE = Rule(
     name="qk_norm_rope",
-    doc="RMSNorm of each head and rotate-half RoPE of q and k → one launch",
-    anchors=calling(aten.add.Tensor),
+    doc="RMSNorm of each head and RoPE of q and k → one launch",
+    anchors=calling(*rope.ANCHORS),
     guard=guard,
     replace=replace,
     exact=False,
@@ -330,18 +458,30 @@ RULE = Rule(
         Example("through_fp32", _through_fp32, _inputs),
         Example("chunks_of_q_alone", _chunks, _inputs),
         Example("other_tables_for_k", _apart, _inputs, count=2),
+        Example("halves_put_together", _native(), _cached()),
+        Example("halves_put_together_dynamic_shape", _given_halves, _half_tables, dynamic=True),
+        Example("halves_put_together_with_a_norm", _native(norm=_llama_norm), _cached_weighted),
+        Example("halves_of_some_columns", _native(rotary=8), _cached(8)),
+        Example("pairs", _native(_by_pairs), _cached()),
+        Example("pairs_with_a_norm", _native(_by_pairs, norm=_llama_norm), _cached_weighted),
+        Example("pairs_of_some_columns", _native(_by_pairs, 8), _cached(8)),
+        Example("pairs_in_fp32", _flux, _inputs),
+        Example("half_of_a_head", _partly, _inputs),
+        Example("heads_before_positions", _phi, _inputs, before=(("causal_attention", "off"),)),
+        Example("selected_tables", _selected, _three_tables),
+        Example("after_a_bias", _biased, _linear),
+        Example("turned_in_pairs", _turned_by(_interleaved), _inputs),
     ),
     near_misses=(
-        Example("interleaved", _turned_by(_interleaved), _inputs, reason="the rotation is not by halves"),
-        Example("not_the_middle", _turned_by(_uneven), _inputs, reason="the rotation is not by halves"),
-        Example("the_other_half_is_negated", _turned_by(_wrong_half), _inputs, reason="the rotation is not by halves"),
+        Example("not_the_middle", _turned_by(_uneven), _inputs, reason=NOT_A_ROTATION),
+        Example("the_other_half_is_negated", _turned_by(_wrong_half), _inputs, reason=NOT_A_ROTATION),
         Example(
             "another_tensor_times_cos",
             _turned_by(_rotate_half, flipped=True),
             _inputs,
             reason="what is rotated is not what is multiplied by cos",
         ),
-        Example("half_of_a_head", _partial, _inputs, reason="only part of a head is rotated"),
+        Example("last_columns", _last_columns, _inputs, reason="only part of a head is rotated"),
         Example("turned_is_read", _turned_is_read, _inputs, reason="a step of the rotation has a second user"),
         Example("normalised_is_read", _normalised_is_read, _weighted, reason="a step of the rotation has a second user"),
         Example(

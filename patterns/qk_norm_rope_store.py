@@ -29,10 +29,10 @@ from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
 from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, found_or_none
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
-from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope, rotation_arguments, rotations
+from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope, rotation_arguments, rotations, turned
 from inductor_ext.patterns.support import cache_store, columns, has_run, kv_store
 from inductor_ext.patterns.support.kv_store import Half
-from inductor_ext.patterns.support.rope import Rope
+from inductor_ext.patterns.support.rope import ANCHORS, Rope
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 #: What a search for k's store follows: the steps of an FP8 cast, and copies.
@@ -103,7 +103,7 @@ class _Plan:
 
     def arguments(self, x: list[Any], tables: tuple[Any, Any], v: Any, caches: Sequence[Any]) -> dict[str, Any]:
         """The op's arguments by name, nodes for tensors but for what is given."""
-        one, two, weight, other_weight, cos, sin, eps, norm, dtype = rotation_arguments(self.ropes, x, tables)
+        one, two, weight, other_weight, cos, sin, eps, norm, dtype, *_ = rotation_arguments(self.ropes, x, tables)
         k, q, k_weight, q_weight = (one, two, weight, other_weight) if self.index == 0 else (two, one, other_weight, weight)
         k_cache, v_cache = (*caches, None, None)[:2]
         return {
@@ -130,6 +130,7 @@ class _Plan:
             "offset": self.k.store.offset,
             "wrap": True,
             "check": self.check,
+            **dict(zip(("pairs", "rotary"), turned(self.ropes[0]))),
         }
 
     def insert_arguments(self, graph: Graph) -> dict[str, Any]:
@@ -525,7 +526,7 @@ def _match(name: str, fn: Any, inputs: Any, **options: Any) -> Example:
 RULE = Rule(
     name="qk_norm_rope_store",
     doc="qk_norm_rope, then k and v stored into their KV caches → one launch",
-    anchors=calling(aten.add.Tensor),
+    anchors=calling(*ANCHORS),
     guard=guard,
     replace=replace,
     matches=(

@@ -223,6 +223,9 @@ def _check_rotation(rope: Rope, made_by: Product) -> None:
     if not known_equal(count * HEAD_DIM, made_by.n) or not known_equal(sequences * positions, made_by.m):
         wanted = f"[B, S, {made_by.n // HEAD_DIM}, {HEAD_DIM}] of B · S = {made_by.m} rows"
         raise Miss("q or k is not a view of whole rows", rope.end, wanted, describe(rope.x.node))
+    if not rope.plain:
+        wanted = "halves of whole heads, a number of cos for each column"
+        raise Miss("another rotation than the kernel's", rope.end, wanted, rope.described)
     if rope.dtype is not OUT_DTYPE:
         raise Miss(miss.OUTPUT_DTYPE, rope.end, str(OUT_DTYPE), str(rope.dtype))
     for table in (rope.cos, rope.sin):

@@ -1,13 +1,14 @@
-// RMSNorm of each head of q and k, if the model has it, and rotate-half RoPE, both tensors in one launch.
+// RMSNorm of each head of q and k, if the model has it, and RoPE, both tensors in one launch.
 //
 //   y   = norm(x * rsqrt(mean(x²) + eps), weight), rounded to x's dtype; x itself without a norm
-//   out = y * cos + (-y[D/2:], y[:D/2]) * sin        each product and the sum rounded to T, the wider dtype of x and cos
+//   out = y * cos + (-y[R/2:R], y[:R/2]) * sin, y[R:]        each product and the sum rounded to T, the wider dtype of x and cos
+//         or the same with (-y[1], y[0], -y[3], y[2], …), by pairs: rope.cuh's Turn says which
 //
-//   q [B, S, H, D], k [B, S, Hkv, D] or none, unit last stride; cos, sin [1 or B, S, D], unit last stride; weights [D]
-//   q_out [B, S, H, D], k_out [B, S, Hkv, D] contiguous.   D even, 2 to 256
+//   q [B, S, H, D], k [B, S, Hkv, D] or none, unit last stride; cos, sin [1 or B, S, R or R/2], unit last stride; weights [D]
+//   q_out [B, S, H, D], k_out [B, S, Hkv, D] contiguous.   R even, by pairs a multiple of 4; 2 <= R <= D <= 256, D even
 //
-// A group of L lanes takes up to N heads of one token. A lane holds the same elements of both halves of a head, so that rotating
-// needs no other lane, and reads its cos, sin and weights once for all its heads.
+// A group of L lanes takes up to N heads of one token. A lane holds the same elements of both halves of what is turned of a head,
+// so that rotating needs no other lane, and reads its cos, sin and weights once for all its heads.
 #pragma once
 
 #include <tvm/ffi/function.h>
@@ -35,8 +36,9 @@ struct QkNormRopeParams {
   const void* sin;
   int64_t cos_batch, cos_token, sin_batch, sin_token;
   uint32_t groups, sequence;  // groups: tokens * (parts of q + parts of k)
-  int half;                   // D / 2
+  int half;                   // R / 2
   float eps, per_column;      // 1 / D
+  int width;                  // D
 };
 
 // y * cos + other * sin to memory.
@@ -54,13 +56,87 @@ struct NoStore {
   using Params = QkNormRopeParams;
 };
 
+// D, of Params that have all of it.
+template <typename Turn>
+__device__ __forceinline__ int head_width(const QkNormRopeParams& p) {
+  return Turn::kPartial ? p.width : 2 * p.half;
+}
+
+struct NoRest {
+  __device__ __forceinline__ float squares(float sum) const { return sum; }
+};
+
+// The columns of a head behind the R that are turned: up to 2 * U vectors a lane, which are normalised and handed on.
+template <typename In, typename W, typename Norm, int L, int E, int U>
+struct SomeRest {
+  static constexpr int kVectors = 2 * U;
+  Raw<In, E> x[kVectors];
+  Raw<W, E> weight[Norm::kNorm ? kVectors : 1];
+
+  static __device__ __forceinline__ int column(const QkNormRopeParams& p, int v, int lane) { return 2 * p.half + (v * L + lane) * E; }
+  // `from` is the head's first element; where the vectors lie apart element by element is `apart`.
+  __device__ __forceinline__ void load(const In* from, const W* numbers, const QkNormRopeParams& p, int lane, bool there,
+                                       bool apart = false) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = column(p, v, lane);
+      x[v].zero();
+      if constexpr (Norm::kNorm) weight[v].zero();
+      if (!there || i >= p.width) continue;
+      apart ? load_apart(x[v], from + i) : load_half(x[v], from + i);
+      if constexpr (Norm::kNorm) load_half(weight[v], numbers + i);
+    }
+  }
+  __device__ __forceinline__ float squares(float sum) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float a[E];
+      x[v].unpack(a);
+#pragma unroll
+      for (int e = 0; e < E; ++e) sum = fmaf(a[e], a[e], sum);
+    }
+    return sum;
+  }
+  // Normalises in place where there is a norm.
+  __device__ __forceinline__ void finish(float factor) {
+    if constexpr (Norm::kNorm) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) normalise<Norm>(x[v], factor, weight[v]);
+    }
+  }
+  template <typename Out>
+  __device__ __forceinline__ Raw<Out, E> at(int v) const {
+    if constexpr (std::is_same_v<In, Out>) {
+      return x[v];
+    } else {
+      float a[E];
+      Raw<Out, E> out;
+      x[v].unpack(a), out.pack(a);
+      return out;
+    }
+  }
+  template <typename Out>
+  __device__ __forceinline__ void store(Out* to, float factor, const QkNormRopeParams& p, int lane) {
+    finish(factor);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = column(p, v, lane);
+      if (i < p.width) store_half(at<Out>(v), to + i);
+    }
+  }
+};
+
+template <typename Turn, typename In, typename W, typename Norm, int L, int E, int U>
+using Rest = std::conditional_t<Turn::kPartial, SomeRest<In, W, Norm, L, E, U>, NoRest>;
+
 // L lanes hold a half of a head as U vectors of E elements each; N heads in flight.
-template <typename In, typename W, typename Table, typename Out, typename Norm, int L, int E, int U, int N, typename Store = NoStore>
+template <typename In, typename W, typename Table, typename Out, typename Norm, int L, int E, int U, int N, typename Store = NoStore,
+          typename Turn = Halves>
 __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_constant__ typename Store::Params p) {
   const int lane = threadIdx.x % L;
   uint32_t group = blockIdx.x * (kQkBlock / L) + threadIdx.x / L;
   if constexpr (Store::kStores) {
-    if (blockIdx.x < p.store_blocks) return Store::template run<Norm, W, Table, L, E, U>(p);
+    if (blockIdx.x < p.store_blocks) return Store::template run<Norm, W, Table, L, E, U, Turn>(p);
     group -= p.store_blocks * (kQkBlock / L);
   }
   const bool active = group < p.groups;
@@ -72,13 +148,14 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
   const QkSide& side = p.side[of_k];
   const uint32_t first = (of_k ? part - p.side[0].parts : part) * N;
   const In* x = static_cast<const In*>(side.x) + batch * side.batch + at * side.token + first * side.head;
-  Out* out = static_cast<Out*>(side.out) + (static_cast<int64_t>(token) * side.heads + first) * (2 * p.half);
+  Out* out = static_cast<Out*>(side.out) + (static_cast<int64_t>(token) * side.heads + first) * head_width<Turn>(p);
   const Table* cos = static_cast<const Table*>(p.cos) + batch * p.cos_batch + at * p.cos_token;
   const Table* sin = static_cast<const Table*>(p.sin) + batch * p.sin_batch + at * p.sin_token;
 
   Raw<In, E> low[N][U], high[N][U];
   Raw<Table, E> cos_low[U], cos_high[U], sin_low[U], sin_high[U];
   Raw<W, E> weight_low[Norm::kNorm ? U : 1], weight_high[Norm::kNorm ? U : 1];
+  Rest<Turn, In, W, Norm, L, E, U> rest[N];  // of the columns behind those that are turned
   wait_for_previous_kernel();
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -90,14 +167,17 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
         load_half(low[n][u], x + n * side.head + i), load_half(high[n][u], x + n * side.head + p.half + i);
       }
     }
+    if constexpr (Turn::kPartial) {
+      rest[n].load(x + n * side.head, static_cast<const W*>(side.weight), p, lane, active && first + n < side.heads);
+    }
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = (u * L + lane) * E;
     cos_low[u].zero(), cos_high[u].zero(), sin_low[u].zero(), sin_high[u].zero();
     if (active && i < p.half) {
-      load_half(cos_low[u], cos + i), load_half(cos_high[u], cos + p.half + i);
-      load_half(sin_low[u], sin + i), load_half(sin_high[u], sin + p.half + i);
+      load_table<Turn>(cos_low[u], cos_high[u], cos, i, p.half);
+      load_table<Turn>(sin_low[u], sin_high[u], sin, i, p.half);
     }
     if constexpr (Norm::kNorm) {
       const W* weight = static_cast<const W*>(side.weight);
@@ -119,7 +199,7 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
 #pragma unroll
         for (int e = 0; e < E; ++e) sum = fmaf(b[e], b[e], fmaf(a[e], a[e], sum));
       }
-      factor[n] = sum;
+      factor[n] = rest[n].squares(sum);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) factor[n] = rsqrtf(group_sum<L>(factor[n]) * p.per_column + p.eps);
@@ -128,25 +208,43 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = (u * L + lane) * E;
-    negate(sin_low[u]);
+    negate_sin<Turn>(sin_low[u], sin_high[u], i);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (!active || i >= p.half || first + n >= side.heads) continue;
-      if constexpr (Norm::kNorm) {
-        normalise<Norm>(low[n][u], factor[n], weight_low[u]), normalise<Norm>(high[n][u], factor[n], weight_high[u]);
+      if constexpr (Turn::kPairs) {  // all lanes: a neighbour may be another lane's
+        if constexpr (Norm::kNorm) {
+          normalise<Norm>(low[n][u], factor[n], weight_low[u]), normalise<Norm>(high[n][u], factor[n], weight_high[u]);
+        }
+        const Raw<In, E> low_other = neighbours(low[n][u]), high_other = neighbours(high[n][u]);
+        if (!active || i >= p.half || first + n >= side.heads) continue;
+        Out* to = out + n * head_width<Turn>(p) + i;
+        rotate(low[n][u], low_other, cos_low[u], sin_low[u], to);
+        rotate(high[n][u], high_other, cos_high[u], sin_high[u], to + p.half);
+      } else {
+        if (!active || i >= p.half || first + n >= side.heads) continue;
+        if constexpr (Norm::kNorm) {
+          normalise<Norm>(low[n][u], factor[n], weight_low[u]), normalise<Norm>(high[n][u], factor[n], weight_high[u]);
+        }
+        Out* to = out + n * head_width<Turn>(p) + i;
+        rotate(low[n][u], high[n][u], cos_low[u], sin_low[u], to);
+        rotate(high[n][u], low[n][u], cos_high[u], sin_high[u], to + p.half);
       }
-      Out* to = out + n * (2 * p.half) + i;
-      rotate(low[n][u], high[n][u], cos_low[u], sin_low[u], to);
-      rotate(high[n][u], low[n][u], cos_high[u], sin_high[u], to + p.half);
+    }
+  }
+  if constexpr (Turn::kPartial) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (active && first + n < side.heads) rest[n].store(out + n * p.width, Norm::kNorm ? factor[n] : 0.0f, p, lane);
     }
   }
 }
 
 // A call's operands on the host: checked, and how they lie in memory.
-template <typename In, typename W, typename Table, typename Out, typename Norm>
+template <typename In, typename W, typename Table, typename Out, typename Norm, typename Turn = Halves>
 struct QkOperands {
   Device device;
-  Symbol batch{"B"}, sequence{"S"}, heads{"H"}, kv_heads{"Hkv"}, columns{"D"}, tables{"1 or B"};
+  Symbol batch{"B"}, sequence{"S"}, heads{"H"}, kv_heads{"Hkv"}, columns{"D"}, tables{"1 or B"}, numbers{"R or R/2"};
+  int64_t rotary = 0;     // R, once the tables are taken
   bool sixteen = true, eight = true;  // whether vectors of 16 and of 8 bytes, or what E elements are, can be loaded
 
   static int64_t strided(const TensorView& view, int dim) { return view.shape()[dim] == 1 ? int64_t{0} : view.strides()[dim]; }
@@ -184,11 +282,22 @@ struct QkOperands {
     side.heads = static_cast<uint32_t>(x.shape()[2]);
   }
 
-  // The tables, and what depends on the size of a head; `x` is named where that is wrong.
+  // The tables, and what depends on the size of a head; `x` is named where that is wrong. `turned` is R; 0 for D.
   void take_tables(QkNormRopeParams& p, const TensorView& cos, const TensorView& sin, double eps, const TensorView& x,
-                   const char* name) {
-    TensorMatcher({tables, sequence, columns}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
-    TensorMatcher({tables, sequence, columns}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
+                   const char* name, int64_t turned = 0) {
+    rotary = Turn::kPartial ? turned : columns.value();
+    if (Turn::kPartial ? rotary < 2 || rotary >= columns.value() : turned != 0 && turned != rotary) {
+      TVM_FFI_THROW(ValueError) << "rotary: wanted columns of " << name << ", found " << turned << " of " << shape_of(x);
+    }
+    if (rotary % (Turn::kPairs ? 4 : 2) != 0) {
+      TVM_FFI_THROW(ValueError) << "rotary: wanted a multiple of " << (Turn::kPairs ? 4 : 2) << ", found " << rotary;
+    }
+    TensorMatcher({tables, sequence, numbers}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
+    TensorMatcher({tables, sequence, numbers}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
+    if (numbers.value() != (Turn::kHalfTables ? rotary / 2 : rotary)) {
+      TVM_FFI_THROW(ValueError) << "cos: wanted " << (Turn::kHalfTables ? "half of " : "") << rotary << " columns, found shape "
+                                << shape_of(cos);
+    }
     if (tables.value() != 1 && tables.value() != batch.value()) {
       TVM_FFI_THROW(ValueError) << "cos: wanted a batch of 1 or of " << name << "'s " << batch.value() << ", found shape "
                                 << shape_of(cos);
@@ -200,7 +309,8 @@ struct QkOperands {
     p.cos = data(cos), p.cos_batch = strided(cos, 0), p.cos_token = strided(cos, 1);
     p.sin = data(sin), p.sin_batch = strided(sin, 0), p.sin_token = strided(sin, 1);
     lies(p.cos, sizeof(Table), {p.cos_batch, p.cos_token}), lies(p.sin, sizeof(Table), {p.sin_batch, p.sin_token});
-    p.sequence = static_cast<uint32_t>(sequence.value()), p.half = static_cast<int>(width / 2);
+    p.sequence = static_cast<uint32_t>(sequence.value()), p.half = static_cast<int>(rotary / 2);
+    p.width = static_cast<int>(width);
     p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(width);
   }
 
@@ -214,12 +324,12 @@ struct QkOperands {
   template <typename Start>
   void start(const Start& start, int64_t heads) const {
     const int64_t width = columns.value();
-    if (sixteen && width % 16 == 0) {
+    if (sixteen && rotary % 16 == 0 && width % 8 == 0) {
       if (width <= 64) return in_flight<4>(start, heads);
       if (width <= 128) return in_flight<8>(start, heads);
       return in_flight<16>(start, heads);
     }
-    if (eight && width % 8 == 0) {
+    if (eight && rotary % 8 == 0 && width % 4 == 0) {
       if (width <= 128) return start.template run<16, 4, 1, 1>();
       return start.template run<32, 4, 1, 1>();
     }
@@ -247,15 +357,20 @@ inline int64_t cut_into_parts(QkNormRopeParams& p, int64_t tokens, int n) {
   return groups;
 }
 
-template <typename In, typename W, typename Table, typename Out, typename Norm>
+template <typename In, typename W, typename Table, typename Out, typename Norm, typename Turn = Halves>
 struct QkNormRope {
   static void run(TensorView q, Optional<TensorView> k, Optional<TensorView> q_weight, Optional<TensorView> k_weight, TensorView cos,
                   TensorView sin, double eps, TensorView q_out, TensorView k_out) {
-    QkOperands<In, W, Table, Out, Norm> operands;
+    turn(q, k, q_weight, k_weight, cos, sin, eps, 0, q_out, k_out);
+  }
+  // `rotary`: R; 0 for D.
+  static void turn(TensorView q, Optional<TensorView> k, Optional<TensorView> q_weight, Optional<TensorView> k_weight, TensorView cos,
+                   TensorView sin, double eps, int64_t rotary, TensorView q_out, TensorView k_out) {
+    QkOperands<In, W, Table, Out, Norm, Turn> operands;
     QkNormRopeParams p{};
     operands.take(p.side[0], q, operands.heads, "q", &q_out, "q_out", q_weight, "q_weight");
     if (k.has_value()) operands.take(p.side[1], k.value(), operands.kv_heads, "k", &k_out, "k_out", k_weight, "k_weight");
-    operands.take_tables(p, cos, sin, eps, q, "q");
+    operands.take_tables(p, cos, sin, eps, q, "q", rotary);
     const int64_t tokens = operands.tokens();
     if (tokens == 0 || p.side[0].heads + p.side[1].heads == 0) return;
 
@@ -275,7 +390,7 @@ struct QkNormRope {
       Launch(static_cast<unsigned>(ceil_div(groups, kQkBlock / L)), kQkBlock)
           .stream(env_stream(device))
           .programmatic()
-          .run(qk_norm_rope_kernel<In, W, Table, Out, Norm, L, E, U, N>, p);
+          .run(qk_norm_rope_kernel<In, W, Table, Out, Norm, L, E, U, N, NoStore, Turn>, p);
     }
   };
 };

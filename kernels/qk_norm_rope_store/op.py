@@ -5,7 +5,7 @@
     k_cache[0, row] = cast(k_program(k_out[b, s], k_scale));  v_cache[0, row] = cast(v_program(v[b, s], v_scale))
 
 k, v [B, S, Hkv, D] and q [B, S, H, D] with unit last stride, the others free: columns of one qkv buffer. q may be None; v and
-v_cache too. Weights, cos, sin, eps, norm and dtype are those of qk_norm_rope.
+v_cache too. Weights, cos, sin, eps, norm, dtype, pairs and rotary are those of qk_norm_rope.
 k_cache, v_cache [N, S', Hkv, D], any strides but a unit last one; mutated. N is 1, with loc [B * S]; or B, each sequence's
 tokens going to rows of its own, k_cache[b, loc[s] * mult + offset], with loc [S]: a cache [B, Hkv, S', D], permuted.
 ``cache_dtype`` is float8_e4m3fn or float8_e5m2 (a cache of uint8 holds its bytes), or ``dtype``, with no programs: a copy.
@@ -38,9 +38,9 @@ def reference(
     q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, k_cache: Mutated, v_cache: Mutated | None,
     k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, loc: torch.Tensor | None, eps: float, norm: str,
     dtype: torch.dtype, k_program: str, v_program: str, cache_dtype: torch.dtype, keep_k: bool, mult: SymInt, offset: SymInt,
-    wrap: bool, check: bool,
+    wrap: bool, check: bool, pairs: bool = False, rotary: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    turned, q_out = qk_norm_rope.reference(k, q, k_weight, q_weight, cos, sin, eps, norm, dtype)
+    turned, q_out = qk_norm_rope.reference(k, q, k_weight, q_weight, cos, sin, eps, norm, dtype, pairs, rotary)
     sequences, tokens = k_cache.shape[0], _tokens(k, k_cache)
     rows, keep = kv_store.rows_of(NAME, tokens, k_cache.shape[1], loc, mult, offset, wrap, check, k.device)
     for x, cache, scale, program in ((turned, k_cache, k_scale, k_program), (v, v_cache, v_scale, v_program)):
@@ -62,9 +62,9 @@ def _tokens(k: torch.Tensor, k_cache: torch.Tensor) -> Any:
 def check(
     k: torch.Tensor, q: Any, v: Any, k_weight: Any, q_weight: Any, cos: torch.Tensor, sin: torch.Tensor,
     k_cache: torch.Tensor, v_cache: Any, k_scale: Any, v_scale: Any, loc: Any, norm: str, dtype: torch.dtype,
-    k_program: str, v_program: str, cache_dtype: torch.dtype,
+    k_program: str, v_program: str, cache_dtype: torch.dtype, pairs: bool, rotary: int,
 ) -> None:  # fmt: skip
-    qk_norm_rope.check(NAME, (("k", k, k_weight), ("q", q, q_weight)), cos, sin, norm, dtype)
+    qk_norm_rope.check(NAME, (("k", k, k_weight), ("q", q, q_weight)), cos, sin, norm, dtype, pairs, rotary)
     kv_store.check_pair(NAME, v, v_cache)
     if cache_dtype not in (*steps.CPP_FP8, dtype):
         raise TypeError(f"{NAME}: cache_dtype: wanted float8_e4m3fn, float8_e5m2 or {dtype}, found {cache_dtype}")
@@ -96,20 +96,29 @@ def _check_cache(name: str, cache: torch.Tensor, k: torch.Tensor, like: Any, dty
         raise ValueError(f"{NAME}: {name}: wanted a last dimension of unit stride, found strides {tuple(cache.stride())}")
 
 
+def key(*of: Any) -> Any:
+    """What an op is compiled for, with what is turned with what, if it is not halves of whole heads, at the end."""
+    *end, turn = of
+    return (*kv_store.key(*end), *turn)
+
+
 def exports(key: Any) -> str:
     *rotation, cache_dtype = key[:6]
-    k_dtype, dtype, loc = rotation[0], rotation[-1], key[-1]
+    end, turn = key[6:11], key[11:]
+    k_dtype, dtype, loc = rotation[0], rotation[-1], end[-1]
     if cache_dtype in steps.CPP_FP8:
-        end = kv_store.types(cache_dtype, dtype, k_dtype, key[6:])
+        store = kv_store.types(cache_dtype, dtype, k_dtype, end)
     else:
         copied = "inductor_ext::Steps<>"
-        end = steps.CPP_TYPES[cache_dtype], "false", copied, copied, kv_store.loc_type(loc)
-    return f"inductor_ext::QkNormRopeStore<{', '.join((*qk_norm_rope.types(*rotation), *end))}>::run"
+        store = steps.CPP_TYPES[cache_dtype], "false", copied, copied, kv_store.loc_type(loc)
+    named = ", ".join((*qk_norm_rope.types(*rotation), *store, *turn))
+    return f"inductor_ext::QkNormRopeStore<{named}>::{'turn' if turn else 'run'}"
 
 
 def bind(module: Any, key: Any) -> Call:
     tensors = "k, q, v, k_weight, q_weight, cos, sin, k_cache, v_cache, k_scale, v_scale, loc"
-    return kv_store.run(module.run, f"{tensors}, eps, mult, offset, wrap, keep_k", key[6:], ", out0, out1")
+    rotary = ", rotary" if key[11:] else ""
+    return kv_store.run(module.run, f"{tensors}, eps{rotary}, mult, offset, wrap, keep_k", key[6:11], ", out0, out1")
 
 
 def _examples() -> list[Any]:
@@ -128,8 +137,10 @@ OP = Op(
     kernel=Kernel(
         source="qk_norm_rope_store/qk_norm_rope_store.cuh",
         key=Call(
-            kv_store.key,
-            f"{kv_store.KEY}, k.dtype, None if k_weight is None else k_weight.dtype, cos.dtype, norm, dtype, cache_dtype",
+            key,
+            f"{kv_store.KEY}, k.dtype, None if k_weight is None else k_weight.dtype, cos.dtype, norm, dtype, cache_dtype, "
+            "turn(k, cos, pairs, rotary)",
+            turn=qk_norm_rope.turn,
         ),
         exports=exports,
         bind=bind,

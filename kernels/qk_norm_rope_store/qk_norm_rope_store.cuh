@@ -1,10 +1,10 @@
 // qk_norm_rope, with K's heads stored into the KV cache as they are rotated, and V's beside them, in one launch.
 //
 //   y   = norm(k * rsqrt(mean(k²) + eps), weight), rounded; k itself without a norm            q alike, to q_out
-//   out = y * cos + (-y[D/2:], y[:D/2]) * sin
+//   out = y * cos + (-y[R/2:R], y[:R/2]) * sin, y[R:]; or by pairs                     as qk_norm_rope.cuh has it
 //   k_cache[n, row] = cast(k_program(out[b, s])),  v_cache[n, row] = cast(v_program(v[b, s]))       k_out = out where it is asked for
 //
-//   k, v [B, S, Hkv, D], q [B, S, H, D] or none, unit last stride; cos, sin [1 or B, S, D]; weights [D]
+//   k, v [B, S, Hkv, D], q [B, S, H, D] or none, unit last stride; cos, sin [1 or B, S, R or R/2]; weights [D]
 //   k_cache, v_cache  [N, slots, Hkv, D], unit last stride. FP8 or its bytes as uint8; or of out's and v's dtype, copied as they are
 //   loc               [B * S / N] or none: cache_rows.cuh. N is 1, or B with a row of its own for each sequence's tokens
 //   k_scale, v_scale  operand Scalar<0, T> of the programs; c0..c7 are shared by both
@@ -70,7 +70,7 @@ struct KvStore {
   using KChain = ToFp8<KProgram>;
   using VChain = ToFp8<VProgram>;
 
-  template <typename Norm, typename W, typename Table, int L, int E, int U>
+  template <typename Norm, typename W, typename Table, int L, int E, int U, typename Turn>
   __device__ static __forceinline__ void run(const Params& p) {
     constexpr int kGroups = kQkBlock / L;
     __shared__ unsigned repeated;
@@ -87,6 +87,7 @@ struct KvStore {
     Raw<In, E> low[U], high[U];
     Raw<Table, E> cos_low[U], cos_high[U], sin_low[U], sin_high[U];
     Raw<W, E> weight_low[Norm::kNorm ? U : 1], weight_high[Norm::kNorm ? U : 1];
+    Rest<Turn, In, W, Norm, L, E, U> rest;  // of the columns behind those that are turned
     // This lane's part of the heads `base` to `base + kGroups` of K and V, and of what K's need.
     auto load = [&](uint32_t token_of_sequence, uint32_t base) {
       const uint32_t token = sequence * tokens + token_of_sequence, batch = token / p.sequence, at = token - batch * p.sequence;
@@ -107,12 +108,15 @@ struct KvStore {
           load_half(low[u], x + i), load_half(high[u], x + p.half + i);
         }
         if (of_v) continue;
-        load_half(cos_low[u], cos + i), load_half(cos_high[u], cos + p.half + i);
-        load_half(sin_low[u], sin + i), load_half(sin_high[u], sin + p.half + i);
+        load_table<Turn>(cos_low[u], cos_high[u], cos, i, p.half);
+        load_table<Turn>(sin_low[u], sin_high[u], sin, i, p.half);
         if constexpr (Norm::kNorm) {
           const W* weight = static_cast<const W*>(k.weight);
           load_half(weight_low[u], weight + i), load_half(weight_high[u], weight + p.half + i);
         }
+      }
+      if constexpr (Turn::kPartial) {
+        rest.load(x, static_cast<const W*>(k.weight), p, lane, item < items, of_v && !p.v_whole);
       }
     };
 
@@ -137,7 +141,18 @@ struct KvStore {
 #pragma unroll
           for (int e = 0; e < E; ++e) sum = fmaf(b[e], b[e], fmaf(a[e], a[e], sum));
         }
+        sum = rest.squares(sum);
         factor = rsqrtf(group_sum<L>(sum) * p.per_column + p.eps);
+      }
+      Raw<In, E> low_other[Turn::kPairs ? U : 1], high_other[Turn::kPairs ? U : 1];
+      if constexpr (Turn::kPairs) {  // all lanes: a neighbour may be another lane's
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          if constexpr (Norm::kNorm) {
+            if (!of_v) normalise<Norm>(low[u], factor, weight_low[u]), normalise<Norm>(high[u], factor, weight_high[u]);
+          }
+          low_other[u] = neighbours(low[u]), high_other[u] = neighbours(high[u]);
+        }
       }
       if (item >= items) return;
       const uint32_t head = of_v ? item - k.heads : item;
@@ -155,20 +170,42 @@ struct KvStore {
           }
           continue;
         }
-        if constexpr (Norm::kNorm) {
+        if constexpr (Norm::kNorm && !Turn::kPairs) {
           normalise<Norm>(low[u], factor, weight_low[u]), normalise<Norm>(high[u], factor, weight_high[u]);
         }
-        negate(sin_low[u]);
-        const Raw<Out, E> turned_low = rotated<Out>(low[u], high[u], cos_low[u], sin_low[u]);
-        const Raw<Out, E> turned_high = rotated<Out>(high[u], low[u], cos_high[u], sin_high[u]);
+        negate_sin<Turn>(sin_low[u], sin_high[u], i);
+        const Raw<In, E>& beside_low = Turn::kPairs ? low_other[Turn::kPairs ? u : 0] : high[u];
+        const Raw<In, E>& beside_high = Turn::kPairs ? high_other[Turn::kPairs ? u : 0] : low[u];
+        const Raw<Out, E> turned_low = rotated<Out>(low[u], beside_low, cos_low[u], sin_low[u]);
+        const Raw<Out, E> turned_high = rotated<Out>(high[u], beside_high, cos_high[u], sin_high[u]);
         if (k.out != nullptr) {
           const int64_t token = static_cast<int64_t>(sequence) * tokens + token_of_sequence;
-          Out* out = static_cast<Out*>(k.out) + (token * k.heads + head) * (2 * p.half) + i;
+          Out* out = static_cast<Out*>(k.out) + (token * k.heads + head) * head_width<Turn>(p) + i;
           store_half(turned_low, out), store_half(turned_high, out + p.half);
         }
         if (row < 0) continue;
         store_cached<Cache, Saturated, KChain>(turned_low, k_prepared, cached + i, to.whole);
         store_cached<Cache, Saturated, KChain>(turned_high, k_prepared, cached + p.half + i, to.whole);
+      }
+      if constexpr (Turn::kPartial) {
+        if (!of_v) rest.finish(factor);
+#pragma unroll
+        for (int v = 0; v < rest.kVectors; ++v) {
+          const int i = rest.column(p, v, lane);
+          if (i >= p.width) continue;
+          if (of_v) {
+            if constexpr (kIsFp8<Cache> || std::is_same_v<In, Cache>) {
+              if (row >= 0) store_cached<Cache, Saturated, VChain>(rest.x[v], v_prepared, cached + i, to.whole);
+            }
+            continue;
+          }
+          const Raw<Out, E> behind = rest.template at<Out>(v);
+          if (k.out != nullptr) {
+            const int64_t token = static_cast<int64_t>(sequence) * tokens + token_of_sequence;
+            store_half(behind, static_cast<Out*>(k.out) + (token * k.heads + head) * head_width<Turn>(p) + i);
+          }
+          if (row >= 0) store_cached<Cache, Saturated, KChain>(behind, k_prepared, cached + i, to.whole);
+        }
       }
     };
 
@@ -219,9 +256,9 @@ struct KvStore {
 };
 
 template <typename In, typename W, typename Table, typename Out, typename Norm, typename Cache, bool Saturated, typename KProgram,
-          typename VProgram, typename Loc>
+          typename VProgram, typename Loc, typename Turn = Halves>
 struct QkNormRopeStore {
-  using Operands = QkOperands<In, W, Table, Out, Norm>;
+  using Operands = QkOperands<In, W, Table, Out, Norm, Turn>;
   using Store = KvStore<In, Out, Cache, Saturated, KProgram, VProgram, Loc>;
 
   static void run(TensorView k, Optional<TensorView> q, Optional<TensorView> v, Optional<TensorView> k_weight,
@@ -229,11 +266,20 @@ struct QkNormRopeStore {
                   Optional<TensorView> k_scale, Optional<TensorView> v_scale, Optional<TensorView> loc, double eps, int64_t mult,
                   int64_t offset, bool wrap, bool keep_k, bool check, double c0, double c1, double c2, double c3, double c4,
                   double c5, double c6, double c7, TensorView q_out, TensorView k_out) {
+    turn(k, q, v, k_weight, q_weight, cos, sin, k_cache, v_cache, k_scale, v_scale, loc, eps, 0, mult, offset, wrap, keep_k, check, c0,
+         c1, c2, c3, c4, c5, c6, c7, q_out, k_out);
+  }
+  // `rotary`: R; 0 for D.
+  static void turn(TensorView k, Optional<TensorView> q, Optional<TensorView> v, Optional<TensorView> k_weight,
+                   Optional<TensorView> q_weight, TensorView cos, TensorView sin, TensorView k_cache, Optional<TensorView> v_cache,
+                   Optional<TensorView> k_scale, Optional<TensorView> v_scale, Optional<TensorView> loc, double eps, int64_t rotary,
+                   int64_t mult, int64_t offset, bool wrap, bool keep_k, bool check, double c0, double c1, double c2, double c3,
+                   double c4, double c5, double c6, double c7, TensorView q_out, TensorView k_out) {
     Operands operands;
     QkNormRopeStoreParams p{};
     operands.take(p.side[1], k, operands.kv_heads, "k", keep_k ? &k_out : nullptr, "k_out", k_weight, "k_weight");
     if (q.has_value()) operands.take(p.side[0], q.value(), operands.heads, "q", &q_out, "q_out", q_weight, "q_weight");
-    operands.take_tables(p, cos, sin, eps, k, "k");
+    operands.take_tables(p, cos, sin, eps, k, "k", rotary);
     Symbol sequences("N"), slots("slots");
     take_cache<KProgram>(p.k_to, k_cache, "k_cache", k_scale, "k_scale", operands, sequences, slots);
     if (v.has_value()) {
@@ -333,7 +379,7 @@ struct QkNormRopeStore {
       Launch(static_cast<unsigned>(blocks), kQkBlock)
           .stream(env_stream(device))
           .programmatic()
-          .run(qk_norm_rope_kernel<In, W, Table, Out, Norm, L, E, U, N, Store>, p);
+          .run(qk_norm_rope_kernel<In, W, Table, Out, Norm, L, E, U, N, Store, Turn>, p);
     }
   };
 };

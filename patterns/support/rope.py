@@ -1,6 +1,14 @@
-"""Recognise rotate-half RoPE, and the RMSNorm of each head before it, above an addition.
+"""Recognise rotary position embedding (RoPE), and the RMSNorm of each head before it, whatever its spelling.
 
-    out = x * cos + cat(-x[..., D/2:], x[..., :D/2]) * sin            x [B, H, S, D] or [B, S, H, D]; [T, H, D] or [H, T, D]
+    by halves    out = x * cos + cat(-x[..., R/2:R], x[..., :R/2]) * sin     for the first R columns; the others are x's
+    by pairs     out[2i], out[2i + 1] = x[2i] * cos - x[2i + 1] * sin, x[2i + 1] * cos + x[2i] * sin
+
+    x [B, S, H, D] or [B, H, S, D]; [T, H, D] or [H, T, D]
+
+A rotation is read column by column (`cells`): each column of the result is a column of x times one of cos, plus or minus a
+column of x times one of sin, the products and the sum each in one dtype. How halves, pairs and signs are taken and put together
+again, before or behind the arithmetic, makes no difference then. Tables have R columns, or R/2 that serve both halves, or both
+of a pair.
 
 cos and sin have one number for each position (and batch) and column: they broadcast over the heads, and where they do tells
 which dimension the heads are. Tables in fp32 make the products fp32: the rotation may then begin with a cast to fp32, and its
@@ -10,21 +18,27 @@ end be a cast back.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.calls import CONVERT, aten, is_call
-from inductor_ext.graph import call, describe, known_equal, value_of
-from inductor_ext.miss import DTYPES, Miss, no_other_users
-from inductor_ext.patterns.support import rms_norm
+from inductor_ext.calls import CONVERT, aten, is_call, is_convert
+from inductor_ext.graph import call, describe, is_reshape, known_equal, same_sizes, value_of
+from inductor_ext.miss import DTYPES, Miss, found_or_none, no_other_users
+from inductor_ext.patterns.support import cells, rms_norm
+from inductor_ext.patterns.support.cells import Cell
 from inductor_ext.patterns.support.columns import is_cat_of_columns
 from inductor_ext.patterns.support.same import in_order
 
-HALVES = "cat(-x[..., D/2:], x[..., :D/2])"
+HALVES = "x * cos + cat(-x[..., R/2:R], x[..., :R/2]) * sin"
+PAIRS = "the same with -x[..., 1::2] and x[..., ::2] in turn"
+#: Where `trace` may find that a rotation ends.
+ANCHORS = (aten.add.Tensor, aten.cat.default)
+
+PART_OF_A_HEAD, FIRST_COLUMNS = "only part of a head is rotated", "the first columns of a head, and the others as they are"
+NOT_A_ROTATION = "the rotation is not by halves nor by pairs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +64,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """cos or sin as [1 or B, S, D]: what broadcasts over the heads, less that dimension."""
+    """cos or sin as [1 or B, S, R or R/2]: what broadcasts over the heads, less that dimension."""
 
     node: Node
     heads_dim: int  # of a node that has as many dimensions as x; -1 where the table has no such dimension
@@ -72,16 +86,32 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """``end`` is the rotation of ``x``, [B, S, H, D], normalised before if there is a ``norm``."""
+    """``end`` is the rotation of ``x``, [B, S, H, D], normalised before if there is a ``norm``.
+
+    Its first ``rotary`` columns are turned: neighbours with each other if ``pairs``, else the two halves of them.
+    """
 
     end: Node
     x: View
     norm: rms_norm.RmsNorm | None
     cos: Table
     sin: Table
+    pairs: bool
+    rotary: int
     dtype: torch.dtype
     dims: tuple[int, ...]  # permutes x's view (and the result) into the shape of ``end``, without a batch put before it
     inner: frozenset[Node]  # what the rotation alone reads
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the halves of whole heads that are turned, by tables of a number for each column."""
+        columns = self.x.value.shape[3]
+        return not self.pairs and self.rotary == columns and known_equal(self.cos.value.shape[2], columns)
+
+    @property
+    def described(self) -> str:
+        halved = ", one number of cos for both" if not known_equal(self.cos.value.shape[2], self.rotary) else ""
+        return f"{'pairs' if self.pairs else 'halves'} of {self.rotary} columns{halved}"
 
     @property
     def inputs(self) -> list[Node]:
@@ -109,114 +139,271 @@ class Rope:
             return (out.squeeze(0) if len(self.dims) == 3 else out).permute(self.dims)
 
 
-def trace(add: Node) -> Rope | None:
-    """The rotation that ends in ``add``; None where there is nothing like one."""
-    found = _terms(add)
+def trace(anchor: Node) -> Rope | None:
+    """The rotation that ends in an addition or a concatenation, but for views and a cast; None where there is nothing like one.
+
+    Of nested concatenations the outermost that is a rotation counts, and what it joins is none by itself.
+    """
+    end = _whole(anchor)
+    width = _columns(end)
+    if width is None or any(found_or_none(trace, outer) for outer in _joins(anchor)):
+        return None
+    found = _read(end, width)
     if found is None:
         return None
-    plain, turned, joined, sin = found
-    halves = _halves(joined)
-    if halves is None:
-        raise Miss("the rotation is not by halves", joined, HALVES, describe(joined))
-    x, inner = halves
-    cos = next((other for one, other in (plain.args[:2], plain.args[1::-1]) if one is x), None)
-    if not isinstance(cos, Node):
-        raise Miss("what is rotated is not what is multiplied by cos", plain, describe(x), describe(plain))
-    inner = [*inner, joined, turned, plain]
-    end, rotated, x_or_wide = add, value_of(add).dtype, x
-    if is_call(x, CONVERT) and x.args[1] is torch.float32:
-        inner.append(x)
-        x = x.args[0]
+    x, inner = found.x, found.inner
     dtype = value_of(x).dtype
-    if rotated is torch.float32 and dtype is not rotated and len(add.users) == 1:
-        (user,) = add.users
-        if is_call(user, CONVERT) and user.args[1] is dtype:
-            inner.append(add)
+    if value_of(end).dtype is torch.float32 and dtype is not torch.float32 and len(end.users) == 1:
+        (user,) = end.users
+        if is_convert(user, dtype):
+            inner.add(end)
             end = user
-    dtypes = [value_of(each).dtype for each in (cos, sin)]
-    if dtypes != [rotated] * 2 or rotated not in (dtype, torch.float32) or value_of(x_or_wide).dtype not in (dtype, rotated):
+    dtypes = [value_of(each).dtype for each in (found.cos, found.sin)]
+    known = found.dtype in (dtype, torch.float32) and value_of(end).dtype in (dtype, found.dtype)
+    if not known or dtypes != [found.dtype] * 2:
         wanted = "cos and sin of x's dtype, or of float32"
-        raise Miss(DTYPES, end, wanted, f"x {dtype}, cos {dtypes[0]}, sin {dtypes[1]}, products {rotated}")
-    heads, tables = _layout(end, x, cos, sin)
+        raise Miss(DTYPES, end, wanted, f"x {dtype}, cos {dtypes[0]}, sin {dtypes[1]}, products {found.dtype}")
+    heads, tables = _layout(end, found)
     source, norm = _source(x)
     if norm is not None:
-        inner += [norm.y, x]
+        inner |= {norm.y, x}
     kept = {end, *inner, *(() if norm is None else norm.inner)}
-    no_other_users(inner, kept, "a step of the rotation", "the rotation only")
+    no_other_users(sorted(inner), kept, "a step of the rotation", "the rotation only")
     for user in end.users:
         if is_cat_of_columns(user):
-            raise Miss("only part of a head is rotated", end, "all columns of a head", describe(user))
+            raise Miss(PART_OF_A_HEAD, end, FIRST_COLUMNS, describe(user))
     to_rows = _to_rows(value_of(x).dim(), heads)
     view = View(source[0], tuple(source[1][dim] for dim in to_rows))
-    return Rope(end, view, norm, *tables, value_of(end).dtype, to_rows, frozenset(kept - {end}))
+    rotation = found.pairs, found.rotary, value_of(end).dtype
+    return Rope(end, view, norm, *tables, *rotation, to_rows, frozenset(kept - {end}))
 
 
-def _terms(add: Node) -> tuple[Node, Node, Node, Node] | None:
-    """x * cos, turned * sin, turned and sin of an addition that looks like a rotation: turned is joined of a negation."""
-    if not is_call(add, aten.add.Tensor) or add.kwargs.get("alpha", 1) != 1:
-        return None
-    for plain, product in (add.args[:2], add.args[1::-1]):
-        if not is_call(plain, aten.mul.Tensor) or not is_call(product, aten.mul.Tensor):
-            continue
-        for joined, sin in (product.args[:2], product.args[1::-1]):
-            if not isinstance(joined, Node) or not isinstance(sin, Node):
-                continue
-            whole = in_order(joined)
-            if not is_call(whole, aten.cat.default) or len(whole.args[0]) != 2:
-                continue
-            if any(is_call(in_order(part), aten.neg.default) for part in whole.args[0]):
-                return plain, product, joined, sin
-    return None
+def anchor_of(total: Node) -> Node:
+    """The node that `trace` is asked about a rotation of which ``total`` is a sum: the outermost concatenation of it."""
+    joined = _joins(total)
+    return anchor_of(joined[0]) if joined else total
 
 
-def _halves(joined: Node) -> tuple[Node, list[Node]] | None:
-    """x and the nodes from it, of ``joined = cat(-x[..., D/2:], x[..., :D/2])``."""
-    if not is_cat_of_columns(joined):
-        return None
-    negated, low = joined.args[0]
-    if not is_call(negated, aten.neg.default):
-        return None
-    high = negated.args[0]
-    one, two = _half(high), _half(low)
-    if one is None or two is None or one[0] is not two[0] or (one[1], two[1]) != (1, 0):
-        return None
-    return one[0], [negated, high, low, *one[2], *two[2]]
+def _joins(node: Node) -> list[Node]:
+    """Concatenations that ``node`` is a part of, as it is, or cast, or seen through a view."""
+    found = list[Node]()
+    for user in node.users:
+        if is_call(user, aten.cat.default):
+            found.append(user)
+        elif is_reshape(user) or is_call(user, CONVERT):
+            found += _joins(user)
+    return found
 
 
-def _half(node: Any) -> tuple[Node, int, list[Node]] | None:
-    """x, which half of its columns ``node`` is (0 or 1), and the nodes between them."""
-    if is_call(node, aten.slice.Tensor):
-        given = list(node.args[1:])
-        dim, start, end, step = given + [0, 0, None, 1][len(given) :]
-        columns = _columns(node.args[0], dim)
-        if columns is None or columns % 2 or not all(isinstance(each, int | None) for each in (start, end)) or step != 1:
-            return None
-        bounds = range(columns)[start:end]
-        for index in (0, 1):
-            if bounds == range(columns)[index * columns // 2 : (index + 1) * columns // 2]:
-                return node.args[0], index, []
-        return None
-    if is_call(node, operator.getitem) and is_call(node.args[0], aten.split.Tensor, aten.split_with_sizes.default):
-        split = node.args[0]
-        x, sizes = split.args[:2]
-        columns = _columns(x, split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0))
-        if columns is not None and columns % 2 == 0 and sizes in (columns // 2, [columns // 2] * 2):
-            return x, node.args[1], [split]
-    return None
+def _whole(anchor: Node) -> Node:
+    """``anchor``; or of a concatenation of pairs, [..., D/2, 2], the view of it as columns."""
+    if not is_cat_of_columns(anchor) or value_of(anchor).shape[-1] != 2 or len(anchor.users) != 1:
+        return anchor
+    (user,) = anchor.users
+    return user if is_reshape(user) else anchor
 
 
-def _columns(x: Node, dim: int) -> int | None:
-    """The last dimension's size, if it is ``dim`` and a number."""
+def _columns(x: Node) -> int | None:
+    """The last dimension's size, if it is a number."""
     value = value_of(x)
-    last = value.dim() - 1
-    return value.shape[last] if dim in (last, -1) and isinstance(value.shape[last], int) else None
+    size = value.shape[-1] if isinstance(value, torch.Tensor) and value.dim() > 0 else None
+    return size if isinstance(size, int) else None
 
 
-def _layout(end: Node, x: Node, cos: Node, sin: Node) -> tuple[int, tuple[Table, Table]]:
-    """Which dimension of ``x`` the heads are, and the tables without it."""
-    shape = value_of(x).shape
+# ---- the arithmetic, column by column ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Read:
+    """What is multiplied by what: x and its tables, in whatever shapes the graph has them."""
+
+    x: Node
+    cos: Node
+    sin: Node
+    pairs: bool
+    rotary: int
+    dtype: torch.dtype  # of products and sums
+    inner: set[Node]  # x and ``end`` excluded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A product that is added, or with ``sign`` -1 subtracted."""
+
+    node: Node
+    sign: int
+
+    @property
+    def sides(self) -> list[tuple[Node, Node]]:
+        one, two = self.node.args[:2]
+        return [(one, two), (two, one)] if isinstance(one, Node) and isinstance(two, Node) else []
+
+    @property
+    def turns(self) -> bool:
+        """Whether one side is a concatenation of which a part is negated."""
+        for side, _ in self.sides:
+            whole = in_order(side)
+            parts = whole.args[0] if is_call(whole, aten.cat.default) else ()
+            if len(parts) == 2 and any(is_call(in_order(part), aten.neg.default) for part in parts):
+                return True
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """One column of a product: column ``own`` of x, and column ``at`` of ``table``, before views of it are seen through."""
+
+    own: int
+    sign: int
+    table: Node
+    at: int
+
+
+def _read(end: Node, width: int) -> _Read | None:
+    """The rotation that the columns of ``end`` are; None where none is meant, and a Miss where it is another one."""
+    outside = cells.trace(end)
+    if outside is None:
+        return None
+    columns, inner = outside
+    sums = {leaf: _products(leaf) for leaf in dict.fromkeys(cell.node for cell in columns)}
+    products = [each for found in sums.values() for each in found]
+    if not products or len(columns) != width:
+        return None
+    for x in _sources(products, end):
+        found = _rotation(end, columns, sums, x)
+        if found is not None:
+            return dataclasses.replace(found, inner=(inner | found.inner) - {end})
+    turning = next((each for each in products if each.turns), None)
+    if turning is None:
+        return None
+    raise Miss("what is rotated is not what is multiplied by cos", end, f"one x: {HALVES}", describe(turning.node))
+
+
+def _products(leaf: Node) -> tuple[_Product, ...]:
+    """The two products that ``leaf``, or what it is a cast of, adds or subtracts; none where it does not."""
+    total = leaf.args[0] if is_call(leaf, CONVERT) else leaf
+    if not is_call(total, aten.add.Tensor, aten.sub.Tensor):
+        return ()
+    one, two = total.args[:2]  # type: ignore[union-attr]
+    if not is_call(one, aten.mul.Tensor) or not is_call(two, aten.mul.Tensor):
+        return ()
+    return _Product(one, 1), _Product(two, -1 if is_call(total, aten.sub.Tensor) else 1)  # type: ignore[arg-type]
+
+
+def _sources(products: Sequence[_Product], end: Node) -> list[Node]:
+    """What may be x: of ``end``'s shape, on the way up from a product's sides, nearest first, and not widened by a cast."""
+    found = dict[Node, None]()
+    for at in (side for product in products for side, _ in product.sides):
+        while at is not None:
+            if same_sizes(value_of(at).shape, value_of(end).shape) and not cells.widens(at):
+                found[at] = None
+            at = cells.above(at)  # type: ignore[assignment]
+    return list(found)
+
+
+def _rotation(end: Node, columns: list[Cell], sums: dict[Node, tuple[_Product, ...]], x: Node) -> _Read | None:
+    """`_read` if it is ``x`` that is rotated; None where it is not."""
+    inner, terms, dtypes = set[Node](), dict[Node, list[list[_Term]]](), set[torch.dtype]()
+    for leaf, products in sums.items():
+        if leaf is x:
+            continue
+        if not products or not _same_rows(leaf, x):
+            return None
+        if value_of(leaf).dtype is not value_of(end).dtype:  # a rounding that is widened again
+            raise Miss(DTYPES, end, f"sums of {value_of(end).dtype}", describe(leaf))
+        inner |= {leaf, leaf.args[0]} if is_call(leaf, CONVERT) else {leaf}  # type: ignore[arg-type]
+        for product in products:
+            found = _terms(product, x)
+            if found is None:
+                return None
+            terms.setdefault(leaf, []).append(found[0])
+            inner |= found[1] | {product.node}
+            dtypes.add(value_of(product.node).dtype)
+    if all(term.own == term.at for found in terms.values() for each in found for term in each):
+        if any(product.turns for products in sums.values() for product in products):
+            raise _other(end, "no column that is turned")
+        return None
+    rotary = sum(cell.node is not x for cell in columns)
+    if columns[rotary:] != [Cell(x, column) for column in range(rotary, len(columns))]:
+        raise Miss(PART_OF_A_HEAD, end, FIRST_COLUMNS, f"{rotary} of {len(columns)} columns, in another order")
+    if len(dtypes) != 1:
+        raise Miss(DTYPES, end, "both products in one dtype", " and ".join(sorted(map(str, dtypes))))
+    plain, turned = list[_Term](), list[_Term]()
+    for column, cell in enumerate(columns[:rotary]):
+        one, two = (each[cell.column] for each in terms[cell.node])
+        if two.own == column:
+            one, two = two, one
+        if one.own != column or one.sign != 1 or cell.sign != 1:
+            raise _other(end, f"column {column} of x[{one.own}] and x[{two.own}], with signs {one.sign:+} and {two.sign:+}")
+        plain.append(one)
+        turned.append(two)
+    cos, sin = _table_of(plain, rotary), _table_of(turned, rotary)
+    if cos is None or sin is None or _columns(cos[0]) != _columns(sin[0]):
+        raise _other(end, "tables of other columns")
+    by_sin = [(term.own, term.sign * sign) for term, sign in zip(turned, sin[1])]
+    pairs = not _pairing(by_sin, pairs=False)
+    if (pairs and not _pairing(by_sin, pairs=True)) or any(sign != 1 for sign in cos[1]):
+        raise _other(end, f"columns {[term.own for term in turned]} of x times sin, with other signs or in another order")
+    whole, half = list(range(rotary)), [column // 2 if pairs else column % (rotary // 2) for column in range(rotary)]
+    if any(table[2] != (whole if _columns(table[0]) == rotary else half) for table in (cos, sin)):
+        raise _other(end, "columns of cos and sin in another order")
+    return _Read(x, cos[0], sin[0], pairs, rotary, dtypes.pop(), inner)
+
+
+def _other(end: Node, found: str) -> Miss:
+    return Miss(NOT_A_ROTATION, end, f"{HALVES}, or {PAIRS}", found)
+
+
+def _pairing(turned: list[tuple[int, int]], pairs: bool) -> bool:
+    """Whether these columns of x with their signs, one for each column, are what is multiplied by sin."""
+    half = len(turned) // 2
+    if pairs:
+        wanted = [(column ^ 1, 1 if column % 2 else -1) for column in range(len(turned))]
+    else:
+        wanted = [(column - half, 1) if column >= half else (column + half, -1) for column in range(len(turned))]
+    return len(turned) % 2 == 0 and turned == wanted
+
+
+def _terms(product: _Product, x: Node) -> tuple[list[_Term], set[Node]] | None:
+    """The columns of a product of columns of x and of a table, and the nodes between x and it; None where it is none."""
+    for side, table in product.sides:
+        found = cells.trace(side, (x,))
+        if found is None or any(cell.node is not x for cell in found[0]) or _columns(table) != len(found[0]):
+            continue
+        if _same_rows(side, x) and same_sizes(value_of(side).shape, value_of(product.node).shape):
+            terms = [_Term(cell.column, cell.sign * product.sign, table, at) for at, cell in enumerate(found[0])]
+            return terms, found[1]
+    return None
+
+
+def _same_rows(a: Node, b: Node) -> bool:
+    """Whether only the last dimension may differ: rows of columns are the same rows, and tables broadcast alike."""
+    return same_sizes(value_of(a).shape[:-1], value_of(b).shape[:-1])
+
+
+def _table_of(terms: list[_Term], rotary: int) -> tuple[Node, list[int], list[int]] | None:
+    """The nearest tensor of ``rotary`` columns or half as many that all terms' tables are of; their signs and columns in it."""
+    at: Node | None = terms[0].table
+    while at is not None:
+        if _columns(at) in (rotary, rotary // 2) and not is_call(at, aten.neg.default):
+            seen = {table: cells.trace(table, (at,), wide=False) for table in {term.table for term in terms}}
+            of_it = all(each is not None and all(cell.node is at for cell in each[0]) for each in seen.values())
+            if of_it and all(_same_rows(table, at) for table in seen):
+                found = [seen[term.table][0][term.at] for term in terms]  # type: ignore[index]
+                return at, [cell.sign for cell in found], [cell.column for cell in found]
+        at = None if is_call(at, CONVERT) else cells.above(at)
+    return None
+
+
+# ---- the layout --------------------------------------------------------------------------------------------------------
+
+
+def _layout(end: Node, found: _Read) -> tuple[int, tuple[Table, Table]]:
+    """Which dimension of x the heads are, and the tables without it."""
+    cos, sin = found.cos, found.sin
+    shape = [*value_of(found.x).shape[:-1], _columns(cos)]
     if len(shape) not in (3, 4):
-        raise Miss("x is not heads of tokens", end, "3 or 4 dimensions", describe(x))
+        raise Miss("x is not heads of tokens", end, "3 or 4 dimensions", describe(found.x))
     for heads in (1, 2) if len(shape) == 4 else (1, 0):
         tables = [_table(each, shape, heads) for each in (cos, sin)]
         if tables[0] is not None and tables[1] is not None and known_equal(tables[0].value.shape[0], tables[1].value.shape[0]):

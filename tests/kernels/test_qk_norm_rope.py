@@ -17,8 +17,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MODELS = {"cast mul": "qwen3.Qwen3", "mul cast": "olmo2.Olmo2", "mul+1 cast": "gemma3.Gemma3"}
 
 
-def call(q: Any, k: Any, weights: Any, cos: Any, sin: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> Any:
-    return torch.ops.inductor_ext.qk_norm_rope(q, k, *weights, cos, sin, eps, norm, dtype or q.dtype)
+def call(q: Any, k: Any, weights: Any, cos: Any, sin: Any, norm: str, dtype: Any = None, eps: float = 1e-6, **turn: Any) -> Any:
+    return torch.ops.inductor_ext.qk_norm_rope(q, k, *weights, cos, sin, eps, norm, dtype or q.dtype, **turn)
 
 
 def operands(
@@ -29,15 +29,19 @@ def operands(
     weight: Any = None,
     table: Any = None,
     batched: bool = False,
+    columns: int = 0,
     device: str = "cpu",
 ) -> list[Any]:
-    """q and k as columns of one qkv buffer, weights, cos and sin. ``shape`` is B, S, H, Hkv, D."""
+    """q and k as columns of one qkv buffer, weights, cos and sin, of D ``columns`` or as many as that.
+
+    ``shape`` is B, S, H, Hkv, D.
+    """
     b, s, h, kv, d = shape
     made = torch.Generator(device).manual_seed(5)
     buffer = (torch.randn(b, s, (h + 2 * kv) * d, device=device, generator=made) * 3).to(dtype)
     q, k = buffer[..., : h * d].view(b, s, h, d), buffer[..., h * d : (h + kv) * d].view(b, s, kv, d)
     weights = [(torch.rand(d, device=device, generator=made) + 0.5).to(weight or dtype) if norm else None for _ in range(2)]
-    angles = torch.randn(b if batched else 1, s, d, device=device, generator=made) * 9
+    angles = torch.randn(b if batched else 1, s, columns or d, device=device, generator=made) * 9
     return [q, k, weights, angles.cos().to(table or dtype), angles.sin().to(table or dtype)]
 
 
@@ -103,6 +107,62 @@ def test_fp32_tables_make_the_rotation_fp32() -> None:
     assert_same_bytes(narrow, wanted.bfloat16())
 
 
+def _vllm(x: Any, cos: Any, sin: Any, pairs: bool) -> torch.Tensor:
+    """``RotaryEmbedding.forward_native`` of serving frameworks, of the first columns of a head."""
+    rotary, cos, sin = cos.shape[-1] * 2, cos.unsqueeze(2), sin.unsqueeze(2)
+    turning, passing = x[..., :rotary], x[..., rotary:]
+    a, b = (turning[..., ::2], turning[..., 1::2]) if pairs else turning.chunk(2, -1)
+    one, two = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((one, two), -1).flatten(-2) if pairs else torch.cat((one, two), -1)
+    return torch.cat((turned, passing), -1)
+
+
+@pytest.mark.parametrize("rotary", [0, 32, 4])
+@pytest.mark.parametrize("pairs", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_tables_of_half_as_many_columns(dtype: Any, pairs: bool, rotary: int) -> None:
+    q, k, none, cos, sin = operands((2, 5, 4, 2, 80), dtype, "", columns=(rotary or 80) // 2)
+    found = call(q, k, none, cos, sin, "", pairs=pairs, rotary=rotary)
+    for each, x in zip(found, (q, k), strict=True):
+        assert_same_bytes(each, _vllm(x, cos, sin, pairs))
+    whole = [each.repeat_interleave(2, -1) if pairs else torch.cat((each, each), -1) for each in (cos, sin)]
+    for each, other in zip(found, call(q, k, none, *whole, "", pairs=pairs, rotary=rotary), strict=True):
+        assert_same_bytes(each, other)
+
+
+def test_columns_that_are_not_rotated_are_normalised() -> None:
+    q, k, weights, cos, sin = operands((2, 5, 4, 2, 64), columns=16)
+    partly, _ = call(q, k, weights, cos, sin, "cast mul", rotary=16)
+    *_, whole_cos, whole_sin = operands((2, 5, 4, 2, 64))
+    whole, _ = call(q, k, weights, torch.ones_like(whole_cos), torch.zeros_like(whole_sin), "cast mul")
+    assert_same_bytes(partly[..., 16:], whole[..., 16:])
+    assert not torch.equal(partly[..., :16], whole[..., :16])
+
+
+def test_fp32_tables_of_some_columns() -> None:
+    q, k, none, cos, sin = operands((1, 5, 2, 1, 64), BF16, "", table=FP32, columns=16)
+    wide, _ = call(q, k, none, cos, sin, "", FP32, pairs=True, rotary=32)
+    assert wide.dtype is FP32
+    assert_same_bytes(wide[..., 32:], q[..., 32:].float())
+    assert_same_bytes(call(q, k, none, cos, sin, "", BF16, pairs=True, rotary=32)[0], wide.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("turn", "columns", "message"),
+    [
+        ({"rotary": 66}, 66, "rotary: wanted 0 for all columns, or a multiple of 2 up to 64, found 66"),
+        ({"rotary": 7}, 7, "rotary: wanted 0 for all columns, or a multiple of 2 up to 64, found 7"),
+        ({"rotary": -2}, 64, "rotary: wanted 0 for all columns"),
+        ({"rotary": 6, "pairs": True}, 6, "a multiple of 4 up to 64, found 6 with pairs"),
+        ({"rotary": 16}, 64, r"cos: wanted shape \[1 or 2, 3, 16 or 8\], found \(1, 3, 64\)"),
+        ({}, 16, r"cos: wanted shape \[1 or 2, 3, 64 or 32\], found \(1, 3, 16\)"),
+    ],
+)
+def test_bad_columns(turn: dict[str, Any], columns: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*operands((2, 3, 4, 2, 64), norm="", columns=columns), "", **turn)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -120,7 +180,10 @@ def test_fp32_tables_make_the_rotation_fp32() -> None:
         ({"q_weight": lambda w: w.long()}, TypeError, "q_weight: wanted bfloat16"),
         ({"cos": lambda c: c.half()}, TypeError, "cos: wanted torch.bfloat16, as q, or float32"),
         ({"sin": lambda s: s.float()}, TypeError, "sin: wanted torch.bfloat16, as q, or float32, cos and sin alike"),
-        ({"cos": lambda c: c[..., :32]}, ValueError, r"cos: wanted shape \[1 or 2, 3, 64\], found \(1, 3, 32\)"),
+        ({"cos": lambda c: c[..., :31]}, ValueError, r"cos: wanted shape \[1 or 2, 3, 64 or 32\], found \(1, 3, 31\)"),
+        ({"cos": lambda c: c[:, :2]}, ValueError, "cos: wanted shape"),
+        ({"cos": lambda c: c.expand(3, -1, -1)}, ValueError, "cos: wanted shape"),
+        ({"cos": lambda c: c[..., :32]}, ValueError, r"sin: wanted the shape of cos, \(1, 3, 32\), found \(1, 3, 64\)"),
         ({"sin": lambda s: s.expand(2, -1, -1)}, ValueError, "sin: wanted the shape of cos"),
         ({"dtype": lambda _: torch.float64}, TypeError, "dtype: wanted that of q or of cos"),
     ],
@@ -176,9 +239,17 @@ HEAD_DIMS = (2, 30, 64, 72, 80, 96, 128, 136, 192, 256)
 def kernels(arch: str) -> list[jit.JitSpec]:
     keys = [(d, d if norm else None, d, norm, d) for d, norm in itertools.product((BF16, FP16, FP32), NORMS)]
     keys += [(BF16, FP32, BF16, "mul+1 cast", BF16), (BF16, None, FP32, "", BF16), (BF16, None, FP32, "", FP32)]
+    turned = itertools.product((BF16, FP32), ("", "cast mul"), TURNS)
+    keys += [(d, d if norm else None, d, norm, d, turn) for d, norm, turn in turned]
     return [OP.spec_of_key(key, arch) for key in keys]
 
 
+#: Of pairs, half tables, some columns: each once but halves of whole heads.
+TURNS = [
+    f"inductor_ext::Turn<{', '.join(str(each).lower() for each in flags)}>"
+    for flags in itertools.product((False, True), repeat=3)
+    if any(flags)
+]
 gpu = pytest.mark.gpu(kernels=kernels)
 
 
@@ -188,11 +259,11 @@ def ordered(x: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, -(bits & (2**31 - 1 if x.element_size() == 4 else 2**15 - 1)), bits)
 
 
-def check(given: Any, norm: str, dtype: Any = None, eps: float = 1e-6) -> None:
+def check(given: Any, norm: str, dtype: Any = None, eps: float = 1e-6, **turn: Any) -> None:
     """Byte for byte without a norm. With one, y may be a unit off in few places, and a result by units of its largest term."""
     q, k, weights, cos, sin = given
-    found = call(*given, norm, dtype, eps)
-    wanted = OP.reference(q, k, *weights, cos, sin, eps, norm, dtype or q.dtype)
+    found = call(*given, norm, dtype, eps, **turn)
+    wanted = OP.reference(q, k, *weights, cos, sin, eps, norm, dtype or q.dtype, **turn)
     for a, b in zip(found, wanted, strict=True):
         if not norm:
             assert_same_bytes(a, b)
@@ -219,6 +290,18 @@ def test_every_head_dim(dtype: Any, norm: str) -> None:
     for d in HEAD_DIMS:
         for shape in ((1, 1, 16, 8, d), (3, 37, 5, 1, d), (2, 1500, 7, 3, d)):
             check(operands(shape, dtype, norm, device="cuda"), norm)
+
+
+@gpu
+@pytest.mark.parametrize("norm", ["", "cast mul"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_every_way_to_turn(dtype: Any, norm: str) -> None:
+    for d, rotary in ((64, 0), (64, 16), (80, 32), (96, 0), (128, 64), (128, 96), (256, 64), (72, 12), (36, 8)):
+        for pairs, halved in itertools.product((False, True), repeat=2):
+            columns = (rotary or d) // (2 if halved else 1)
+            for shape in ((1, 1, 16, 8, d), (3, 37, 5, 1, d), (2, 1500, 7, 3, d)):
+                given = operands(shape, dtype, norm, columns=columns, device="cuda")
+                check(given, norm, pairs=pairs, rotary=rotary)
 
 
 @gpu

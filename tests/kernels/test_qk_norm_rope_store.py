@@ -17,6 +17,7 @@ import torch
 
 from inductor_ext import jit
 from inductor_ext.kernels.qk_norm_rope.op import NORMS
+from inductor_ext.kernels.qk_norm_rope.op import OP as ROTATE
 from inductor_ext.kernels.qk_norm_rope_store.op import OP
 from tests.kernels.test_qk_norm_rope import operands
 from tests.support import cuda_on_cpu
@@ -52,6 +53,8 @@ class Case:
     offset: int = 0
     wrap: bool = False
     raises: bool = False
+    pairs: bool = False
+    rotary: int = 0
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.inductor_ext.qk_norm_rope_store(*self.arguments())
@@ -59,7 +62,7 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         tensors = [getattr(self, field.name) for field in dataclasses.fields(self)[:12]]
         options = (1e-6, self.norm, self.dtype, self.program, self.program, self.cache_dtype, self.keep_k)
-        return *tensors, *options, self.mult, self.offset, self.wrap, self.raises
+        return *tensors, *options, self.mult, self.offset, self.wrap, self.raises, self.pairs, self.rotary
 
     def copied(self, **changes: Any) -> Case:
         """With caches of its own, laid out alike."""
@@ -68,7 +71,7 @@ class Case:
 
     def in_two(self) -> tuple[torch.Tensor, torch.Tensor]:
         """qk_norm_rope, and then the stores: downcast_fp8 sequence by sequence, or a copy of each row."""
-        rotation = (self.k_weight, self.q_weight, self.cos, self.sin, 1e-6, self.norm, self.dtype)
+        rotation = (self.k_weight, self.q_weight, self.cos, self.sin, 1e-6, self.norm, self.dtype, self.pairs, self.rotary)
         k_out, q_out = torch.ops.inductor_ext.qk_norm_rope(self.k, self.q, *rotation)
         for n in range(self.k_cache.shape[0]):
             sides = ((k_out, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale))
@@ -345,7 +348,7 @@ class _Call(ctypes.Structure):
     _tensors = ("k", "q", "v", "k_weight", "q_weight", "cos", "sin", "k_cache", "v_cache", "k_scale", "v_scale", "loc")
     _fields_ = (
         *((name, ctypes.POINTER(cuda_on_cpu.Given)) for name in (*_tensors, "q_out", "k_out")),
-        *((name, ctypes.c_int64) for name in ("mult", "offset", "wrap", "keep_k", "check")),
+        *((name, ctypes.c_int64) for name in ("rotary", "mult", "offset", "wrap", "keep_k", "check")),
     )
 
 
@@ -364,7 +367,7 @@ def on_cpu(library: ctypes.CDLL, case: Case, entry: str, check: bool = False, ke
         outs[0] = torch.empty(0, dtype=case.dtype)
     tensors = {name: getattr(case, name) for name in _Call._tensors} | dict(zip(("q_out", "k_out"), outs))
     given = {name: None if x is None else ctypes.pointer(cuda_on_cpu.Given.of(x)) for name, x in tensors.items()}
-    numbers = {"mult": case.mult, "offset": case.offset, "wrap": case.wrap, "keep_k": keep_k, "check": check}
+    numbers = {name: getattr(case, name) for name in ("rotary", "mult", "offset", "wrap")} | {"keep_k": keep_k, "check": check}
     error = ctypes.create_string_buffer(500)
     call = _Call(**given, **numbers)
     if getattr(library, entry)(ctypes.byref(call), error, 500) != 0:
@@ -374,6 +377,9 @@ def on_cpu(library: ctypes.CDLL, case: Case, entry: str, check: bool = False, ke
 
 def _entry(case: Case) -> str:
     kind = {BF16: "bf16", FP32: "fp32"}[case.dtype] + ("" if case.norm else "_plain")
+    columns = case.rotary or case.k.shape[-1]
+    turn = case.pairs, case.cos.shape[-1] != columns, case.rotary not in (0, case.k.shape[-1])
+    kind += "_" + "".join(str(int(each)) for each in turn) if any(turn) else ""
     return f"{'fp8' if case.cache_dtype is E4 else 'copy'}_{kind}"
 
 
@@ -414,6 +420,38 @@ def test_source_at_every_head_dim(library: Any, dtype: Any, norm: str, d: int) -
     for cache_dtype in (E4, dtype):
         check_source(library, made((2, 3, 5, 3, d), dtype, norm, cache_dtype))
         check_source(library, made((2, 3, 3, 1, d), dtype, norm, cache_dtype, by_sequence=True, keep_k=True))
+
+
+#: Dtype, norm, and what is turned: pairs, tables of half as many columns, some columns only.
+TURNS = [
+    *((BF16, "", turn) for turn in ("010", "001", "110", "101")),
+    *((FP32, "", turn) for turn in ("011", "100", "110")),
+    *((BF16, "cast mul", turn) for turn in ("011", "111")),
+]
+
+
+SOME_COLUMNS = [(16, 8), (24, 16), (64, 16), (72, 12), (80, 32), (128, 96), (256, 64), (36, 8), (20, 4)]
+
+
+@pytest.mark.parametrize(("d", "rotary"), SOME_COLUMNS)
+@pytest.mark.parametrize(("dtype", "norm", "turn"), TURNS, ids=str)
+def test_source_of_other_rotations(library: Any, dtype: Any, norm: str, turn: str, d: int, rotary: int) -> None:
+    """The rotation is the reference's; what is stored of it, PyTorch's."""
+    pairs, halved, partial = (flag == "1" for flag in turn)
+    columns = rotary if partial else d
+    for cache_dtype, shape in ((E4, (2, 3, 5, 3, d)), (dtype, (1, 9, 3, 1, d))):
+        case = made(shape, dtype, norm, cache_dtype, keep_k=True)
+        cos, sin = (each[..., : columns // 2 if halved else columns] for each in (case.cos, case.sin))
+        case = dataclasses.replace(case, cos=cos, sin=sin, pairs=pairs, rotary=rotary if partial else 0)
+        check_source(library, case)
+        q, k = on_cpu(library, case, f"turn_{_entry(case).partition('_')[2]}")
+        weights = case.k_weight, case.q_weight
+        wanted = ROTATE.reference(case.k, case.q, *weights, cos, sin, 1e-6, norm, dtype, pairs, case.rotary)
+        for found, each in zip((k, q), wanted, strict=True):
+            if norm:
+                torch.testing.assert_close(found.float(), each.float(), rtol=2**-6, atol=2**-5)
+            else:
+                assert_same_bytes(found, each)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""What is nearly a rotation by halves of heads: refused, or the same bytes."""
+"""What is nearly a rotation of heads: refused, or the same bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ NEARLY_ROTATED: dict[str, Callable[..., Any]] = {
     "divided_by_cos": lambda x, cos, sin: x / cos + turn_half(x) * sin,
     "divided_by_sin": lambda x, cos, sin: x * cos + turn_half(x) / sin,
     "cos_of_another": lambda x, cos, sin: x.flip(-1) * cos + turn_half(x) * sin,
-    "three_parts": turned(lambda x: torch.cat((-x[..., HALF:], x[..., :2], x[..., 2:HALF]), -1)),
     "high_of_another": turned(lambda x: torch.cat((-x.flip(0)[..., HALF:], x[..., :HALF]), -1)),
     "low_of_another": turned(lambda x: torch.cat((-x[..., HALF:], x.flip(0)[..., :HALF]), -1)),
     "high_from_the_middle": turned(lambda x: torch.cat((-x[..., 2:6], x[..., :HALF]), -1)),
@@ -55,6 +54,185 @@ def turn_half(x: Any) -> Any:
 @pytest.mark.parametrize("name", list(NEARLY_ROTATED))
 def test_what_is_nearly_a_rotation_is_none(name: str) -> None:
     check("qk_norm_rope", NEARLY_ROTATED[name], heads(), table(1, 1, N, N), table(1, 1, N, N).abs() + 0.5, count=0)
+
+
+# ---- spellings of one rotation: of x [B, S, H, D], with tables of a number for each column, or for two of them -----------
+
+
+def by_halves(x: Any, cos: Any, sin: Any) -> Any:
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def by_pairs(x: Any, cos: Any, sin: Any) -> Any:
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+def halves(put: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, cos, sin: put(*x.chunk(2, -1), cos, sin)
+
+
+def pairs(put: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, cos, sin: put(x[..., ::2], x[..., 1::2], cos, sin)
+
+
+def cat(*parts: Any) -> Any:
+    return torch.cat(parts, -1)
+
+
+def woven(a: Any, b: Any) -> Any:
+    return torch.stack((a, b), -1).flatten(-2)
+
+
+#: And of how many columns the tables are.
+SPELLED: dict[str, tuple[Callable[..., Any], int]] = {
+    "halves": (by_halves, HALF),
+    "operands_exchanged": (halves(lambda a, b, c, s: cat(c * a - s * b, s * a + c * b)), HALF),
+    "negated_sum": (halves(lambda a, b, c, s: cat(-b * s + a * c, b * c + a * s)), HALF),
+    "negated_sines": (halves(lambda a, b, c, s: cat(a * c + b * -s, b * c + a * s)), HALF),
+    "tables_by_halves": (
+        halves(lambda a, b, c, s: cat(a * c[..., :HALF] - b * s[..., :HALF], b * c[..., HALF:] + a * s[..., HALF:])),
+        N,
+    ),
+    "three_parts": (turned(lambda x: torch.cat((-x[..., HALF:], x[..., :2], x[..., 2:HALF]), -1)), N),
+    "negated_twice": (turned(lambda x: -torch.cat((x[..., HALF:], -x[..., :HALF]), -1)), N),
+    "pairs": (by_pairs, HALF),
+    "pairs_by_slices": (pairs(lambda a, b, c, s: woven(a * c - b * s, b * c + a * s)), HALF),
+    "pairs_in_fours": (
+        lambda x, c, s: by_pairs(x.unflatten(-1, (2, HALF)).flatten(-2), c, s),
+        HALF,
+    ),
+    "pairs_turned": (turned(lambda x: woven(-x[..., 1::2], x[..., ::2])), N),
+    "some_columns": (lambda x, c, s: cat(by_halves(x[..., :HALF], c, s), x[..., HALF:]), HALF // 2),
+    "some_columns_in_one": (
+        lambda x, c, s: (lambda a, b, rest: cat(a * c - b * s, b * c + a * s, rest))(*x.split([2, 2, HALF], -1)),
+        HALF // 2,
+    ),
+    "some_pairs": (lambda x, c, s: cat(by_pairs(x[..., :HALF], c, s), x[..., HALF:]), HALF // 2),
+    "some_columns_by_whole_tables": (lambda x, c, s: cat(rotated_halves(x[..., :HALF], c, s), x[..., HALF:]), HALF),
+}
+
+
+def rotated_halves(x: Any, cos: Any, sin: Any) -> Any:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def apart(columns: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
+    """x [B, S, H, D] and tables of so many columns."""
+    return torch.randn(2, N, 3, N).to(BF16), *(table(1, N, 1, columns, dtype=dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("name", list(SPELLED))
+def test_spellings_of_a_rotation(name: str) -> None:
+    fn, columns = SPELLED[name]
+    found = check("qk_norm_rope", fn, *apart(columns), count=1)
+    assert [each.differing for each in found.checks] == [0]
+
+
+@pytest.mark.parametrize("cast", ["each_part", "the_whole", "not_at_all"])
+@pytest.mark.parametrize("way", ["halves", "pairs", "some_columns"])
+def test_spellings_in_fp32(way: str, cast: str) -> None:
+    def fn(x: Any, cos: Any, sin: Any) -> Any:
+        turning = x[..., :HALF] if way == "some_columns" else x
+        a, b = turning.float().chunk(2, -1) if way != "pairs" else (x[..., ::2].float(), x[..., 1::2].float())
+        parts = [a * cos - b * sin, b * cos + a * sin]
+        if cast == "each_part":
+            parts = [each.to(x.dtype) for each in parts]
+        if way == "some_columns":
+            parts.append(x[..., HALF:].to(parts[0].dtype))
+        whole = woven(*parts) if way == "pairs" else cat(*parts)
+        return whole.to(x.dtype) if cast == "the_whole" else whole
+
+    found = check("qk_norm_rope", fn, *apart(HALF // 2 if way == "some_columns" else HALF, torch.float32), count=1)
+    assert [each.differing for each in found.checks] == [0]
+
+
+NEARLY_SPELLED: dict[str, tuple[Callable[..., Any], int]] = {
+    "sum_in_the_low_half": (halves(lambda a, b, c, s: cat(a * c + b * s, b * c + a * s)), HALF),
+    "difference_in_the_high_half": (halves(lambda a, b, c, s: cat(a * c - b * s, b * c - a * s)), HALF),
+    "difference_exchanged": (halves(lambda a, b, c, s: cat(b * s - a * c, b * c + a * s)), HALF),
+    "halves_exchanged": (halves(lambda a, b, c, s: cat(b * c + a * s, a * c - b * s)), HALF),
+    "tables_exchanged_in_the_high_half": (halves(lambda a, b, c, s: cat(a * c - b * s, b * s + a * c)), HALF),
+    "tables_exchanged_in_the_low_half": (halves(lambda a, b, c, s: cat(a * s - b * c, b * c + a * s)), HALF),
+    "negated_cosines": (halves(lambda a, b, c, s: cat(a * -c - b * s, b * -c + a * s)), HALF),
+    "negated_result": (halves(lambda a, b, c, s: cat(-(a * c - b * s), b * c + a * s)), HALF),
+    "half_of_another": (
+        lambda x, c, s: (lambda a, b: cat(a * c - b * s, b * c + a * s))(x[..., :HALF], x.flip(0)[..., HALF:]),
+        HALF,
+    ),
+    "pairs_put_as_halves": (pairs(lambda a, b, c, s: cat(a * c - b * s, b * c + a * s)), HALF),
+    "halves_put_as_pairs": (halves(lambda a, b, c, s: woven(a * c - b * s, b * c + a * s)), HALF),
+    "tables_of_pairs_for_halves": (
+        halves(lambda a, b, c, s: cat(a * c[..., ::2] - b * s[..., ::2], b * c[..., 1::2] + a * s[..., 1::2])),
+        N,
+    ),
+    "cosines_of_the_low_half": (
+        halves(lambda a, b, c, s: cat(a * c[..., :HALF] - b * s[..., :HALF], b * c[..., :HALF] + a * s[..., HALF:])),
+        N,
+    ),
+    "the_last_columns": (lambda x, c, s: cat(x[..., HALF:], by_halves(x[..., :HALF], c, s)), HALF // 2),
+    "the_others_exchanged": (lambda x, c, s: cat(by_halves(x[..., :HALF], c, s), x[..., 6:], x[..., HALF:6]), HALF // 2),
+    "the_others_negated": (lambda x, c, s: cat(by_halves(x[..., :HALF], c, s), -x[..., HALF:]), HALF // 2),
+    "the_others_of_another": (lambda x, c, s: cat(by_halves(x[..., :HALF], c, s), x.flip(0)[..., HALF:]), HALF // 2),
+    "one_column_twice": (lambda x, c, s: cat(by_halves(x[..., :HALF], c, s), x[..., 3:7]), HALF // 2),
+    "scaled": (halves(lambda a, b, c, s: cat(a * c - b * s, torch.add(b * c, a * s, alpha=2))), HALF),
+    "divided": (halves(lambda a, b, c, s: cat(a * c - b / s, b * c + a * s)), HALF),
+    "joined_along_heads": (halves(lambda a, b, c, s: torch.cat((a * c - b * s, b * c + a * s), -2).reshape(2, N, 3, N)), HALF),
+}
+
+
+@pytest.mark.parametrize("name", list(NEARLY_SPELLED))
+def test_what_is_nearly_such_a_rotation(name: str) -> None:
+    fn, columns = NEARLY_SPELLED[name]
+    check("qk_norm_rope", fn, *apart(columns), count=0)
+
+
+def test_sums_that_are_rounded_and_widened_again() -> None:
+    """What is joined is fp32, but bf16 numbers: other ones than a rotation in fp32 has."""
+
+    def fn(x: Any, cos: Any, sin: Any) -> Any:
+        a, b = x.float().chunk(2, -1)
+        return cat(*(each.bfloat16().float() for each in (a * cos - b * sin, b * cos + a * sin)))
+
+    refused("qk_norm_rope", fn, *apart(HALF, torch.float32), reason="dtypes")
+
+
+def test_products_of_two_dtypes() -> None:
+    def fn(x: Any, cos: Any, sin: Any) -> Any:
+        a, b = x.chunk(2, -1)
+        return cat(a * cos - b * sin.float(), b * cos + a * sin.float())
+
+    refused("qk_norm_rope", fn, *apart(HALF), reason="dtypes")
+
+
+def test_rows_that_are_regrouped_between() -> None:
+    """Tables broadcast over other rows than x has: what is one dimension's there may be another's here."""
+
+    def fn(x: Any, cos: Any, sin: Any) -> Any:
+        a, b = x.reshape(N, 2, 3, HALF, 2).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).reshape(x.shape)
+
+    check("qk_norm_rope", fn, torch.randn(2, N, 3, N).to(BF16), *(table(1, 2, 1, HALF) for _ in range(2)), count=0)
+
+
+@pytest.mark.parametrize("read", ["part", "sum", "product"])
+def test_a_step_that_is_read_too(read: str) -> None:
+    def fn(x: Any, cos: Any, sin: Any) -> Any:
+        a, b = x.chunk(2, -1)
+        product = a * cos
+        low = product - b * sin
+        return cat(low, b * cos + a * sin), {"part": b, "sum": low, "product": product}[read] * 2
+
+    refused("qk_norm_rope", fn, *apart(HALF), reason="a step of the rotation has a second user")
+
+
+def test_heads_first_are_refused_where_a_reader_would_copy_them() -> None:
+    def fn(*given: Any) -> Any:
+        return by_halves(*(each.transpose(1, 2) for each in given)).flatten(0, 1) @ given[0][0, 0].t()
+
+    refused("qk_norm_rope", fn, *apart(HALF), reason="memory layout")
 
 
 #: Shapes of x, cos and sin, and how many rotations the op takes of it.

@@ -1,6 +1,7 @@
-// Rotate-half RoPE of the vectors of a head's two halves: what qk_norm_rope and scaled_mm_rope share.
+// RoPE of vectors of a head: what qk_norm_rope and scaled_mm_rope share.
 //
-//   low half:  y * cos + (-other) * sin = y * cos + other * (-sin)        high half:  y * cos + other * sin
+//   by halves  low:   y * cos + (-other) * sin = y * cos + other * (-sin)        high:  y * cos + other * sin
+//   by pairs   even columns as low, odd ones as high: other is the neighbour
 #pragma once
 
 #include <type_traits>
@@ -45,6 +46,81 @@ __device__ __forceinline__ Raw<Out, N> rotated(const Raw<In, N>& y, const Raw<In
     sum.pack(a);
     return sum;
   }
+}
+
+// Which columns of a head are turned with which, and where their cos and sin are. By halves of whole heads, with a number in the
+// tables for each column, unless something else is said:
+//   Pairs       columns 2i and 2i + 1 instead of i and i + half
+//   HalfTables  tables of one number for both columns
+//   Partial     there are columns behind the two halves, which are not turned
+template <bool Pairs, bool HalfTables, bool Partial>
+struct Turn {
+  static constexpr bool kPairs = Pairs, kHalfTables = HalfTables, kPartial = Partial;
+  static constexpr bool kPlain = !Pairs && !HalfTables && !Partial;
+};
+using Halves = Turn<false, false, false>;
+
+// Every element two times.
+template <typename T, int N>
+__device__ __forceinline__ void twice(const Raw<T, N>& each, Raw<T, 2 * N>& out) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      out.words[2 * i] = out.words[2 * i + 1] = each.words[i];
+    } else {
+      const uint32_t one = i % 2 ? each.words[i / 2] >> 16 : each.words[i / 2] & 0xffffu;
+      out.words[i] = one | one << 16;
+    }
+  }
+}
+
+// The table's numbers for columns i to i + N of both halves.
+template <typename Turn, typename T, int N>
+__device__ __forceinline__ void load_table(Raw<T, N>& low, Raw<T, N>& high, const T* table, int i, int half) {
+  if constexpr (!Turn::kHalfTables) {
+    load_half(low, table + i), load_half(high, table + half + i);
+  } else if constexpr (!Turn::kPairs) {
+    load_half(low, table + i);
+    high = low;
+  } else if constexpr (N == 1) {
+    load_half(low, table + i / 2), load_half(high, table + (half + i) / 2);
+  } else {
+    Raw<T, N / 2> each;
+    load_half(each, table + i / 2), twice(each, low);
+    load_half(each, table + (half + i) / 2), twice(each, high);
+  }
+}
+
+// Negates what an even column, or one of the low half, is multiplied by; `i` is the first column of the vectors.
+template <typename Turn, typename T, int N>
+__device__ __forceinline__ void negate_sin(Raw<T, N>& low, Raw<T, N>& high, int i) {
+  if constexpr (!Turn::kPairs) {
+    negate(low);
+  } else if constexpr (N == 1) {
+    if (i % 2 == 0) negate(low), negate(high);
+  } else {
+#pragma unroll
+    for (int w = 0; w < Raw<T, N>::kWords; ++w) {
+      const uint32_t even = sizeof(T) == 2 ? 0x00008000u : w % 2 == 0 ? 0x80000000u : 0u;
+      low.words[w] ^= even, high.words[w] ^= even;
+    }
+  }
+}
+
+// The neighbours of a vector's elements: column i ^ 1 where y has column i. Of single elements it is the next lane's, and all
+// lanes of a warp have to ask.
+template <typename T, int N>
+__device__ __forceinline__ Raw<T, N> neighbours(const Raw<T, N>& y) {
+  Raw<T, N> other;
+  if constexpr (N == 1) {
+    other.words[0] = __shfl_xor_sync(0xffffffffu, y.words[0], 1);
+  } else {
+#pragma unroll
+    for (int w = 0; w < Raw<T, N>::kWords; ++w) {
+      other.words[w] = sizeof(T) == 4 ? y.words[w ^ 1] : y.words[w] >> 16 | y.words[w] << 16;
+    }
+  }
+  return other;
 }
 
 }  // namespace inductor_ext

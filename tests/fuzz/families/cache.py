@@ -97,7 +97,26 @@ def _half(b: Builder, x: str, d: int) -> str:
     return b.let(f"torch.cat(({n}, {low}), -1)")
 
 
-def _rotated(b: Builder, x: str, cos: str, sin: str, d: int) -> str:
+def _joined(b: Builder, x: str, cos: str, sin: str, d: int) -> str:
+    """By halves or by pairs whose two columns are computed apart and then put together; of some columns, or of all."""
+    pairs = b.chance(40)
+    low, high = (
+        (b.let(f"{x}[..., ::2]"), b.let(f"{x}[..., 1::2]"))
+        if pairs
+        else (b.let(f"{x}[..., : {d // 2}]"), b.let(f"{x}[..., {d // 2} :]"))
+    )
+    one = b.let(f"{b.let(f'{low} * {cos}')} - {b.let(f'{high} * {sin}')}")
+    two = b.let(f"{b.let(f'{high} * {cos}')} + {b.let(f'{low} * {sin}')}")
+    return b.let(f"torch.stack(({one}, {two}), -1).flatten(-2)") if pairs else b.let(f"torch.cat(({one}, {two}), -1)")
+
+
+def _rotated(b: Builder, x: str, cos: str, sin: str, d: int, way: str = "whole") -> str:
+    if way == "joined":
+        return _joined(b, x, cos, sin, d)
+    if way == "some":
+        low, high = b.let(f"{x}[..., : {d // 2}]"), b.let(f"{x}[..., {d // 2} :]")
+        turned = _joined(b, low, cos, sin, d // 2)
+        return b.let(f"torch.cat(({turned}, {high}), -1)")
     one = b.let(f"{x} * {cos}")
     two = b.let(f"{_half(b, x, d)} * {sin}")
     return b.let(f"torch.add({one}, {two})" if b.chance(30) else f"{one} + {two}")
@@ -108,7 +127,10 @@ def _turned(b: Builder, batch: int, s: int, d: int, dtype: str = "bfloat16") -> 
     heads, kv = 4, H
     qkv = b.activation("qkv", batch, s, (heads + 2 * kv) * d, dtype=dtype)
     tables = b.pick(1, batch)
-    cos, sin = (b.given(name, f"(torch.randn({tables}, {s}, {d}) * 9).{name}().to(torch.{dtype})") for name in ("cos", "sin"))
+    way = b.pick("whole", "whole", "joined", "some")
+    columns = {"whole": d, "joined": d // 2, "some": d // 4}[way]
+    made = f"(torch.randn({tables}, {s}, {columns}) * 9)"
+    cos, sin = (b.given(name, f"{made}.{name}().to(torch.{dtype})") for name in ("cos", "sin"))
     b.several(f"{qkv}.split([{heads * d}, {kv * d}, {kv * d}], -1)", "q", "k", "v")
     first = b.chance(50)
     parts = []
@@ -120,7 +142,7 @@ def _turned(b: Builder, batch: int, s: int, d: int, dtype: str = "bfloat16") -> 
             x = b.norm(x, b.given(f"w{name}", f"(torch.rand({d}) + 0.5).to(torch.{dtype})"), d)
         if first:
             x = b.let(f"{x}.transpose(1, 2)")
-        parts.append(x if name == "v" else _rotated(b, x, c, e, d))
+        parts.append(x if name == "v" else _rotated(b, x, c, e, d, way))
     return *parts, first  # type: ignore[return-value]
 
 
