@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.calls import arguments, aten, is_call
+from inductor_ext.calls import arguments, aten, is_call, is_convert
 from inductor_ext.graph import call, describe, same_sizes, value_of
 from inductor_ext.kernels.act_quantize.op import FORMS, MEASURED, OP
 from inductor_ext.miss import INPUT_LAYOUT, NOT_FASTER, Miss, no_other_users
@@ -86,6 +86,8 @@ def trace(y: Node) -> Activated | None:
         gate, *rest = found.tensors
         values = [value_of(each) for each in found.tensors]
         if any(each.dtype is not value_of(y).dtype or not same_sizes(each.shape, value_of(y).shape) for each in values):
+            continue
+        if any(is_convert(each, torch.float32) for each in found.tensors):  # the inside of the same in 16 bits
             continue
         if not rest:
             return Activated(y, name, gate, None, False, found.nodes)

@@ -2,6 +2,8 @@
 
     python -m benchmarks.kernels.producers --out benchmarks/results/h200/producers.json        (--only rope: those alone)
     python -m benchmarks.kernels.producers --only 'static.*, (16|7168), ' --out producers_static.json          (a minute or two)
+    python -m benchmarks.kernels.producers --only '^(layer_norm|any rms_norm|activation)' --out producers_any.json
+        (norm_quantize and act_quantize: what the other ops do not take; with '…[^,]*, 4096, ' a few minutes)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -17,6 +19,9 @@ import torch
 from benchmarks import timing
 from benchmarks.kernels.shared import script
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
+from inductor_ext.kernels.act_quantize.op import FORMS
+from inductor_ext.kernels.act_quantize.op import OP as ACTIVATION
+from inductor_ext.kernels.norm_quantize.op import OP as ANY_NORM
 from inductor_ext.kernels.qk_norm_rope.op import OP as QK_NORM_ROPE
 from inductor_ext.kernels.qk_norm_rope.op import rotate_half
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS_NORM
@@ -26,6 +31,9 @@ E4, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024), (65536, 1024), (1, 4096), (128, 4096), (65536, 8192))
 TENSOR_SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1024, 1024), (7168, 1024), (65536, 1024), (1, 4096), (7168, 4096))
 ACT_MUL_SHAPES = ((1, 3072), (16, 3072), (128, 3072), (1024, 3072), (7168, 3072), (1, 14336), (128, 14336), (7168, 14336))
+#: Rows and columns of encoders (BERT, ViT, Whisper), of diffusion transformers, and of few tokens.
+ANY_SHAPES = ((1, 1024), (128, 1024), (4096, 1024), (16384, 1024), (4096, 3072), (16384, 3072), (4096, 8192))
+ANY_ACT_SHAPES = ((1, 4096), (128, 4096), (4096, 4096), (16384, 4096), (4096, 12288), (16384, 12288))
 ROPE_TOKENS, ROPE_HEADS = (1, 16, 128, 1024, 7168), ((16, 8, 128), (32, 8, 128))  # heads of q, of k, their columns
 LONGEST = 512  # tokens of a sequence
 Calls = tuple[int, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]]
@@ -112,6 +120,79 @@ def act_mul(rows: int, columns: int, halves: bool, granularity: str = "row") -> 
     return rows * (columns * 5 + how.scale_bytes), make
 
 
+#: norm_quantize's norms: kind, the steps behind the root, whether there is a residual, and whether y is written too.
+ANY_NORMS: dict[str, tuple[str, str, bool, bool]] = {
+    "layer_norm + quantise": ("layer", "mul add cast", False, False),
+    "layer_norm + residual + quantise": ("layer", "mul add cast", True, False),
+    "layer_norm + residual + quantise, y too": ("layer", "mul add cast", True, True),
+    "layer_norm modulated + quantise": ("layer", "cast factor+1r cast shift", False, False),
+    "any rms_norm + fp32 residual + quantise": ("rms", "wide cast mul", True, False),
+    "any rms_norm + residual + quantise, y too": ("rms", "cast mul", True, True),
+    "any rms_norm without weight + quantise": ("rms", "cast", False, False),
+}
+
+
+def any_norm(rows: int, columns: int, work: str, granularity: str = "row") -> Calls:
+    """Bytes and calls of one of `ANY_NORMS`; stock is what models write: layer_norm, modulation, a sum in fp32."""
+    kind, norm, has_residual, keep = ANY_NORMS[work]
+    how, modulated, wide = Quantisation(granularity), "factor" in norm, norm.startswith("wide")
+
+    def normed(x: torch.Tensor, one: Any, two: Any) -> torch.Tensor:
+        if kind == "rms":
+            h = x.float()
+            n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(BF16)
+            return n if one is None else n * one
+        if modulated:
+            return torch.nn.functional.layer_norm(x, (columns,), None, None, 1e-6) * (1 + one) + two
+        return torch.nn.functional.layer_norm(x, (columns,), one, two, 1e-6)
+
+    def stock(x: torch.Tensor, residual: Any, one: Any, two: Any) -> Any:
+        total = x if residual is None else x.float() + residual.float() if wide else x + residual
+        y = normed(total, one, two)
+        handed_on = () if residual is None else (total.to(BF16),)
+        return *how.eager(y, ()), *handed_on, *((y,) if keep else ())
+
+    compiled = torch.compile(stock, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        x, other = (torch.randn(1, rows, columns, device="cuda").to(BF16) for _ in range(2))
+        residual = other if has_residual else None
+        one, two = (torch.rand((1, 1, columns) if modulated else (columns,), device="cuda").to(BF16) for _ in range(2))
+        given = (None if norm == "cast" else one, None if kind == "rms" else two)
+        operands = (None, None, *given) if modulated else (*given, None, None)
+        out, scale = how.outputs(rows, columns)
+        out, scale = out.view(x.shape), scale.view(1, rows, 1) if granularity == "row" else scale
+        total = torch.empty_like(x) if has_residual else x.new_empty(0)
+        y = torch.empty_like(x) if keep else x.new_empty(0)
+        call = (x, residual, *operands, 1e-6, kind, norm, keep, granularity, *how.program, [])
+        return (
+            lambda: compiled(x, residual, *given),
+            lambda: ANY_NORM._call(*call, out0=out, out1=scale, out2=total, out3=y),
+        )
+
+    return rows * (columns * (3 + 4 * has_residual + 2 * keep) + 4), make
+
+
+def activation(rows: int, columns: int, form: str, pairs: bool = False, granularity: str = "row") -> Calls:
+    """The same of an activation in one of act_quantize's forms; gate and up are halves of one buffer, or its pairs."""
+    how, of_two = Quantisation(granularity), FORMS[form].inputs == 2
+
+    def stock(both: torch.Tensor) -> Any:
+        inputs = (both[..., ::2], both[..., 1::2]) if pairs else both.chunk(2, -1) if of_two else (both,)
+        return how.eager(FORMS[form].fn(*inputs), ())
+
+    compiled = torch.compile(stock, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        both = torch.randn(rows, columns * (2 if of_two else 1), device="cuda").to(BF16)
+        gate, up = both.chunk(2, -1) if of_two and not pairs else (both, None)
+        out, scale = how.outputs(rows, columns)
+        call = (gate, up, form, pairs, granularity, *how.program, [])
+        return lambda: compiled(both), lambda: ACTIVATION._call(*call, out0=out, out1=scale)
+
+    return rows * (columns * (5 if of_two else 3) + how.scale_bytes), make
+
+
 def qk_rope(tokens: int, heads: tuple[int, int, int], normed: bool) -> Calls:
     """RoPE of q and k, columns of one qkv buffer, with the norm of each head or without; stock is Hugging Face's lines."""
     count, kv_count, columns = heads
@@ -165,11 +246,26 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
         work = f"rms_norm + {'residual + ' if residual else ''}quantise, static ×{count}"
         for shape in SHAPES:
             yield work, *shape, rms_norm(*shape, residual, "static", count)
+    yield from any_works()
     for heads in ROPE_HEADS:
         for tokens in ROPE_TOKENS:
             columns = (heads[0] + heads[1]) * heads[2]
             yield "rope of q and k", tokens, columns, qk_rope(tokens, heads, normed=False)
             yield "rope of q and k, normalised", tokens, columns, qk_rope(tokens, heads, normed=True)
+
+
+def any_works() -> Iterator[tuple[str, int, int, Calls]]:
+    """Those of norm_quantize and act_quantize."""
+    for suffix, granularity in (("", "row"), (", one scale", "tensor")):
+        for work in ANY_NORMS:
+            for shape in ANY_SHAPES:
+                yield f"{work}{suffix}", *shape, any_norm(*shape, work, granularity)
+        for form in ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu_squared", "fp32 silu mul"):
+            for shape in ANY_ACT_SHAPES:
+                yield f"activation {form} + quantise{suffix}", *shape, activation(*shape, form, False, granularity)
+        for shape in ANY_ACT_SHAPES:
+            work = f"activation clamped_swiglu of pairs + quantise{suffix}"
+            yield work, *shape, activation(*shape, "clamped_swiglu", True, granularity)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,11 @@ def test_a_case_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_producers_of_every_kind_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.kernels import producers
 
-    for name in ("SHAPES", "TENSOR_SHAPES", "ACT_MUL_SHAPES"):
+    for name in ("SHAPES", "TENSOR_SHAPES", "ACT_MUL_SHAPES", "ANY_SHAPES", "ANY_ACT_SHAPES"):
         monkeypatch.setattr(producers, name, ((3, 64),))
     monkeypatch.setattr(producers, "ROPE_TOKENS", (4,))
     works = list(producers.works())
-    assert len(works) == 3 * 4 + 3 + 4
+    assert len(works) == 3 * 4 + 3 + 2 * (7 + 7) + 4
     for work, rows, columns, (moved, make) in works:
         stock, ours = make()
         assert moved > rows * columns and stock() is not None, work

@@ -113,6 +113,79 @@ def rms_norm_quantize(b: Builder) -> None:
     b.force("rms_norm_quantize", percent=30)
 
 
+def norm_quantize(b: Builder) -> None:
+    """Norms of every kind: the sum in fp32, LayerNorm, modulation, other roots; the normalised value read elsewhere too."""
+    samples, tokens, columns = b.pick(2, 1, 3), b.pick(4, 1, 7), b.pick(64, 32, 96)
+    dtype = b.pick("bfloat16", "bfloat16", "float16")
+    x = b.activation("x", samples, tokens, columns, dtype=dtype)
+    vectors = [b.given(each, f"(torch.rand({columns}) + 0.5).to(torch.{dtype})") for each in ("w", "v")]
+    h, total = "", ""
+    if b.chance(50):
+        r = b.given("r", b.normal(samples, tokens, columns, dtype=dtype))
+        one, two = b.let(f"{x}.float()"), b.let(f"{r}.float()")
+        h = total = b.let(f"torch.add({one}, {two})" if b.chance(40) else f"{one} + {two}")
+    else:
+        h = b.let(f"{x}.float()")
+    if b.chance(60):
+        n = b.let(f"F.layer_norm({h}, ({columns},), None, None, 1e-5)")
+    else:
+        m = b.let(f"{h}.pow(2)")
+        m = b.let(f"{m}.mean(-1, keepdim=True)") if b.chance(50) else b.let(f"{m}.sum(-1, keepdim=True) / {columns}")
+        e = b.let(f"{m} + 1e-6")
+        n = b.let(b.pick(f"{h} * torch.rsqrt({e})", f"{h} / torch.sqrt({e})", f"{h} * (1.0 / torch.sqrt({e}))"))
+    rounded = b.chance(50)
+    if rounded:
+        n = b.let(f"{n}.to({x}.dtype)")
+    kind = b.pick("affine", "affine", "modulated", "weight", "alone")
+    if kind == "modulated":
+        shape = b.pick((samples, 1), (1, 1), (samples, tokens), (1, tokens))
+        s, t = (b.given(each, b.normal(*shape, columns, dtype=dtype)) for each in "st")
+        n = b.let(f"{n} * {b.let(f'1 + {s}')}")
+        n = b.let(f"{n} + {t}")
+    elif kind != "alone":
+        n = b.let(f"{n} * {vectors[0]}")
+        if kind == "affine":
+            n = b.let(f"{n} + {vectors[1]}")
+    y = n if rounded else b.let(f"{n}.to({x}.dtype)")
+    b.give(*b.dynamic(y, b.pick("-1", "-1", "all")))
+    if b.chance(30):
+        b.give(b.pick(y, b.let(f"{y} * 2")))
+    if total and b.chance(60):
+        b.give(b.let(f"{total}.to({x}.dtype)") if b.chance(80) else total)
+    b.force("rms_norm_quantize", "layer_norm_quantize", percent=90)
+
+
+def act_quantize(b: Builder) -> None:
+    """Activations alone and in other forms than act_mul_quantize's."""
+    rows, columns = b.pick(4, 24, 1, 7), b.pick(64, 32, 96)
+    dtype = b.pick("bfloat16", "bfloat16", "float16", "float32")
+    both = b.activation("x", rows, 2 * columns, dtype=dtype)
+    if b.chance(40):
+        g, u = b.let(f"{both}[..., ::2]"), b.let(f"{both}[..., 1::2]")
+    else:
+        g, u = b.several(f"{both}.chunk(2, -1)", "g", "u")
+    kind = b.pick("alone", "alone", "quick", "relu", "fp32", "clamped")
+    if kind in ("alone", "fp32"):
+        act = b.pick("F.silu({})", "F.gelu({})", "F.gelu({}, approximate='tanh')")
+        if kind == "alone":
+            y = b.let(act.format(g))
+        else:
+            wide, factor = b.let(act.format(b.let(f"{g}.float()"))), b.let(f"{u}.float()")
+            y = b.let(f"{b.let(f'{wide} * {factor}')}.to({g}.dtype)")
+    elif kind == "relu":
+        y = b.let(f"{b.let(f'F.relu({g})')}.square()")
+    else:
+        if kind == "clamped":
+            g, u = b.let(f"{g}.clamp(max=7.0)"), b.let(f"{u}.clamp(-7.0, 7.0)")
+        y = b.let(f"{g} * {b.let(f'torch.sigmoid({g} * 1.702)')}")
+        if kind == "clamped":
+            y = b.let(f"{b.let(f'{u} + 1')} * {y}")
+    if kind in ("quick", "relu") and b.chance(40):
+        y = b.let(f"{y} * {u}")
+    b.give(*b.dynamic(y, b.pick("-1", "-1", "all")))
+    b.force("act_quantize", percent=90)
+
+
 def act_mul_quantize(b: Builder) -> None:
     rows, columns = b.pick(4, 24, 1, 7), b.pick(64, 32, 128)
     dtype = b.pick("bfloat16", "bfloat16", "float16")

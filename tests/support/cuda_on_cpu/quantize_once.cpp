@@ -1,7 +1,7 @@
 // A tensor's quantisation with one scale, in one launch and in two, behind C functions, for tests/kernels/test_quantize_once.py.
-#include "act_quantize/act_mul_quantize.cuh"
+#include "act_quantize/act_quantize.cuh"
 #include "fp8_quantize/fp8_quantize.cuh"
-#include "norm_quantize/rms_norm_quantize.cuh"
+#include "norm_quantize/norm_quantize.cuh"
 
 #include "../programs.h"
 #include "entry.h"
