@@ -41,6 +41,7 @@ RULE_MODULES = (
     "grouped_queries",
     "moe_combine",
     "moe_masks",
+    "written_columns",
     "quantize_once",
     "mxfp8_grouped_mm",
     "mxfp8_scaled_grouped_mm",
