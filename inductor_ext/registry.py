@@ -44,6 +44,7 @@ RULE_MODULES = (
     "moe_combine",
     "moe_scatter",
     "moe_masks",
+    "written_columns",
     "quantize_once",
     "mxfp8_grouped_mm",
     "mxfp8_scaled_grouped_mm",

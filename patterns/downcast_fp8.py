@@ -1,11 +1,12 @@
-"""downcast_fp8: K and V, scaled, clamped, cast to FP8 and stored into their caches at the same rows, become one launch.
+"""downcast_fp8: K and V, cast to FP8 and stored into their caches at the same rows, become one launch.
 
     k_cache = index_put(k_cache, [slots], cast(k));  v_cache = index_put(v_cache, [slots], cast(v))
         →  inductor_ext.downcast_fp8(k, v, k_cache!, v_cache!, …)
 
-Stores through ``index_put``, ``index_copy``, slice assignment and ``copy_``; caches used directly, through ``.view``, as uint8,
-or as halves of one ``[2, …]`` buffer. The op mutates the graph input itself, so no copy of the cache is made. A store without
-a partner is rewritten on its own. Negative indices count from the end, as they do in ``index_put``.
+The cast may have a scale before it, a clamp, both or neither. Stores through ``index_put``, ``index_copy``, slice assignment
+and ``copy_``; caches used directly, through ``.view``, as uint8, or as halves of one ``[2, …]`` buffer. The op mutates the
+graph input itself, so no copy of the cache is made. A store without a partner is rewritten on its own. Negative indices count
+from the end, as they do in ``index_put``.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def guard(node: Node, context: Context) -> Match | None:
     why = "forced" if context.forced else "stock copies caches that are behind a view"
     if not context.forced and all(h.store.direct for h in halves):
         why = f"its input comes from {describe(halves[0].x)}"
-    detail = f"{'K and V' if len(halves) == 2 else 'one tensor'}: {halves[0].program} → {halves[0].dtype}"
+    detail = f"{'K and V' if len(halves) == 2 else 'one tensor'}: {halves[0].program or 'cast'} → {halves[0].dtype}"
     check = kv_store.checked(half, context)
     return Match(node, (Call(OP, _arguments(halves, check)),), detail, why, (halves, check))
 
@@ -197,6 +198,34 @@ def _one(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None
     kc.view(-1, 8, 64)[slots] = _quantise(k, ks)
 
 
+def _clamped(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    """No scale: what a deployment without calibrated scales stores."""
+    kc[slots] = k.clamp(-448.0, 448.0).to(E4)
+    vc[slots] = v.clamp(-448.0, 448.0).to(E4)
+
+
+def _cast(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    kc.view(-1, 8, 64)[slots] = k.to(E4).view(torch.uint8)
+    vc.view(-1, 8, 64)[slots] = v.to(E4).view(torch.uint8)
+
+
+def _cast_and_scaled(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    kc[slots] = k.to(E4)
+    vc[slots] = _quantise(v, vs)
+
+
+def _cast_of_what_is_read(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    """Attention reads k too; a view of it more or less is no other tensor."""
+    k, v = k.view(-1, 8, 64), v.view(-1, 8, 64)
+    _clamped(k, v, ks, vs, kc, vc, slots)
+    return k * 2
+
+
+def _latent(k: Any, v: Any, ks: Any, vs: Any, cache: Any, slots: Any) -> None:
+    """MLA's one cache: the latent row, and the rotated columns behind it."""
+    cache[slots] = torch.cat((k.reshape(16, 1, 512), v.reshape(16, 1, 512)), -1).to(E4)
+
+
 def _read_after(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
     _view(k, v, ks, vs, kc, vc, slots)
     return kc.float().sum() + vc.view(-1, 8, 64)[slots].float().sum()
@@ -233,6 +262,11 @@ MATCHES = (
     Example("read_after_store", _read_after, _inputs(4, 16, 8, 64)),
     Example("two_indices_two_stores", _other_slots, _inputs(64, 8, 64), count=2),
     Example("slices_of_qkv", _qkv, _qkv_inputs),
+    Example("latent_and_rotated_keys", _latent, _inputs(64, 1, 1024, caches=1), mode="always"),
+    Example("clamped", _clamped, _inputs(64, 8, 64)),
+    Example("cast_into_bytes", _cast, _inputs(4, 16, 8, 64, dtype=torch.uint8)),
+    Example("k_cast_and_v_scaled", _cast_and_scaled, _inputs(64, 8, 64)),
+    Example("cast_of_what_is_read", _cast_of_what_is_read, _inputs(64, 8, 64)),
 )
 
 
@@ -274,12 +308,26 @@ def _new_cache(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -
     return fresh
 
 
+def _blocks_of_both(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
+    """A cache [blocks, 2, block, H, D], as vLLM's backends have it."""
+    kc, vc = kv.unbind(1)
+    kc[slots // 16, slots % 16] = _quantise(k, ks)
+    vc[slots // 16, slots % 16] = _quantise(v, vs)
+
+
+def _heads_first(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    kc.transpose(0, 1)[slots] = _quantise(k, ks)
+    vc.transpose(0, 1)[slots] = _quantise(v, vs)
+
+
 NEAR_MISSES = (
     Example("producer_is_pointwise", _sin, _inputs(64, 8, 64), reason="Inductor fuses this store into its producer for free"),
     Example("rows_that_stock_stores_faster", _direct, _many, reason="stock stores this many rows faster"),
     Example("accumulate", _accumulate, _inputs(64, 8, 64, dtype=torch.uint8), reason="the store accumulates"),
     Example("strided_slots", _strided_slots, _inputs(64, 8, 64), reason="index layout"),
     Example("two_index_tensors", _two_indices, _inputs(4, 16, 8, 64), reason="index layout"),
+    Example("blocks_of_k_and_v", _blocks_of_both, _inputs(4, 2, 16, 8, 64, caches=1), reason="index layout"),
+    Example("heads_before_slots", _heads_first, _inputs(8, 64, 64), reason="cache layout"),
     Example("scale_a_head", _head_scale, _inputs(64, 8, 64), reason="scale layout"),
     Example("rows_used_again", _used_again, _inputs(64, 8, 64), reason="what is stored in FP8 has a second user"),
     Example("cache_made_in_graph", _new_cache, _inputs(64, 8, 64), reason="the cache is not a graph input"),

@@ -29,7 +29,7 @@ from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
 from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, found_or_none
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
-from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope, rotation_arguments, rotations, turned
+from inductor_ext.patterns.qk_norm_rope import _by_halves, _by_pairs, _llama_norm, _rope, rotation_arguments, rotations, turned
 from inductor_ext.patterns.support import cache_store, columns, has_run, kv_store
 from inductor_ext.patterns.support.kv_store import Half
 from inductor_ext.patterns.support.rope import ANCHORS, Rope
@@ -164,7 +164,8 @@ def guard(node: Node, context: Context) -> Match | None:
     has_run.check(found.end, context, value_of(found.k.x).device, MEASURED, has_run.NOT_MEASURED)
     _check_gain(found, context)
     stored = "K and V" if found.v else f"K alone ({found.why_not_v})"
-    detail = f"{stored}: {found.k.program or 'copied'} → {found.k.dtype}{', k is read too' if found.keep_k else ''}"
+    program = "copied" if found.k.chain is None else found.k.program or "cast"
+    detail = f"{stored}: {program} → {found.k.dtype}{', k is read too' if found.keep_k else ''}"
     why = "forced" if context.forced else "k is stored while it is in registers"
     return Match(found.end, (Call(OP, found.fake_arguments()),), detail, why, found)
 
@@ -176,7 +177,7 @@ LEAST_COPIED = 16
 def _check_gain(found: _Plan, context: Context) -> None:
     """Miss where one launch was not measured to be faster than two."""
     sequences, positions, *_ = found.sizes()
-    tokens, copied = sequences * positions, not found.k.program
+    tokens, copied = sequences * positions, found.k.chain is None
     if context.forced or value_of(found.k.x).device.type != "cuda":
         return
     if statically_known_true(tokens >= LEAST_COPIED) if copied else known_equal(tokens, 1):
@@ -384,6 +385,28 @@ def _packed(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, sl
     return q
 
 
+def _native(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any, by: Any = _by_halves) -> torch.Tensor:
+    """SGLang's: the halves put together, k and v divided where they are, and cast as they are into a pool of bytes."""
+    qkv, cos, sin = qkv.flatten(0, 1), *(each.expand(B, -1, -1).reshape(-1, 1, D)[..., : D // 2] for each in (cos, sin))
+    q, k, v = (part.view(part.shape[0], -1, D) for part in qkv.clone().split([HEADS * D, KV_HEADS * D, KV_HEADS * D], -1))
+    q, k = by(q, cos, sin), by(k, cos, sin)
+    k.div_(ks)
+    v.div_(vs)
+    kc[slots] = k.to(E4).view(torch.uint8)
+    vc[slots] = v.to(E4).view(torch.uint8)
+    return q
+
+
+def _unscaled(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    """By pairs, of a head's first columns, and no scale at all."""
+    q, k, v = _qkv(qkv.flatten(0, 1))
+    cos, sin = (each.expand(B, -1, -1).reshape(-1, 1, D)[..., :4] for each in (cos, sin))
+    q, k = (torch.cat((_by_pairs(x[..., :8], cos, sin), x[..., 8:]), -1) for x in (q, k))
+    kc[slots] = k.to(E4)
+    vc[slots] = v.to(E4)
+    return q
+
+
 def _halves(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
     q, k, v = _turned(qkv, cos, sin)
     kc, vc = kv.unbind(0)
@@ -543,6 +566,8 @@ RULE = Rule(
         _match("bf16_cache", _copied, _bf16_caches(SLOTS, KV_HEADS, D)),
         _match("static_cache", _static_cache, _bf16_caches(B, KV_HEADS, 10, D, weights=True, by_position=True)),
         _match("v_at_other_rows", _other_rows, _flat),
+        _match("divided_in_place", _native, _inputs(SLOTS, KV_HEADS, D, dtype=torch.uint8)),
+        _match("unscaled_pairs_of_some_columns", _unscaled, _flat),
     ),
     near_misses=(
         Example("heads_before_tokens", _heads_before_tokens, _flat, reason="k is changed on its way to the cache"),

@@ -106,7 +106,7 @@ def _rows(scatter: Node) -> tuple[Node, Node | None, Any, Any]:
         if accumulate:
             raise Miss(STORE_ACCUMULATES, scatter, "accumulate=False", "accumulate=True")
         if len(indices) != 1 or not isinstance(indices[0], Node):
-            raise Miss(INDEX_LAYOUT, scatter, "one index tensor, on dimension 0", str(indices))
+            raise Miss(INDEX_LAYOUT, scatter, "one index tensor, of rows, on dimension 0", str(indices))
         index = value_of(indices[0])
         if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not packed(index):
             found = f"{index.dtype} {list(index.shape)} strides {list(index.stride())}"

@@ -94,9 +94,12 @@ def casts(graph: Graph) -> list[Node]:
     return [node for node in calling(CONVERT)(graph) if is_fp8_cast(node)]
 
 
-def trace(cast: Node) -> Chain:
-    """The chain that ends in ``cast``, as long as it can be made, or the first condition that failed."""
-    walk = _Walk(cast)
+def trace(cast: Node, unscaled: bool = False) -> Chain:
+    """The chain that ends in ``cast``, as long as it can be made, or the first condition that failed.
+
+    ``unscaled`` takes a cast without a scale too: a clamp and a cast, or a cast alone.
+    """
+    walk = _Walk(cast, unscaled)
     walk.run()
     return walk.chain()
 
@@ -104,8 +107,9 @@ def trace(cast: Node) -> Chain:
 class _Walk:
     """State of one walk upwards. Steps and views are collected last first."""
 
-    def __init__(self, cast: Node) -> None:
+    def __init__(self, cast: Node, unscaled: bool = False) -> None:
         self.cast = cast
+        self.unscaled = unscaled
         self.node: Node = cast.args[0]
         self.steps: list[steps.Step] = []
         self.operands: list[Node] = []
@@ -131,7 +135,7 @@ class _Walk:
                 break
             if not advanced:
                 break
-        if not self.scaled:
+        if not self.scaled and (self.stopped is not None or not self.unscaled):
             raise self.stopped or Miss("no scale before the cast", self.cast, _SCALED, describe(self.node))
         dtype = value_of(self.node).dtype
         if dtype not in FLOATS:
@@ -176,7 +180,8 @@ class _Walk:
         """Whether nothing else reads ``node``; when something does, the chain begins below it or there is none."""
         if len(node.users) <= 1:
             return True
-        if not self.scaled:
+        ends = self.unscaled and node.target not in _SCALES  # a scale that something else reads is one that cannot be had
+        if not self.scaled and not ends:
             kind = "clamped" if node.target in _CLAMPS else "scaled" if node.target in _SCALES else "converted"
             other = next(user for user in node.users if user is not self._below)
             what = second_user(f"the {kind} value")
@@ -194,7 +199,7 @@ class _Walk:
 
     def _view(self, node: Node) -> bool:
         # Views of x itself cost nothing to repeat, so a second user only matters while the scale is still above.
-        if not self.scaled and not self._only_user(node):
+        if not self.scaled and not self.unscaled and not self._only_user(node):
             return False
         self.views.append(node)
         return self._up(node, node.args[0])

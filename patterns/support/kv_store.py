@@ -118,7 +118,7 @@ def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node
         half = Half(store, None, x, value_of(x).dtype, views, by_sequence)
         _check(half, value)
         return half
-    cast, chain = x, fp8_chain.trace(x)
+    cast, chain = x, fp8_chain.trace(x, unscaled=True)
     if len(chain.operands) > 1 or any(value_of(operand).numel() != 1 for operand in chain.operands):
         found = ", ".join(map(describe, chain.operands))
         raise Miss(SCALE_LAYOUT, cast, "one scale of one element", found)
