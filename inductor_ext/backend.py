@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from inductor_ext import graph as graphs
-from inductor_ext import jit, registry, settings, torch_compat
-from inductor_ext.errors import StrictError
+from inductor_ext import jit, registry, settings, strict, torch_compat
 from inductor_ext.report import store
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.shown import line
@@ -50,14 +49,16 @@ def inductor_ext(
 def backend(**options: Any) -> Callable[..., Callable[..., Any]]:
     """A configured backend: ``torch.compile(model, backend=inductor_ext.backend(rules={"fp8_downcast": "always"}))``.
 
-    Takes every option of ``Settings``; unknown names, modes and rules raise ``SettingError`` here.
+    Takes every option of ``Settings``; unknown names, modes and rules raise ``SettingError`` here. ``strict`` counts over all
+    graphs that it compiles: make one for each model (see `inductor_ext.strict`).
     """
     snapshot = settings.current(**options)
     registry.check_rules(snapshot)
     torch_compat.trace_scaled_mm_v2()
+    tally = strict.Tally()
 
     def configured(gm: Any, example_inputs: Any, *, mode: Any = None, options: Any = None, **kwargs: Any) -> Any:
-        return compile_graph(gm, example_inputs, snapshot, mode=mode, options=options)
+        return compile_graph(gm, example_inputs, snapshot, mode=mode, options=options, tally=tally)
 
     return configured
 
@@ -73,10 +74,12 @@ def compile_graph(
     observer: Any = None,
     inner_compile: Callable[..., Any] | None = None,
     inductor_options: dict[str, Any] | None = None,
+    tally: strict.Tally | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph with Inductor and the rules of ``chosen``.
 
     ``on_report`` gets the report of every graph, cached ones too; ``observer`` and ``inner_compile`` are for `verify`.
+    ``tally`` holds what earlier graphs of the model have matched.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -90,7 +93,7 @@ def compile_graph(
     patches.update(inductor_options or {})
     previous = torch_compat.previous_post_grad_pass(patches)
     later = OVERLAP and chosen.build == "compile" and inner_compile is None and observer is None
-    session = _Session(chosen, on_report)
+    session = _Session(chosen, on_report, tally or strict.Tally())
     patches["post_grad_custom_post_pass"] = rewrite = RewritePass(chosen, previous, session.tell, observer, later=later)
     session.follow(rewrite)
     inner = inner_compile or compile_fx_inner
@@ -104,9 +107,10 @@ def compile_graph(
 class _Session:
     """Reports of one backend call: those of graphs compiled now, and those replayed from a cache."""
 
-    def __init__(self, chosen: Settings, on_report: OnReport | None) -> None:
+    def __init__(self, chosen: Settings, on_report: OnReport | None, tally: strict.Tally) -> None:
         self.chosen = chosen
         self.on_report = on_report
+        self.tally = tally
         self.reports: list[GraphReport] = []
 
     def follow(self, rewrite: RewritePass) -> None:
@@ -151,31 +155,31 @@ class _Session:
         for report in replayed:
             self.tell(report)
         if self.chosen.strict:
-            self._check_strict()
+            strict.settle(self.tally, self.reports, self.chosen)
 
     def tell(self, report: GraphReport) -> None:
         self.reports.append(report)
-        log.info("%s", report.summary())
-        for refusal in report.refusals:
-            told = f"{refusal.reason} (wanted {refusal.wanted}, found {refusal.found}) {refusal.source}"
-            log.debug("%s", line(f"{refusal.rule}: {refusal.node} left alone: {told}"))
-        _trace_artifact(report)
+        announce(report)
         if self.on_report:
             self.on_report(report)
 
     def _kernels_of(self, reports: Iterable[GraphReport]) -> dict[jit.JitSpec, Any]:
-        """A cached graph calls kernels that were built once; build what is gone now, not at the first call."""
-        kernels = [jit.JitSpec.from_dict(kernel) for report in reports for kernel in report.kernels]
-        return jit.prepare(kernels, self.chosen) if kernels and self.chosen.build in ("compile", "require") else {}
+        return prepare_kernels(reports, self.chosen)
 
-    def _check_strict(self) -> None:
-        matched = {event.rule for report in self.reports for event in report.rewrites}
-        missing = [rule for rule, mode in self.chosen.rules.items() if mode != "off" and rule not in matched]
-        if missing:
-            misses = [miss for report in self.reports for miss in report.refusals if miss.rule in missing]
-            lines = [line(f"  {m.rule} at {m.node}: {m.reason}; wanted {m.wanted}, found {m.found} {m.source}") for m in misses]
-            detail = "\n".join(lines) or "  no near miss either: the graph holds nothing like it"
-            raise StrictError(f"strict=True: {', '.join(missing)} matched nothing in this graph\n{detail}")
+
+def prepare_kernels(reports: Iterable[GraphReport], chosen: Settings) -> dict[jit.JitSpec, Any]:
+    """A cached graph calls kernels that were built once; build what is gone now, not at the first call."""
+    kernels = [jit.JitSpec.from_dict(kernel) for report in reports for kernel in report.kernels]
+    return jit.prepare(kernels, chosen) if kernels and chosen.build in ("compile", "require") else {}
+
+
+def announce(report: GraphReport) -> None:
+    """One INFO line, a DEBUG line for each near miss, and the whole report in TORCH_TRACE."""
+    log.info("%s", report.summary())
+    for refusal in report.refusals:
+        told = f"{refusal.reason} (wanted {refusal.wanted}, found {refusal.found}) {refusal.source}"
+        log.debug("%s", line(f"{refusal.rule}: {refusal.node} left alone: {told}"))
+    _trace_artifact(report)
 
 
 def _split_options(mode: str | None, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def define(op: Op) -> None:
                 # read the buffer so far, and is not computed yet, would then run after the write.
                 ir.V.graph.mark_buffer_mutated(value.get_name())
         known = len(ir.V.graph.operations)
-        result = ir.FallbackKernel.create(target, *args, **kwargs, **buffers)
+        result = _kernel_class().create(target, *args, **kwargs, **buffers)
         for operation in ir.V.graph.operations[known:]:
             # A C++ wrapper finds the op by its name in the dispatcher, and keeps it.
             own = isinstance(operation, ir.FallbackKernel) and operation.op_overload is target
@@ -50,6 +51,24 @@ def define(op: Op) -> None:
         return tuple(outs.values()) if len(outs) > 1 else next(iter(outs.values()))
 
     lowering.register_lowering(op.overload, type_promotion_kind=None)(lower)
+
+
+@functools.cache
+def _kernel_class() -> Any:
+    """Inductor's fallback kernel, whose generated code also says where the names that it calls come from.
+
+    It may be loaded by a process that has compiled nothing: an artefact of `standalone_compile`, a cached graph, a dumped
+    ``output_code.py``.
+    """
+    from torch._inductor import ir
+
+    class Kernel(ir.FallbackKernel):
+        def codegen(self, wrapper: Any) -> None:
+            if not ir.V.graph.cpp_wrapper:
+                wrapper.add_import_once("import inductor_ext.registry; inductor_ext.registry.define_lowerings()")
+            super().codegen(wrapper)
+
+    return Kernel
 
 
 def _planned_scratch(op: Op, node: torch.fx.Node) -> dict[str, Any]:

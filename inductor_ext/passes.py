@@ -31,7 +31,7 @@ from inductor_ext.settings import RuleMode, Settings
 log = logging.getLogger("inductor_ext")
 
 #: A pass that is told whether the graph is for inference exists from torch 2.12 on.
-_Base: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
+PassBase: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
 
 #: Called with (rule name, graph text before, graph after as a deep copy) by `verify`; None otherwise.
 Observer = Callable[[str, Graph], None]
@@ -50,7 +50,7 @@ class _RuleError(Exception):
         self.rule, self.failure = rule, failure
 
 
-class RewritePass(_Base):
+class RewritePass(PassBase):
     """Runs the rules of ``settings`` over a post-grad graph.
 
     ``observer`` gets a look at the graph before the first rule ("") and after each rule that changed it. ``on_report`` gets the
