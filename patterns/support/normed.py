@@ -114,12 +114,29 @@ def _quantised(chain: Any, read: norm.Norm, context: Context) -> tuple[quantisat
 
 
 def _has_to_be_in_memory(y: Node, own: Sequence[Node]) -> bool:
-    """Whether the graph returns ``y``, or something besides ``own`` reads it that Inductor cannot fuse, such as a router."""
+    """Whether the graph returns ``y``, or something besides ``own`` reads it that no kernel of Inductor's that makes y can hold:
+    an opaque one, such as a router, or one that waits for what an opaque one makes of ``own``, such as the next residual's sum.
+    """
     for user in y.users:
-        if user.op == "output" or (user not in own and not is_reshape(user) and is_opaque(user)):
+        if user.op == "output" or (user not in own and not is_reshape(user) and (is_opaque(user) or _waits(user, own))):
             return True
         if is_reshape(user) and _has_to_be_in_memory(user, own):
             return True
+    return False
+
+
+def _waits(user: Node, own: Sequence[Node]) -> bool:
+    """Whether an opaque kernel stands between ``own`` and ``user``."""
+    first, seen, pending = min(own), set[tuple[Node, bool]](), [(user, False)]
+    while pending:
+        node, behind = pending.pop()
+        for each in node.all_input_nodes:
+            if each in own and behind:
+                return True
+            way = each, behind or is_opaque(each)
+            if each > first and each not in own and way not in seen:
+                seen.add(way)
+                pending.append(way)
     return False
 
 
