@@ -154,6 +154,9 @@ def _steps(node: Any, y: Node, deepest: int) -> _Found | None:
     core = _core(node)
     if core is not None:
         return core, [], {}, []
+    if is_call(node, aten.clone.default):  # torch's rms_norm makes a permuted result contiguous
+        found = _steps(node.args[0], y, deepest - 1)
+        return found and _and(found, node, [])
     if is_convert(node, dtype, torch.float32) and value_of(node.args[0]).dtype in (dtype, torch.float32):
         found = _steps(node.args[0], y, deepest - 1)
         return found and _and(found, node, ["cast"] if own is not torch.float32 else [])
