@@ -2,11 +2,12 @@
 
     amax  = max |x|  over the last dimension ("row") or over everything ("tensor"), NaN propagates
     scale = scale_program(amax)                                 row: x.shape[:-1] + (1,); tensor: 0-d
-    out   = cast(program(x, scale), dtype)                      x's shape
+    out   = cast(program(x, scale, amax), dtype)                x's shape
 
 A group of 128 is "row" on ``x.view(..., K // 128, 128)``. Both programs are those of ``kernels/steps.py``; ``program`` names
-the scale ``scale``. torchao's row-wise recipe, which takes ``amax / 448`` in bf16, is ``scale_program="div:448.0 f32"``,
-``program="f32 div:scale max:-448.0 min:448.0"``. Bit-exact: a maximum does not depend on the order it is taken in.
+``scale``, or ``amax`` where x is scaled by something else than the scale that is written. torchao's row-wise recipe, which
+takes ``amax / 448`` in bf16, is ``scale_program="div:448.0 f32"``, ``program="f32 div:scale max:-448.0 min:448.0"``. Bit-exact:
+a maximum does not depend on the order it is taken in.
 Row: one pass up to 16 384 columns; tensor: one launch that keeps x on the chip, or two.
 An empty row, or an empty tensor, has no maximum: ValueError.
 """

@@ -102,9 +102,14 @@ class Builder:
         a = self.let(f"{y}.abs()")
         if over == "all":
             m = self.let(self.pick(f"{a}.amax()", f"{a}.max()", f"torch.amax({a}, (0, 1), keepdim=True)"))
+        elif self.chance(20):
+            low, high = (self.let(f"{y}.{end}({over}, keepdim=True).abs()") for end in ("amin", "amax"))
+            m = self.let(f"torch.maximum({low}, {high})")
         else:
             m = self.let(f"{a}.amax({over}, keepdim=True)")
-        how = self.pick("torchao", "fp32", "fp32_clamped", "reciprocal", "multiplied")
+        how = self.pick("torchao", "fp32", "fp32_clamped", "reciprocal", "multiplied", "other")
+        if how == "other":
+            return self._other_dynamic(y, m)
         if how == "torchao":
             d = self.let(f"{m} / 448.0")
             s = self.let(f"{d}.float()")
@@ -120,6 +125,35 @@ class Builder:
         z = self.let(f"{up} * {s}" if how == "reciprocal" else f"{up} / {s}")
         c = self.let(f"{z}.clamp(-448.0, 448.0)")
         return self.let(f"{c}.to(E4)"), s
+
+    def _other_dynamic(self, y: str, m: str) -> tuple[str, str]:
+        """`dynamic` where the scale is made in more steps, and any of them is read elsewhere."""
+        made = [m]
+        if self.chance(30):
+            d = self.let(f"{m}.double()")
+            e = self.let(f"{d}.clamp(min=1e-12)")
+            f = self.let(f"448.0 / {e}")
+            g = self.let(f"{f}.float()")
+            made.append(self.let(f"{g}.reciprocal()"))
+        else:
+            made.append(self.let(f"{m}.float()"))
+        for step in ("{0} + 1e-6", "torch.where({0} > 0, {0}, 1.0)", "{0} / 448.0", "{0}.clamp(1e-6, 50.0)"):
+            if self.chance(60):
+                made.append(self.let(step.format(made[-1])))
+        if self.chance(40):
+            for step in ("torch.log2({0})", "torch.ceil({0})", "torch.exp2({0})"):
+                made.append(self.let(step.format(made[-1])))
+        s, up = made[-1], self.let(f"{y}.float()")
+        if self.chance(50):
+            r = self.let(self.pick(f"{s}.reciprocal()", f"1.0 / {s}", f"448.0 / {s}"))
+            made.append(r)
+            z = self.let(f"{up} * {r}")
+        else:
+            z = self.let(f"{up} / {s}")
+        c = self.let(f"{z}.clamp(-448.0, 448.0)")
+        if self.chance(50):
+            self.give(self.pick(*made))
+        return self.let(f"{c}.to(E4)"), s if self.chance(70) else self.pick(*made)
 
     def norm(self, x: str, w: str, size: int) -> str:
         """RMSNorm in one of models' spellings."""

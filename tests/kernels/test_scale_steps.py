@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from inductor_ext import jit
+from inductor_ext.errors import ToolchainError
 from inductor_ext.kernels import steps
+from inductor_ext.kernels.fp8_downcast.op import OP as DOWNCAST
+from inductor_ext.kernels.fp8_quantize.op import OP as QUANTIZE
+from inductor_ext.settings import Settings
 from tests.support import cuda_on_cpu
 from tests.support.equal import assert_same_bytes
 
@@ -59,3 +64,27 @@ def test_a_rounding_by_the_bits_is_the_next_power_of_two(op: str) -> None:
     normal = values[(values >= 2.0**-126) & (values <= 2.0**127)]
     found = steps.evaluate(op, normal)
     assert bool(((found >= normal) & (found < 2 * normal) & (torch.frexp(found).mantissa == 0.5)).all())
+
+
+def test_steps_of_a_scale_on_the_host_are_no_kernels_business() -> None:
+    x, scale = torch.empty(4, 8, dtype=torch.bfloat16, device="meta"), torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"mul:s0\|recip wanted an operand with steps of its own on the device of x"):
+        torch.ops.inductor_ext.fp8_downcast(x, [scale], "f32 mul:s0|recip", torch.float8_e4m3fn)
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_every_step_compiles(tmp_path: Path) -> None:
+    options = Settings().replace(cache_dir=str(tmp_path), arch="sm_90a", progress=False)
+    try:
+        jit.find_toolchain(options)
+    except ToolchainError as error:
+        pytest.skip(f"no nvcc: {str(error)[:200]}")
+    bf16, e4 = torch.bfloat16, torch.float8_e4m3fn
+    scale = "f64 max:1e-12 add:1.0 min:9.0 div:3.0 recip mul:448.0 f32 log2 floor pow2 log2 ceil exp2 recip"
+    program = "f32 mul:amax|f32|add:1e-06|nonzero_or:1.0|positive_or:2.0|bits_up|ue8m0|abs div:scale|recip min:448.0"
+    keys = [(bf16, granularity, scale, program, e4) for granularity in ("row", "tensor")]
+    rows = (bf16, "mul:s0|recip f32 div:r1|recip|ceil", e4, (bf16, torch.float32))
+    specs = [*(QUANTIZE.spec_of_key(key, "sm_90a") for key in keys), DOWNCAST.spec_of_key(rows, "sm_90a")]
+    built = jit.prebuild(specs, tmp_path / "prebuilt", options)
+    assert not {spec.name: str(made) for spec, made in built.items() if isinstance(made, Exception)}

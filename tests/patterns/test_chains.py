@@ -29,8 +29,10 @@ def extremes(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 SCALE = torch.tensor(0.75)
 
 
-def _check(fn: Any, *inputs: Any, count: int = 1, rule: str = "fp8_downcast", dynamic: bool = False) -> Any:
-    found, recorder = run_compiled(fn, inputs, dynamic=dynamic)
+def _check(
+    fn: Any, *inputs: Any, count: int = 1, rule: str = "fp8_downcast", dynamic: bool = False, forced: bool = False
+) -> Any:
+    found, recorder = run_compiled(fn, inputs, dynamic=dynamic, rules={rule: "always" if forced else "auto"})
     assert recorder.counts().get(rule, 0) == count, recorder.refusals()
     assert_all_same_bytes(found, run_copies(fn, inputs))
     return recorder
@@ -77,14 +79,14 @@ def test_a_scale_in_a_full_tensor_is_what_that_dtype_holds(dtype: torch.dtype, w
         x = x.float() if widen else x
         return (x * torch.full((), number, dtype=dtype)).clamp(-448, 448).to(E4)
 
-    _check(chain, extremes(BF16))
+    _check(chain, extremes(BF16), forced=True)
 
 
 def test_a_bound_in_a_full_tensor_is_what_that_dtype_holds() -> None:
     def chain(x: Any, s: Any) -> Any:
         return torch.minimum(x / s, torch.full((), 447.3, dtype=BF16)).clamp_min(-448).to(E4)
 
-    _check(chain, extremes(BF16), SCALE)
+    _check(chain, extremes(BF16), SCALE, forced=True)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
