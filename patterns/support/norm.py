@@ -111,13 +111,13 @@ class _Core:
     nodes: list[Node]
 
 
-def trace(y: Node) -> Norm | None:
-    """The norm that ends in ``y``; None where there is nothing like one."""
+def trace(y: Node, kind: str = "") -> Norm | None:
+    """The norm that ends in ``y``; None where there is nothing like one, or it is none of ``kind``, if that is given."""
     value = value_of(y)
     if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or value.dim() < 2:
         return None
     found = _steps(y, y, _DEEPEST)
-    if found is None:
+    if found is None or kind not in ("", found[0].kind):
         return None
     core, tokens, operands, nodes = found
     inner = [node for node in (*nodes, *core.nodes) if node is not y]

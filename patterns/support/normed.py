@@ -57,8 +57,8 @@ class Fused:
 def match(node: Node, context: Context, kind: str) -> Match | None:
     """The norm of ``kind`` that ``node`` quantises, the quantisation and the call that does both."""
     chain = quantisation.trace(node)
-    traced = None if chain is None else _normed(chain)
-    if traced is None or traced[1].kind != kind:
+    traced = None if chain is None else _normed(chain, kind)
+    if traced is None:
         return None
     chain, read = traced
     found, kept = _quantised(chain, read, context)
@@ -84,12 +84,12 @@ def match(node: Node, context: Context, kind: str) -> Match | None:
     return Match(node, (made,), f"{residual}{detail}, {found.detail}{', y too' if kept else ''}", found.why, fused)
 
 
-def _normed(chain: Any) -> tuple[Any, norm.Norm] | None:
-    """The chain, from one of its `quantisation.starts`, and the norm that it begins behind."""
+def _normed(chain: Any, kind: str) -> tuple[Any, norm.Norm] | None:
+    """The chain, from one of its `quantisation.starts`, and the norm of ``kind`` that it begins behind."""
     missed = None
     for each in quantisation.starts(chain):
         try:
-            read = norm.trace(each.x)
+            read = norm.trace(each.x, kind)
         except Miss as miss:
             missed = miss
             continue
