@@ -355,6 +355,14 @@ def _phi(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
     return sdpa(q, k.repeat_interleave(2, 1), x[0])[0]
 
 
+def _as_complex(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
+    """Llama's reference code."""
+    q = _heads(qkv)[0]
+    pairs = torch.view_as_complex(q.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos.float(), sin.float())[..., : D // 2].unsqueeze(2)
+    return torch.view_as_real(turned).flatten(3).type_as(q)
+
+
 def _last_columns(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
     """DeepSeek: the last columns of a head are rotated."""
     q = _heads(qkv)[0]
@@ -481,6 +489,7 @@ RULE = Rule(
             _inputs,
             reason="what is rotated is not what is multiplied by cos",
         ),
+        Example("complex_numbers", _as_complex, _inputs, reason="the rotation is a complex product"),
         Example("last_columns", _last_columns, _inputs, reason="only part of a head is rotated"),
         Example("turned_is_read", _turned_is_read, _inputs, reason="a step of the rotation has a second user"),
         Example("normalised_is_read", _normalised_is_read, _weighted, reason="a step of the rotation has a second user"),

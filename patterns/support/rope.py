@@ -35,7 +35,7 @@ from inductor_ext.patterns.support.same import in_order
 HALVES = "x * cos + cat(-x[..., R/2:R], x[..., :R/2]) * sin"
 PAIRS = "the same with -x[..., 1::2] and x[..., ::2] in turn"
 #: Where `trace` may find that a rotation ends.
-ANCHORS = (aten.add.Tensor, aten.cat.default)
+ANCHORS = (aten.add.Tensor, aten.cat.default, aten.view_as_real.default)
 
 PART_OF_A_HEAD, FIRST_COLUMNS = "only part of a head is rotated", "the first columns of a head, and the others as they are"
 NOT_A_ROTATION = "the rotation is not by halves nor by pairs"
@@ -144,6 +144,8 @@ def trace(anchor: Node) -> Rope | None:
 
     Of nested concatenations the outermost that is a rotation counts, and what it joins is none by itself.
     """
+    if is_call(anchor, aten.view_as_real.default):
+        return _complex(anchor)
     end = _whole(anchor)
     width = _columns(end)
     if width is None or any(found_or_none(trace, outer) for outer in _joins(anchor)):
@@ -176,6 +178,14 @@ def trace(anchor: Node) -> Rope | None:
     view = View(source[0], tuple(source[1][dim] for dim in to_rows))
     rotation = found.pairs, found.rotary, value_of(end).dtype
     return Rope(end, view, norm, *tables, *rotation, to_rows, frozenset(kept - {end}))
+
+
+def _complex(real: Node) -> None:
+    """Miss of a product of complex numbers that are pairs of columns; how it is rounded is each device's own affair."""
+    product = real.args[0]
+    if is_call(product, aten.mul.Tensor) and any(is_call(side, aten.view_as_complex.default) for side in product.args[:2]):
+        wanted = "cos and sin as real tensors: eager mode's complex product is rounded in another way on each device"
+        raise Miss("the rotation is a complex product", real, wanted, describe(product))
 
 
 def anchor_of(total: Node) -> Node:
