@@ -61,7 +61,7 @@ def guard(node: Node, context: Context) -> Match | None:
     if not known_equal(q.shape[2], 1):
         return None
     k, v = attention.before_repeat(found.k), attention.before_repeat(found.v)
-    if k is found.k or v is found.v:
+    if k is found.k and v is found.v:
         return None
     _check(found, k, v)
     has_run.check(node, context, q.device, MEASURED, has_run.NOT_MEASURED)
@@ -75,7 +75,7 @@ def guard(node: Node, context: Context) -> Match | None:
 
 
 def _check(found: Attention, k: Node, v: Node) -> None:
-    node, q = found.node, value_of(found.q)
+    node = found.node
     one, two = value_of(k), value_of(v)
     if found.others or found.output is None:
         other = ", ".join(map(describe, found.others)) or "no use of the output"
@@ -84,8 +84,7 @@ def _check(found: Attention, k: Node, v: Node) -> None:
         raise Miss("causal, with one query", node, "a mask, or none", "is_causal=True")
     if found.dropout:
         raise Miss(DROPOUT, node, "0", str(found.dropout))
-    heads_known = isinstance(q.shape[1], int) and isinstance(one.shape[1], int) and known_equal(one.shape[1], two.shape[1])
-    if not heads_known or one.stride(-1) != 1 or two.stride(-1) != 1:
+    if not known_equal(one.shape[1], two.shape[1]) or one.stride(-1) != 1 or two.stride(-1) != 1:
         found_here = f"{describe(k)} and {describe(v)}, strides {list(one.stride())} and {list(two.stride())}"
         raise Miss("K and V before they are repeated", node, "as many heads, unit stride", found_here)
     if found.bias is not None:

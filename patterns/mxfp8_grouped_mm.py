@@ -44,7 +44,7 @@ def trace(node: Node) -> grouped_product.Grouped:
     x, rounding = given["self"], ""
     if is_call(x, ROUND.overload):
         x, rounding = x.args
-    out_dtype = given["out_dtype"] or value_of(node).dtype
+    out_dtype = value_of(node).dtype
     operands = weight.data, weight.scale, given["offs"]
     scaled = _scaled_rows(node, x)
     if scaled is not None:

@@ -83,7 +83,7 @@ def trace(node: Node) -> grouped_product.Grouped:
     transposed = is_call(w, aten.permute.default) and [dim % 3 for dim in w.args[1]] == [0, 2, 1]
     return grouped_product.Grouped(
         node, given["self"], given["scale_a"][0], w.args[0] if transposed else w, given["scale_b"][0], given["offs"],
-        given["out_dtype"] or torch.bfloat16, swizzles[0], transposed=not transposed,
+        value_of(node).dtype, swizzles[0], transposed=not transposed,
     )  # fmt: skip
 
 

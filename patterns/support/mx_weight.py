@@ -41,11 +41,11 @@ def trace(node: Node) -> Weight | None:
     transposed = is_call(node, aten.permute.default) and [dim % 3 for dim in node.args[1]] == [0, 2, 1]
     value = node.args[0] if transposed else node
     product = _through_views(value)
-    if not is_call(product, aten.mul.Tensor) or value_of(product).dtype is not torch.bfloat16:
+    if not is_call(product, aten.mul.Tensor):
         return None
     data, power = product.args
     data = _through_views(data)
-    if not is_convert(data, torch.bfloat16) or value_of(data.args[0]).dtype is not mx.DATA or not isinstance(power, Node):
+    if not is_convert(data, torch.bfloat16) or value_of(data.args[0]).dtype is not mx.DATA:
         return None
     data = data.args[0]
     scale = _scale_of(power)
@@ -54,10 +54,11 @@ def trace(node: Node) -> Weight | None:
     if not transposed:
         wanted = "a weight that is quantised along the dimension that is summed over"
         raise Miss("the weight is quantised along N", node, wanted, describe(data))
-    return _weight(node, data, scale)
+    return _weight(node, data, scale, list(value_of(product).shape))
 
 
-def _weight(node: Node, data: Node, scale: Node) -> Weight:
+def _weight(node: Node, data: Node, scale: Node, blocks: list[Any]) -> Weight:
+    """``blocks``: the shape in which both were multiplied."""
     stored = value_of(data)
     if stored.dim() != 3 or not stored.is_contiguous():
         found = f"{describe(data)} strides {list(stored.stride())}"
@@ -69,6 +70,8 @@ def _weight(node: Node, data: Node, scale: Node) -> Weight:
         if block not in W_BLOCKS or k % block:
             wanted = f"one for each {' or '.join(map(str, W_BLOCKS))} elements along K"
             raise Miss("the weight's scales", node, wanted, f"one for each {block} of {describe(data)}")
+    if blocks != [experts, n, k // block, block]:
+        raise Miss("the weight's scales", node, f"one for each {block} elements along K", f"products of shape {blocks}")
     tiles = _tiles_of(scale)
     if tiles is not None:
         rows, columns = mx.swizzled_shape(n, k // mx.BLOCK)
@@ -114,7 +117,7 @@ def _tiles_of(scale: Node) -> Node | None:
         return None
     tiles = rows.args[0]
     in_tiles: Any = value_of(tiles).shape
-    if not is_call(tiles, *_VIEWS) or list(in_tiles[3:]) != [32, 4, 4]:
+    if list(in_tiles[3:]) != [32, 4, 4]:
         return None
     if list(value_of(scale).shape) != [in_tiles[0], in_tiles[1] * mx.TILE_ROWS, in_tiles[2] * mx.TILE_COLS]:
         return None
