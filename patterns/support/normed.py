@@ -114,8 +114,8 @@ def _quantised(chain: Any, read: norm.Norm, context: Context) -> tuple[quantisat
 
 
 def _has_to_be_in_memory(y: Node, own: Sequence[Node]) -> bool:
-    """Whether the graph returns ``y``, or something besides ``own`` reads it that no kernel of Inductor's that makes y can hold:
-    an opaque one, such as a router, or one that waits for what an opaque one makes of ``own``, such as the next residual's sum.
+    """Whether the graph returns ``y``, or something besides ``own`` reads it that is in no kernel of Inductor's that makes y: a
+    router, which is opaque, or the next residual's sum, which waits for what opaque kernels make of ``own``.
     """
     for user in y.users:
         if user.op == "output" or (user not in own and not is_reshape(user) and (is_opaque(user) or _waits(user, own))):

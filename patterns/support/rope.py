@@ -145,7 +145,8 @@ def trace(anchor: Node) -> Rope | None:
     Of nested concatenations the outermost that is a rotation counts, and what it joins is none by itself.
     """
     if is_call(anchor, aten.view_as_real.default):
-        return _complex(anchor)
+        _check_complex(anchor)
+        return None
     end = _whole(anchor)
     width = _columns(end)
     if width is None or any(found_or_none(trace, outer) for outer in _joins(anchor)):
@@ -180,7 +181,7 @@ def trace(anchor: Node) -> Rope | None:
     return Rope(end, view, norm, *tables, *rotation, to_rows, frozenset(kept - {end}))
 
 
-def _complex(real: Node) -> None:
+def _check_complex(real: Node) -> None:
     """Miss of a product of complex numbers that are pairs of columns; how it is rounded is each device's own affair."""
     product = real.args[0]
     if is_call(product, aten.mul.Tensor) and any(is_call(side, aten.view_as_complex.default) for side in product.args[:2]):
