@@ -62,7 +62,8 @@ class Chain:
         above = self.inner[-1] if self.inner else None
         if above is None or not is_call(above, CONVERT) or above.args[1] is torch.float32:
             return None
-        return dataclasses.replace(self, x=above, pre_views=[], steps=self.steps[1:], inner=self.inner[:-1])
+        below = [view for view in self.pre_views if view in self.inner]  # others stand between x and the rounding
+        return dataclasses.replace(self, x=above, pre_views=below, steps=self.steps[1:], inner=self.inner[:-1])
 
     def input_value(self) -> torch.Tensor:
         """The fake tensor that the op reads: ``x`` after ``pre_views``."""
