@@ -108,6 +108,8 @@ class RewritePass(PassBase):
         if self.observer:
             self.observer("", graph)
         kernels = self._rewrite(graph, report)
+        if report.rewrites:
+            torch_compat.check_aot_inductor()
         report.after = graphs.text_of(graph)
         report.kernels = [spec.to_dict() for spec, module in kernels.items() if not isinstance(module, Exception)]
         report.seconds = time.perf_counter() - started

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from inductor_ext.errors import InductorExtError
+
 
 def fresh_base(value: torch.Tensor) -> torch.Tensor:
     """A fake tensor like ``value`` with storage of its own, for the result of ``auto_functionalized_v2``.
@@ -77,6 +79,22 @@ def e4m3fn_saturates() -> bool:
 
     with _disable_current_modes():  # a graph is being compiled, with fake tensors
         return not bool(torch.tensor([1e6]).to(torch.float8_e4m3fn).float().isnan())
+
+
+def check_aot_inductor() -> None:
+    """Raise where AOTInductor would hand an op other dtypes than it was given, and go on after the op's error.
+
+    torch 2.11 writes the number of ``torch.export``'s list of dtypes and reads it as one of c10's: float8_e4m3fn arrives as
+    uint64. The error that this gives is printed, not raised, and the result is whatever memory held. 2.13 is right; 2.12 has
+    not been tried. Can go with 2.12.
+    """
+    from torch._inductor.virtualized import V
+
+    if V.aot_compilation and not hasattr(torch.fx.Graph, "materialize_symints"):  # which came with 2.13
+        raise InductorExtError(
+            f"AOTInductor of torch {torch.__version__} does not hand on dtypes to operators of a package, so results would be "
+            "wrong (wanted torch 2.13 or later). To fix: upgrade torch, or leave inductor_ext's pass out of inductor_configs"
+        )
 
 
 def fake_mode_of(node: Node) -> Any:
