@@ -152,7 +152,7 @@ def weighted_rows(node: Node) -> tuple[Node, Node] | None:
     shape = value_of(node).shape
     for rows, weights in (node.args, node.args[::-1]):
         one, other = value_of(rows), value_of(weights)
-        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        if not isinstance(other, torch.Tensor):
             return None
         a_row = same_sizes(one.shape, shape) and same_sizes(other.shape, (*shape[:-1], 1))
         if a_row and other.dtype in steps.TOKEN_OF_DTYPE:

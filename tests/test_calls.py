@@ -68,3 +68,20 @@ def test_arguments_given_by_name_are_put_in_their_place() -> None:
     by_position(graph)
     assert (node.args, dict(node.kwargs)) == ((x, 1, 2), {})
     assert (named.args, dict(named.kwargs)) == ((x, x), {"alpha": 2})
+
+
+def test_what_is_no_operator_keeps_its_arguments() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    slot = graph.call_function(operator.mul, (x, 2))
+    rounded = graph.call_function(round, (x,), {"ndigits": 2})
+    by_position(graph)
+    assert slot.args == (x, 2)
+    assert (rounded.args, dict(rounded.kwargs)) == ((x,), {"ndigits": 2})
+
+
+def test_an_operator_of_others_is_known_whatever_its_arguments() -> None:
+    """Whose rule reads it knows them; nobody else recognises it."""
+    target = torch.ops.inductor_ext.mxfp8_grouped_mm.default
+    node = made(target, "x", None, "x", "x", "x", torch.float16, True, 128)
+    assert is_call(node, target)

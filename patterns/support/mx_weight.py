@@ -67,7 +67,7 @@ def _weight(node: Node, data: Node, scale: Node, blocks: list[Any]) -> Weight:
     block = mx.BLOCK
     if is_call(scale, aten.slice.Tensor) and scale.args[1] in (2, -1) and scale.args[2:3] == (0,) and len(scale.args) == 5:
         scale, block = scale.args[0], mx.BLOCK * scale.args[4]
-        if block not in W_BLOCKS or k % block:
+        if block not in W_BLOCKS:
             wanted = f"one for each {' or '.join(map(str, W_BLOCKS))} elements along K"
             raise Miss("the weight's scales", node, wanted, f"one for each {block} of {describe(data)}")
     if blocks != [experts, n, k // block, block]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -181,6 +183,66 @@ def test_checks_reach_the_launch_on_a_gpu(checks: bool) -> None:
         found = inductor_ext.explain(store, k, cache, at, options={"checks": checks})
     assert found.counts() == {"downcast_fp8": 1}
     assert f"check={checks}," in found.graphs[0].after
+
+
+def test_sizes_and_numbers_lie_in_no_memory() -> None:
+    graph = torch.fx.Graph()
+    base = graph.placeholder("base")
+    size = graph.call_function(torch.ops.aten.sym_size.int, (base, 0))
+    check = graph.call_function(torch.ops.aten._assert_async.default, (base,))
+    part = graph.call_function(operator.getitem, (base, 0))
+    assert [memory.is_view(each) for each in (3, None, base, size, check, part)] == [False] * 6
+    assert memory.written_input(3) is None and memory.written_input(size) is None
+    assert memory.read_by_another_name([3, None, size], [base]) is None
+    assert memory.read_by_another_name([3, base], [base]) is base
+
+
+def test_an_attribute_of_the_module_is_no_graph_input() -> None:
+    graph = torch.fx.Graph()
+    constant, rows, at = graph.get_attr("constant"), graph.placeholder("rows"), graph.placeholder("at")
+    stored = graph.call_function(torch.ops.aten.index_put.default, (constant, [at], rows))
+    assert memory.written_input(stored) is None
+
+
+def test_a_view_is_read_once_and_only_of_what_it_views() -> None:
+    """A view that takes a value twice, or takes it as something other than what it looks at."""
+    graph = torch.fx.Graph()
+    x, rows = graph.placeholder("x"), graph.placeholder("rows")
+    view = graph.call_function(torch.ops.aten.view.default, (x, [4]))
+    sizes = graph.call_function(torch.ops.aten.view.default, (rows, [x]))
+    used = graph.call_function(torch.ops.aten.relu.default, (sizes,))
+    graph.output((view, used))
+    found = list(memory.readers(x))
+    assert (sizes, used) not in found and (x, sizes) in found
+    assert len(found) == len(set(found))
+
+
+def test_one_value_that_is_returned_may_be_one_with_itself() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    a, b, hidden = (graph.call_function(torch.ops.aten.relu.default, (x,)) for _ in range(3))
+    graph.output((a, b))
+    assert memory.may_be_one(a, a) and not memory.may_be_one(a, b)
+    assert memory.may_be_one(a, hidden) and memory.may_be_one(hidden, b)
+
+
+def test_what_is_copied_into_another_input_is_not_written_back() -> None:
+    graph = torch.fx.Graph()
+    cache, other, rows, at = (graph.placeholder(name) for name in ("cache", "other", "rows", "at"))
+    stored = graph.call_function(torch.ops.aten.index_put.default, (cache, [at], rows))
+    graph.call_function(torch.ops.aten.copy_.default, (other, stored))
+    assert not memory.is_written_back(stored)
+    graph.call_function(torch.ops.aten.copy_.default, (cache, stored))
+    assert memory.is_written_back(stored)
+
+
+def test_an_ops_own_results_are_no_versions_of_what_it_writes() -> None:
+    graph = torch.fx.Graph()
+    cache = graph.placeholder("cache")
+    wrote = graph.call_function(auto_functionalized_v2, ("op",), {"_all_bases": [cache]})
+    wrote.meta["val"] = (torch.empty(2), torch.empty(3))
+    own, version = (graph.call_function(operator.getitem, (wrote, index)) for index in range(2))
+    assert memory.written_input(own) is None and memory.written_input(version) is cache
 
 
 def test_a_version_by_strides_lies_in_its_input() -> None:

@@ -40,10 +40,13 @@ def refusal(found: Explanation, rule: str) -> Any:
 # ---- scaled_grouped_mm: what no CPU computes ------------------------------------------------------------------------------
 
 product, inputs, tiles = scaled._product, scaled._inputs, scaled._tiles
-SWIZZLE = torch.nn.functional.SwizzleType.SWIZZLE_32_4_4
+SWIZZLE, PLAIN = torch.nn.functional.SwizzleType.SWIZZLE_32_4_4, torch.nn.functional.SwizzleType.NO_SWIZZLE
 NEAR: dict[str, Any] = {
     "nvfp4_blocks": ("scaling recipe", lambda *x: product(*x, **scaled._other("BlockWise1x16"))),
     "one_side_swizzled": ("scale layout", lambda *x: product(*x, swizzle_a=SWIZZLE)),
+    "two_swizzles": ("scale layout", lambda *x: product(*x, swizzle_a=[PLAIN, PLAIN], swizzle_b=[PLAIN, PLAIN])),
+    "rows_apart": ("x is not row-major", lambda x, s, w, t, o: product(torch.cat((x, x[:, :8]), 1)[:, :64], s, w, t, o)),
+    "ends_apart": ("offs", lambda x, s, w, t, o: product(x, s, w, t, torch.stack((o, o), 1)[:, 0])),
     "bias": ("bias is given", lambda x, s, w, t, o: product(x, s, w, t, o, bias=t[:, :, 0].view(torch.uint8).to(BF16))),
     "fp8_output": ("output dtype", lambda *x: product(*x, output_dtype=torch.float8_e4m3fn)),
     "no_offs": ("offs is missing", lambda x, s, w, t, o: product(x, s, w, t, None)),
@@ -158,6 +161,33 @@ def test_no_warning_where_pytorch_can(monkeypatch: pytest.MonkeyPatch, caplog: p
         assert refusal(found, "mxfp8_scaled_grouped_mm").found == "sm_100a"
         on_cuda(product, inputs, monkeypatch, **ALWAYS)
     assert "MX tensor core" not in caplog.text
+
+
+def test_no_warning_for_another_recipe(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """PyTorch has kernels for Hopper that take a scale of each row."""
+    scaled._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, "inductor_ext"):
+        found = on_cuda(lambda *x: product(*x, **scaled._other("RowWise")), scaled._row_wise, monkeypatch)
+    assert refusal(found, "mxfp8_scaled_grouped_mm").reason == "scaling recipe"
+    assert "MX tensor core" not in caplog.text
+
+
+def turned(device: str) -> tuple[Any, ...]:
+    """As many experts as N and K, so that shapes do not tell what was turned."""
+    quantize = torch.ops.inductor_ext.mxfp8_quantize
+    x, x_scale = quantize(torch.randn(40, 32, device=device).bfloat16(), None, "rceil", False)
+    w, w_scale = quantize(torch.randn(32, 32, 32, device=device).bfloat16(), None, "rceil", False)
+    return x, x_scale, w, w_scale, torch.arange(32, device=device, dtype=torch.int32)
+
+
+def test_a_weight_turned_another_way_is_a_near_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torch.nn.functional.ScalingType.BlockWise1x32
+
+    def fn(x: Any, s: Any, w: Any, t: Any, o: Any) -> torch.Tensor:
+        return torch.nn.functional.scaled_grouped_mm(x, w.permute(1, 2, 0), s, kind, t, kind, offs=o)
+
+    found = on_cuda(fn, turned, monkeypatch, **ALWAYS)
+    assert refusal(found, "mxfp8_scaled_grouped_mm").reason == "w"
 
 
 def test_swizzled_scales_on_hopper_are_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ COMBINED: dict[str, Callable[..., Any]] = {
     "weights_of_tokens": lambda y, w, i, j: (y[order(i)[2]].view(N, N, N) * w[:, :1, None]).sum(1),
     "weights_of_places": lambda y, w, i, j: (y[order(i)[2]].view(N, N, N) * w[:1, :, None]).sum(1),
     "a_weight_for_all": lambda y, w, i, j: weighted(y * 2.0, w, *order(i)[1:]),
+    "a_number": lambda y, w, i, j: summed((y * 2.0)[order(i)[2]]),
     "a_weight_for_one_column": lambda y, w, i, j: weighted(y[:, :1] * 2.0, w, *order(i)[1:], columns=1),
     "one_column": lambda y, w, i, j: weighted(y[:, :1], w, *order(i)[1:], columns=1),
     "weights_of_columns_alone": lambda y, w, i, j: summed((y * w[0])[order(i)[2]]),
@@ -222,7 +223,7 @@ UNREAD: dict[str, Callable[..., Any]] = {
     "combined_of_fewer_experts": lambda m, w, s, p, ids, x: combined(m, ids, p, LOCAL - 1),
 }
 
-A_ROW_IS_READ = "a masked row is read"
+A_ROW_IS_READ, NOT_SORTED = "a masked row is read", "the ids of the mask are not sorted"
 READ: dict[str, tuple[str, Callable[..., Any]]] = {
     "combined_of_more_experts": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: combined(m, ids, p, LOCAL + 1)),
     "combined_of_other_ids": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: combined(m, ids.flip(0), p)),
@@ -237,6 +238,12 @@ READ: dict[str, tuple[str, Callable[..., Any]]] = {
     "sorted_rows": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), torch.sort(m, 0)[0])),
     "returned": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), m)),
     "turned": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m.t().contiguous(), w, s))),
+    "sorted_backwards": (NOT_SORTED, lambda m, w, s, p, ids, x: times(masked(x, backwards(ids)[0]), w, ids)),
+    "sorted_in_parts": (
+        NOT_SORTED,
+        lambda m, w, s, p, ids, x: times(masked(x, torch.sort(ids.view(4, 4))[0].view(-1)), w, ids),
+    ),
+    "by_the_permutation": (NOT_SORTED, lambda m, w, s, p, ids, x: times(masked(x, p), w, ids)),
     "by_the_largest_of_all": (A_ROW_IS_READ, lambda m, w, s, p, ids, x: (times(m, w, s), times(m / m.amax(), w, s))),
     "by_the_largest_of_columns": (
         A_ROW_IS_READ,

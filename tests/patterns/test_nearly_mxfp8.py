@@ -64,6 +64,7 @@ POWERS: dict[str, Callable[..., Any]] = {
     "seven_times": lambda s: torch.where((s == 0) | (s == 255), (t := s.to(torch.int16) * 7) | 64, t).view(BF16),
     "shifted_less": lambda s: torch.where((s == 0) | (s == 255), (t := s.to(torch.int16) << 6) | 64, t).view(BF16),
     "as_they_are": lambda s: torch.where((s == 0) | (s == 255), (t := shifted(s)) | 64, t),
+    "converted": lambda s: torch.where((s == 0) | (s == 255), (t := shifted(s)) | 64, t).to(BF16),
     "of_long_numbers": lambda s: power(s.long()),
     "a_float": lambda s: s.to(BF16),
 }
@@ -108,7 +109,7 @@ WEIGHTS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], Callable[..., An
     "blocks_of_16": (SCALES, (E, N, K), (E, N, 4), lambda d, s: weight(d, power(s))),
     "every_second_scale": (SCALES, (E, N, K), (E, N, 2), lambda d, s: weight(d, power(s[..., ::2]))),
     "every_fourth_of_three": (SCALES, (E, N, 96), (E, N, 3), lambda d, s: weight(d, power(s[..., ::4]))),
-    "every_fourth_row": (SCALES, (E, 32, 128), (E, 512), lambda d, s: weight(d, power(tiles(s)[:, ::4]))),
+    "every_fourth_row": (SCALES, (E, 128, 512), (E, 2048), lambda d, s: weight(d, power(tiles(s)[:, ::4]))),
     "halves_of_the_block": (
         SCALES,
         (1, N, K),
