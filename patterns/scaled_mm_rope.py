@@ -509,6 +509,18 @@ def _bias_added(*inputs: Any) -> torch.Tensor:
     return _attention(_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin), v)
 
 
+def _in_pairs(*inputs: Any) -> torch.Tensor:
+    """Neighbouring columns are a pair, as Flux has them."""
+    *projection, cos, sin = inputs
+    q, k, v = _projected(*projection)
+    q, k = (each.transpose(1, 2) for each in (q, k))
+    turned = []
+    for each in (q, k):
+        a, b = each.unflatten(-1, (-1, 2)).unbind(-1)
+        turned.append(each * cos[:, None] + torch.stack((-b, a), -1).flatten(-2) * sin[:, None])
+    return _attention(turned, v)
+
+
 def _in_fp32(*inputs: Any) -> torch.Tensor:
     *projection, cos, sin = inputs
     q, k, v = _projected(*projection)
@@ -606,6 +618,7 @@ RULE = Rule(
         _miss("heads_of_64", _heads_of_64, _operands, miss.HEAD_DIM),
         _miss("bias", _biased, _with_bias_of_q, "the products have a bias"),
         _miss("bias_added_after", _bias_added, _with_bias_of_q, "the products have a bias"),
+        _miss("by_pairs", _in_pairs, _operands, "another rotation than the kernel's"),
         _miss("v_of_64", _v_of_64, _operands, "the products are not whole heads"),
         _miss("joined_products", _joined_products, _with_another_input, _NOT_SIBLINGS),
         _miss("heads_as_tokens", _heads_as_tokens, _operands, "q or k is not a view of whole rows"),
