@@ -159,7 +159,7 @@ __device__ __forceinline__ void stage_gated(uint8_t* chunk, const float (&d)[N /
   Out* tag = nullptr;
 #pragma unroll
   for (int j = 0; j < kColumns / 8; j += 2) {
-    Raw<Out, 8> gate[1], up[1];  // two pairs of columns in two rows, in the order that the store takes them in
+    Raw<Out, 8> gate, up;  // two pairs of columns in two rows, in the order that the store takes them in
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int group = j + n / 2, i = n % 2;
@@ -168,12 +168,12 @@ __device__ __forceinline__ void stage_gated(uint8_t* chunk, const float (&d)[N /
         const int column = First + 8 * group + half * (N / 2);
         const float* bias = channel_bias + column + 2 * (lane % 4);
         const float2 pair = scaled_pair<HasBias>(d + column / 2 + 2 * i, row_scale[i], scales[half].of[group], bias);
-        (half == GateSecond ? gate : up)[0].words[n] = pack(tag, pair.x, pair.y);
+        (half == GateSecond ? gate : up).words[n] = pack(tag, pair.x, pair.y);
       }
     }
-    act_mul<Out, Act>(gate, up);
+    Gated<Act>::template apply<Out>(gate, up);
     const int matrix = lane / 8, row = warp * 16 + lane % 8 + 8 * (matrix & 1), byte = (j + (matrix >> 1)) * 16;
-    const uint32_t(&y)[4] = gate[0].words;
+    const uint32_t(&y)[4] = gate.words;
     cute::SM90_U32x4_STSM_N::copy(y[0], y[1], y[2], y[3], *reinterpret_cast<cute::uint128_t*>(in_chunk<Box>(chunk, row, byte)));
   }
 }
