@@ -110,7 +110,23 @@ def _quantised(chain: Any, read: norm.Norm, context: Context) -> tuple[quantisat
         found = quantisation.parse(chain, context, kept=True)
         if not (context.forced or _has_to_be_in_memory(read.y, found.nodes)) or not _is_contiguous(value_of(read.y)):
             raise
+        for scale in found.arguments[-1]:
+            if _made_of(scale, read.y):
+                wanted = f"a scale that is there before {describe(read.y)}"
+                raise Miss("the scale is computed too late", chain.cast, wanted, describe(scale)) from None
         return found, True
+
+
+def _made_of(node: Node, y: Node) -> bool:
+    pending, seen = [node], set[Node]()
+    while pending:
+        each = pending.pop()
+        if each is y:
+            return True
+        if each > y and each not in seen:
+            seen.add(each)
+            pending.extend(each.all_input_nodes)
+    return False
 
 
 def _has_to_be_in_memory(y: Node, own: Sequence[Node]) -> bool:

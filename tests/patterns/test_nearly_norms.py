@@ -378,3 +378,16 @@ def test_what_is_added_to_a_modulation(dtype: torch.dtype, one: float) -> None:
 
     rows = [square(seed)[:4, None].to(dtype) for seed in (3, 4)]
     check("layer_norm_quantize", modulated, square().view(4, 8, 32), *rows, count=1)
+
+
+def test_a_static_scale_that_is_made_of_what_it_scales() -> None:
+    """Through integers, so that it is no dynamic scale either; the norm's value is written for it."""
+
+    def fn(x: Any, w: Any, b: Any) -> Any:
+        y = torch.nn.functional.layer_norm(x, (64,), w, b)
+        s = y.abs().to(torch.int8).to(torch.bfloat16).amax()
+        return (y.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), y
+
+    x = torch.randn(6, 64).bfloat16() * 3
+    found = check("layer_norm_quantize", fn, x, *(torch.rand(64).bfloat16() + 0.5 for _ in range(2)), count=0)
+    assert "the scale is computed too late" in reasons(found, "layer_norm_quantize")
