@@ -1,4 +1,4 @@
-"""Calls of the ops that quantise: FP8 and MXFP8, of what is given, of a norm, of a gated activation."""
+"""Calls of the ops that quantise: FP8 and MXFP8, of what is given, of a norm, of an activation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from benchmarks.trust.operands import BF16, E4, E5, FP16, FP32, ROUNDED, Args, Call, Maker
+from inductor_ext.kernels import norms
+from inductor_ext.kernels.act_quantize import op as act_quantize
 from inductor_ext.kernels.downcast_fp8.op import PROGRAM_F32 as STATIC
 from inductor_ext.kernels.fp8_quantize.op import TORCHAO_PROGRAM, TORCHAO_SCALE
 
@@ -148,9 +150,76 @@ def _act_mul_quantize() -> Iterator[Call]:
     yield Call("act_mul_quantize", "mx", gated(9, 96, "mx"), ROUNDED)
 
 
+def _norm_quantize() -> Iterator[Call]:
+    """Any norm: LayerNorm, its residual, modulation, y beside it."""
+    dynamic, static = (TORCHAO_SCALE, TORCHAO_PROGRAM), ("", TORCHAO_PROGRAM)
+
+    def normed(
+        shape: Sequence[int], kind: str, norm: str, granularity: str = "row", *, residual: bool = False, keep: bool = False,
+        dtype: torch.dtype = BF16, sliced: int = 0,
+    ) -> Callable[[Maker], Args]:  # fmt: skip
+        def make(m: Maker) -> Args:
+            wide = (*shape[:-1], shape[-1] + 2 * sliced)
+            x, other = (m.randn(*wide, dtype=dtype)[..., sliced : sliced + shape[-1]] for _ in range(2))
+            reads = norms.operands_of(norm.removeprefix("wide "))
+            vectors = [m.rand(shape[-1], dtype=dtype) if name in reads else None for name in ("weight", "bias")]
+            samples = [m.randn(shape[0], 1, shape[-1], dtype=dtype) if name in reads else None for name in ("factor", "shift")]
+            programs = ("rceil", "") if granularity == "mx" else static if granularity == "static" else dynamic
+            scales = [m.rand() * 0.02] if granularity == "static" else []
+            given = x, other if residual else None, *vectors, *samples
+            return *given, 1e-5, kind, norm, keep, granularity, *programs, E4, scales
+
+        return make
+
+    for cols in (64, 100, 1024, 4096, 16384, 20001):
+        yield Call("norm_quantize", f"layer, {cols} columns", normed((9, cols), "layer", "mul add cast"), ROUNDED)
+    yield Call("norm_quantize", "layer, no row", normed((0, 128), "layer", "mul add cast"), ROUNDED)
+    yield Call("norm_quantize", "layer, one row, plain", normed((1, 1000), "layer", "cast"), ROUNDED)
+    yield Call("norm_quantize", "layer, odd slices", normed((33, 129), "layer", "mul cast", sliced=1), ROUNDED)
+    yield Call("norm_quantize", "layer, fp32", normed((9, 520), "layer", "mul add cast", dtype=FP32), ROUNDED)
+    modulated = "cast factor+1r cast shift"
+    yield Call("norm_quantize", "layer, modulated", normed((3, 11, 136), "layer", modulated, residual=True), ROUNDED)
+    both = {"residual": True, "keep": True}
+    yield Call("norm_quantize", "layer, residual, y too", normed((9, 1024), "layer", "mul add cast", **both), ROUNDED)
+    yield Call("norm_quantize", "rms, fp32 sum", normed((9, 1024), "rms", "wide cast mul", residual=True), ROUNDED)
+    yield Call("norm_quantize", "rms, y too", normed((9, 100), "rms", "mul+1 cast", **both), ROUNDED)
+    for granularity in ("tensor", "static", "mx"):
+        yield Call("norm_quantize", f"layer, {granularity}", normed((33, 96), "layer", "mul add cast", granularity), ROUNDED)
+
+
+def _act_quantize() -> Iterator[Call]:
+    """Every form of an activation."""
+
+    def activated(
+        rows: int, cols: int, form: str, granularity: str = "row", *, pairs: bool = False, dtype: torch.dtype = BF16
+    ) -> Callable[[Maker], Args]:
+        def make(m: Maker) -> Args:
+            two = act_quantize.FORMS[form].inputs == 2
+            gate = m.randn(rows, (2 if pairs else 1) * cols, dtype=dtype, size=3)
+            up = m.randn(rows, cols, dtype=dtype, size=3) if two and not pairs else None
+            programs = ("rceil", "") if granularity == "mx" else ("", TORCHAO_PROGRAM) if granularity == "static" else (
+                TORCHAO_SCALE, TORCHAO_PROGRAM)  # fmt: skip
+            scales = [m.rand() * 0.02] if granularity == "static" else []
+            return gate, up, form, pairs, granularity, *programs, E4, scales
+
+        return make
+
+    for form in act_quantize.FORMS:
+        yield Call("act_quantize", f"row, {form}", activated(9, 136, form), ROUNDED)
+    for cols in (100, 4096, 20001):
+        yield Call("act_quantize", f"row, {cols} columns", activated(9, cols, "gelu"), ROUNDED)
+    yield Call("act_quantize", "row, no row", activated(0, 128, "gelu"), ROUNDED)
+    yield Call("act_quantize", "row, pairs", activated(9, 1024, "clamped_swiglu", pairs=True), ROUNDED)
+    yield Call("act_quantize", "row, pairs, tails", activated(7, 33, "clamped_swiglu", pairs=True, dtype=FP16), ROUNDED)
+    for granularity in ("tensor", "static", "mx"):
+        yield Call("act_quantize", granularity, activated(33, 96, "gelu_tanh", granularity), ROUNDED)
+
+
 def calls() -> Iterator[Call]:
     yield from _fp8_downcast()
     yield from _fp8_quantize()
     yield from _mxfp8_quantize()
     yield from _rms_norm_quantize()
+    yield from _norm_quantize()
     yield from _act_mul_quantize()
+    yield from _act_quantize()
