@@ -73,14 +73,11 @@ struct GeluTanh {
   }
 };
 
-template <typename In>
-__device__ __forceinline__ float rounded(float v) { return to_float(from_float<In>(v)); }
-
 // x * sigmoid(1.702 x)
 template <typename In>
 __device__ __forceinline__ float quick_gelu(float x) {
-  const float sigmoid = rounded<In>(1.0f / (1.0f + expf(-rounded<In>(__fmul_rn(x, 1.702f)))));
-  return rounded<In>(__fmul_rn(x, sigmoid));
+  const float sigmoid = round_to<In>(1.0f / (1.0f + expf(-round_to<In>(__fmul_rn(x, 1.702f)))));
+  return round_to<In>(__fmul_rn(x, sigmoid));
 }
 struct QuickGelu {
   template <typename In, int N>
@@ -142,7 +139,7 @@ struct ClampedSwiglu {
 #pragma unroll
     for (int i = 0; i < E; ++i) {
       const float gate = v[i] > kLimit ? kLimit : v[i], above = factor[i] < -kLimit ? -kLimit : factor[i];  // NaN stays
-      v[i] = __fmul_rn(rounded<In>(__fadd_rn(above > kLimit ? kLimit : above, 1.0f)), quick_gelu<In>(gate));
+      v[i] = __fmul_rn(round_to<In>(__fadd_rn(above > kLimit ? kLimit : above, 1.0f)), quick_gelu<In>(gate));
     }
     y.pack(v);
   }

@@ -62,7 +62,7 @@ struct OnePlus {
 };
 struct OnePlusRounded {
   template <typename T>
-  __device__ static __forceinline__ float made(float v) { return to_float(from_float<T>(__fadd_rn(1.0f, v))); }
+  __device__ static __forceinline__ float made(float v) { return round_to<T>(__fadd_rn(1.0f, v)); }
 };
 
 // Row has In, the dtype of both ends, W of weight and bias, M of factor and shift.

@@ -5,6 +5,8 @@
 
 namespace inductor_ext {
 
+template <typename T>
+float round_to(float v) { return widen(narrow<T>(v)); }
 template <typename T, int N>
 void round_to(float (&v)[N]) {
   for (float& each : v) each = widen(narrow<T>(each));
