@@ -32,7 +32,7 @@ def _filled(y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 LEFT: dict[str, Any] = {
     "columns_differ": lambda y, w, ids: _zeros(y).scatter_add(0, (_columns(_perm(ids) // K) + torch.arange(H)) % T, y),
-    "along_columns": lambda y, w, ids: torch.zeros(N, H, dtype=y.dtype).scatter_add(1, _columns(_perm(ids) // K), y),
+    "along_columns": lambda y, w, ids: torch.zeros(N, H, dtype=y.dtype).scatter_add(1, _columns(_perm(ids) // K)[:, :2], y),
     "columns_added": lambda y, w, ids: torch.zeros(H, T, dtype=y.dtype).index_add(1, _perm(ids) // K, y.t()),
     "not_divided": lambda y, w, ids: torch.zeros(N, H, dtype=y.dtype).index_add(0, _perm(ids), y),
     "another_remainder": lambda y, w, ids: _zeros(y).index_add(0, _perm(ids) % T, y),
