@@ -215,7 +215,7 @@ def test_what_was_chosen_is_reported(gpu: FakeGpu, monkeypatch: pytest.MonkeyPat
     assert line.endswith("aten 2000.0") and line in caplog.text
     (spec,) = (jit.JitSpec.from_dict(kernel) for kernel in report.kernels)
     assert spec.source == "scaled_mm/tile.cuh", "a cached graph has its kernel built before its first call"
-    (replayed,) = store.replayed(before)
+    ((_, replayed),) = store.replayed(before)
     assert (replayed.autotuned, replayed.kernels) == (report.autotuned, report.kernels)
 
 

@@ -31,7 +31,7 @@ def published() -> list[GraphReport]:
     """What a hit in Inductor's cache would replay of one report."""
     before = store.snapshot()
     store.publish(report())
-    return store.replayed(before)
+    return [report for _, report in store.replayed(before)]
 
 
 def test_a_report_is_replayed_as_it_was(folder: Path) -> None:
