@@ -19,7 +19,7 @@ from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape
 from inductor_ext.kernels.norm_quantize.op import MEASURED, WIDE
 from inductor_ext.kernels.norm_quantize.op import OP as ANY
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS
-from inductor_ext.miss import INPUT_LAYOUT, Miss, second_user
+from inductor_ext.miss import INPUT_LAYOUT, SCALE_LATE, Miss, second_user
 from inductor_ext.op import Op
 from inductor_ext.patterns.support import fp8_chain, has_run, norm, quantisation, rms_norm
 from inductor_ext.rule import Call, Context, Match
@@ -113,7 +113,7 @@ def _quantised(chain: Any, read: norm.Norm, context: Context) -> tuple[quantisat
         for scale in found.arguments[-1]:
             if _made_of(scale, read.y):
                 wanted = f"a scale that is there before {describe(read.y)}"
-                raise Miss("the scale is computed too late", chain.cast, wanted, describe(scale)) from None
+                raise Miss(SCALE_LATE, chain.cast, wanted, describe(scale)) from None
         return found, True
 
 

@@ -22,7 +22,7 @@ from inductor_ext.graph import call, describe, erase_dead, is_reshape, known_equ
 from inductor_ext.kernels import quantized
 from inductor_ext.kernels.mxfp8_quantize.op import HAS_RUN
 from inductor_ext.kernels.mxfp8_quantize.op import OP as MXFP8
-from inductor_ext.miss import SEVERAL_SCALES, Miss, found_or_none, second_user
+from inductor_ext.miss import SCALE_LATE, SEVERAL_SCALES, Miss, found_or_none, second_user
 from inductor_ext.moe import mx
 from inductor_ext.patterns.support import dynamic_scale, fp8_chain, has_run, static_quantisation
 from inductor_ext.patterns.support.same import in_order
@@ -213,7 +213,7 @@ def check_place(found: AnyQuantisation, place: Node) -> None:
     """Miss where a static scale is not known at ``place``, where the kernel will be called."""
     behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
     if isinstance(behind, Node):
-        raise Miss("the scale is computed too late", behind, f"scales before {describe(place)}", describe(behind))
+        raise Miss(SCALE_LATE, behind, f"scales before {describe(place)}", describe(behind))
 
 
 def make_room(found: AnyQuantisation, place: Node) -> None:
