@@ -19,7 +19,7 @@ struct ByScale {
   template <typename F>
   static void visit(F&& visit) { visit(0, false, 0.0f); }
 };
-struct AsItIs {
+struct NoSteps {
   static constexpr bool kRow = false;
   struct Prepared {};
   static Prepared prepare(const Env&) { return {}; }
@@ -60,7 +60,7 @@ int store(const Call& c, char* error, int length) {
     return store<T, Norm, Turn, __nv_fp8_e4m3, ByScale, int64_t>(*c, error, length);                                           \
   }                                                                                                                             \
   extern "C" int copy_##name(const Call* c, char* error, int length) {                                                         \
-    return store<T, Norm, Turn, T, AsItIs, int32_t>(*c, error, length);                                                        \
+    return store<T, Norm, Turn, T, NoSteps, int32_t>(*c, error, length);                                                       \
   }
 VARIANT(bf16, __nv_bfloat16, CastThenWeight, Halves)
 VARIANT(bf16_plain, __nv_bfloat16, NoNorm, Halves)
