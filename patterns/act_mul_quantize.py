@@ -12,7 +12,6 @@ The quantisation may also be inductor_ext.mxfp8_quantize with plain scales. On a
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from inductor_ext.calls import aten, is_call
-from inductor_ext.graph import call, describe, same_sizes, value_of
+from inductor_ext.graph import describe, same_sizes, value_of
 from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, OP
 from inductor_ext.miss import INPUT_LAYOUT, Miss, no_other_users
 from inductor_ext.patterns.support import fp8_chain, quantisation
@@ -68,12 +67,7 @@ def gated(y: Node) -> tuple[str, Node, Node, list[Node]] | None:
 
 def replace(match: Match) -> None:
     found, arguments = match.data
-    graph, place = match.node.graph, min(found.nodes)
-    quantisation.make_room(found, place)
-    with graph.inserting_before(place):
-        made = call(graph, OP.overload, *arguments, like=match.node)
-        out, scale = (call(graph, operator.getitem, made, i, like=match.node) for i in range(2))
-        quantisation.put(graph, found, out, scale)
+    quantisation.insert(match.node, found, OP.overload, arguments)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ scale that is given Inductor needs one pass as well, so that such a chain waits 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from inductor_ext.calls import arguments, aten, is_call, is_convert
-from inductor_ext.graph import call, describe, same_sizes, value_of
+from inductor_ext.graph import describe, same_sizes, value_of
 from inductor_ext.kernels.act_quantize.op import FORMS, MEASURED, OP
 from inductor_ext.miss import INPUT_LAYOUT, NOT_FASTER, Miss, no_other_users
 from inductor_ext.patterns.support import fp8_chain, has_run, quantisation
@@ -117,12 +116,7 @@ def _pairs(gate: Node, up: Node) -> Node | None:
 
 def replace(match: Match) -> None:
     found, given = match.data
-    graph, place = match.node.graph, min(found.nodes)
-    quantisation.make_room(found, place)
-    with graph.inserting_before(place):
-        made = call(graph, OP.overload, *given, like=match.node)
-        out, scale = (call(graph, operator.getitem, made, i, like=match.node) for i in range(2))
-        quantisation.put(graph, found, out, scale)
+    quantisation.insert(match.node, found, OP.overload, given)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

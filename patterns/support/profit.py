@@ -35,14 +35,14 @@ def check_scale(node: Node, scale: Node, x: Node, context: Context) -> None:
         raise Miss(reason, node, wanted, describe(scale))
 
 
-def made_of(node: Node, x: Node) -> bool:
-    """Whether ``node`` is computed from ``x``, all of it by Inductor's own code."""
+def made_of(node: Node, x: Node, opaque: bool = False) -> bool:
+    """Whether ``node`` is computed from ``x``, all of it by Inductor's own code or, with ``opaque``, by any kernels."""
     pending, seen = [node], set[Node]()
     while pending:
         each = pending.pop()
         if each is x:
             return True
-        if each in seen or is_opaque(each):
+        if each in seen or each < x or (is_opaque(each) and not opaque):
             continue
         seen.add(each)
         pending.extend(each.all_input_nodes)

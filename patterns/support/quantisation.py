@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -183,6 +183,16 @@ def _other_user(chain: fp8_chain.Chain, scale: dynamic_scale.DynamicScale) -> No
             seen.add(user)
             pending.append(user)
     return None
+
+
+def insert(node: Node, found: AnyQuantisation, target: Any, arguments: Iterable[Any]) -> None:
+    """Let a call of ``target``, whose outputs are what is quantised and its scale, take the place of ``found``."""
+    graph, place = node.graph, min(found.nodes)
+    make_room(found, place)
+    with graph.inserting_before(place):
+        made = call(graph, target, *arguments, like=node)
+        out, scale = (call(graph, operator.getitem, made, i, like=node) for i in range(2))
+        put(graph, found, out, scale)
 
 
 def put(graph: Graph, found: AnyQuantisation, out: Node, scale: Node) -> None:

@@ -6,18 +6,6 @@
 
 namespace {
 
-struct Nothing {};
-// scale = amax / 448 in fp32; rows of zeros have the scale 1.
-struct Over448 {
-  static constexpr bool kRow = false;
-  static Nothing prepare(const Env&) { return {}; }
-  static void apply(Nothing, float (&v)[1]) { v[0] = v[0] == 0.0f ? 1.0f : v[0] / 448.0f; }
-};
-struct AsGiven {
-  static Nothing prepare(const Env&) { return {}; }
-  static void apply(Nothing, float (&)[1]) {}
-};
-
 template <typename Row>
 bool run(char mode, const Given* gate, const Given* up, const Given* out, const Given* scale, const Given* y, const Given* partial) {
   if (mode == 's') {
@@ -26,7 +14,7 @@ bool run(char mode, const Given* gate, const Given* up, const Given* out, const 
     return false;
   }
   const auto dynamic = [&](auto rowwise) {
-    return ActQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, Over448, ByScale>::run(
+    return ActQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, RowOver448, ByScale>::run(
         view(*gate), maybe(up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);
   };
   return mode == 'r' ? dynamic(std::true_type{}) : dynamic(std::false_type{});

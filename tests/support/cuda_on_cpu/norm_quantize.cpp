@@ -6,18 +6,6 @@
 
 namespace {
 
-struct Nothing {};
-// scale = amax / 448 in fp32; rows of zeros have the scale 1.
-struct Over448 {
-  static constexpr bool kRow = false;
-  static Nothing prepare(const Env&) { return {}; }
-  static void apply(Nothing, float (&v)[1]) { v[0] = v[0] == 0.0f ? 1.0f : v[0] / 448.0f; }
-};
-struct AsGiven {
-  static Nothing prepare(const Env&) { return {}; }
-  static void apply(Nothing, float (&)[1]) {}
-};
-
 template <typename Row>
 struct Norms {
   static bool run(char mode, const Given* x, const Given* residual, const Given* weight, const Given* bias, const Given* factor,
@@ -31,7 +19,7 @@ struct Norms {
       return false;
     }
     const auto dynamic = [&](auto rowwise) {
-      return NormQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, Over448, ByScale>::run(
+      return NormQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, RowOver448, ByScale>::run(
           view(*x), maybe(residual), maybe(weight), maybe(bias), maybe(factor), maybe(shift), eps, view(*out), view(*scale), of(total), maybe(kept),
           maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);
     };

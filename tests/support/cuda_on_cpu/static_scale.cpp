@@ -7,11 +7,6 @@
 
 namespace {
 
-struct Nothing {};
-struct AsGiven {  // no program: the scale itself
-  static Nothing prepare(const Env&) { return {}; }
-  static void apply(Nothing, float (&)[1]) {}
-};
 template <typename S>
 struct Reciprocal {
   static Nothing prepare(const Env&) { return {}; }
