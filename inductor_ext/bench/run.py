@@ -137,11 +137,17 @@ def _environment(folder: Path, threads: int | None) -> dict[str, str]:
     return found
 
 
-def run(plan: Plan, stage: Stage = contextlib.nullcontext) -> dict[str, Any]:
-    """Compile, measure and compare the sides of ``plan``; ``stage(title)`` is entered around each step."""
-    import_transformers()  # its absence is said here, not in a log
-    with tempfile.TemporaryDirectory(prefix="inductor_ext-bench-") as scratch, _started(plan, Path(scratch), stage) as sides:
-        alive = [side for side in sides if not side.error]
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A plan whose sides have compiled, or failed, and wait to be asked."""
+
+    plan: Plan
+    scratch: Path
+    sides: list[Process]
+
+    def measure(self, stage: Stage) -> dict[str, Any]:
+        """Time the sides in turn and compare them; the result of the run."""
+        plan, alive = self.plan, [side for side in self.sides if not side.error]
         with stage(f"Timing {len(alive)} sides in turn"):
             for _ in range(plan.rounds):
                 for side in alive:
@@ -152,40 +158,50 @@ def run(plan: Plan, stage: Stage = contextlib.nullcontext) -> dict[str, Any]:
                 side.kernels = side.ask("breakdown").get("kernels", [])
                 if plan.cosine_inputs:
                     side.embeddings = side.ask("embed").get("path", "")
-            cosines = _cosines(Path(scratch), {side.side.name: side.embeddings for side in sides})
-        return _result(plan, sides, cosines)
+            cosines = _cosines(self.scratch, {side.side.name: side.embeddings for side in self.sides})
+        return _result(plan, self.sides, cosines)
+
+
+def run(plan: Plan, stage: Stage = contextlib.nullcontext) -> dict[str, Any]:
+    """Compile, measure and compare the sides of ``plan``; ``stage(title)`` is entered around each step."""
+    with begun(plan, stage) as sides:
+        return sides.measure(stage)
 
 
 @contextlib.contextmanager
-def _started(plan: Plan, scratch: Path, stage: Stage) -> Iterator[list[Process]]:
-    """The processes, each compiled or failed; all of them are stopped afterwards."""
+def begun(plan: Plan, stage: Stage, threads: int | None = None) -> Iterator[Begun]:
+    """The sides, each compiled or failed, with so many threads of Inductor's; their processes are stopped afterwards."""
+    import_transformers()  # its absence is said here, not in a log
     found: list[Process] = []
-    threads = max(1, (os.cpu_count() or 1) // len(plan.sides)) if plan.together else None
+    if plan.together:
+        threads = threads or max(1, (os.cpu_count() or 1) // len(plan.sides))
+    with tempfile.TemporaryDirectory(prefix="inductor_ext-bench-") as folder:
+        scratch = Path(folder)
 
-    def start(job: Job) -> Process:
-        found.append(Process(job, threads))
-        return found[-1]
+        def start(job: Job) -> Process:
+            found.append(Process(job, threads))
+            return found[-1]
 
-    try:
-        if plan.warm and plan.device == "cuda" and not plan.together:
-            for index, side in enumerate(side for side in plan.sides if side.backend == "inductor_ext"):
-                with stage(f"Building the kernels of {side.name} (two layers)"):
-                    start(_small(plan, side, scratch / f"warm{index}")).receive()
-                    found.pop().stop()
-        jobs = [plan.job(side, scratch / str(index), index == 0) for index, side in enumerate(plan.sides)]
-        if plan.together:
-            with stage(f"Compiling {len(jobs)} sides together"):
-                for process in [start(job) for job in jobs]:
-                    process.ready = process.receive(plan.limit_s)
-        else:
-            for job in jobs:
-                with stage(f"{'Compiling' if job.side.backend != 'eager' else 'Building'} {job.side.name}"):
-                    process = start(job)
-                    process.ready = process.receive(plan.limit_s)
-        yield found
-    finally:
-        for process in found:
-            process.stop()
+        try:
+            if plan.warm and plan.device == "cuda" and not plan.together:
+                for index, side in enumerate(side for side in plan.sides if side.backend == "inductor_ext"):
+                    with stage(f"Building the kernels of {side.name} (two layers)"):
+                        start(_small(plan, side, scratch / f"warm{index}")).receive()
+                        found.pop().stop()
+            jobs = [plan.job(side, scratch / str(index), index == 0) for index, side in enumerate(plan.sides)]
+            if plan.together:
+                with stage(f"Compiling {len(jobs)} sides together"):
+                    for process in [start(job) for job in jobs]:
+                        process.ready = process.receive(plan.limit_s)
+            else:
+                for job in jobs:
+                    with stage(f"{'Compiling' if job.side.backend != 'eager' else 'Building'} {job.side.name}"):
+                        process = start(job)
+                        process.ready = process.receive(plan.limit_s)
+            yield Begun(plan, scratch, found)
+        finally:
+            for process in found:
+                process.stop()
 
 
 def _small(plan: Plan, side: Side, folder: Path) -> Job:

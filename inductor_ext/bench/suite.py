@@ -6,17 +6,22 @@ is off on all sides.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import types
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from inductor_ext.bench import model as models
 from inductor_ext.bench.families import ModelShape
-from inductor_ext.bench.run import Plan, Stage, environment, run
+from inductor_ext.bench.run import Begun, Plan, Stage, begun, environment, run
 from inductor_ext.bench.sides import parse_sides
 from inductor_ext.bench.tables import number
 from inductor_ext.bench.workload import Workload
 from inductor_ext.report.html import Section
+from inductor_ext.settings import RuleMode
 
 #: Those that stand for a family. Others are the same layers in another size.
 DEFAULT = (
@@ -27,6 +32,9 @@ DEFAULT = (
 
 #: Layers of each model: what is outside of them must not hide what they gain.
 LAYERS = 4
+
+#: With ``together``: two sides compile, and one of them builds kernels.
+CORES_A_MODEL = 3
 
 
 def parse(names: str) -> list[str]:
@@ -43,24 +51,48 @@ def workload(shape: ModelShape, batch: int, length: int) -> Workload:
 
 
 def run_suite(
-    names: Sequence[str], layers: int, batch: int, length: int, *, told: Callable[[str], None], stage: Stage, **options: Any
+    names: Sequence[str],
+    layers: int,
+    batch: int,
+    length: int,
+    *,
+    told: Callable[[str], None],
+    stage: Stage,
+    rules: Mapping[str, RuleMode] = types.MappingProxyType({}),
+    **options: Any,
 ) -> dict[str, Any]:
-    """One row a model, ``told`` of as it begins; ``options`` are those of `Plan`.
+    """One row a model, ``told`` of as it begins; ``rules`` are modes of our side's, ``options`` those of `Plan`.
 
-    A model that fails has its error in its row, and costs no other.
+    A model that fails has its error in its row, and costs no other. With ``together`` all models compile first, several at
+    once, and none is timed before all have: their weights are on the GPU at once.
     """
-    rows = []
+    plans = []
     for name in names:
         shape = models.named(name, layers)[1]
-        plan = Plan(
-            name, shape, workload(shape, batch, length), parse_sides("stock,ours", {}), coordinate_descent=False, **options
-        )
-        told(f"{name}: {plan.workload}")
-        rows.append(_row(run(plan, stage)))
+        sides = parse_sides("stock,ours", rules)
+        plans.append(Plan(name, shape, workload(shape, batch, length), sides, coordinate_descent=False, **options))
+    rows = []
+    with contextlib.ExitStack() as stack:
+        together = _together(plans, stack, stage) if options.get("together") else None
+        for index, plan in enumerate(plans):
+            told(f"{plan.name}: {plan.workload}")
+            rows.append(_row(together[index].measure(stage) if together else run(plan, stage)))
     ratios = [row["of_stock"] for row in rows if row["of_stock"]]
     mean = round(statistics.geometric_mean(ratios), 4) if ratios else None
     head = {"environment": environment(plan.device), "fp8": plan.fp8, "device": plan.device, "how_timed": plan.how_timed}
-    return {**head, "geometric_mean": mean, "suite": rows}
+    return {**head, "coordinate_descent": False, "geometric_mean": mean, "suite": rows}
+
+
+def _together(plans: Sequence[Plan], stack: contextlib.ExitStack, stage: Stage) -> list[Begun]:
+    """All of them compiled; their processes live as long as ``stack``."""
+    cores = os.cpu_count() or 1
+    at_once = max(1, cores // CORES_A_MODEL)
+
+    def begin(plan: Plan) -> Begun:
+        return stack.enter_context(begun(plan, contextlib.nullcontext, threads=max(1, cores // (2 * at_once))))
+
+    with stage(f"Compiling {len(plans)} models, {at_once} at once"), ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(begin, plans))
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +109,8 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "compile_s": {name: side["compile_s"] for name, side in both.items()},
         "rewrites": ours["rewrites"],
         "cosine_to_bf16": {name: side["cosine_to_bf16"] for name, side in both.items()},
+        "breakdown": {name: side["breakdown"] for name, side in both.items()},
+        "kernels": {name: side["kernels"] for name, side in both.items()},
         "error": stock["error"] or ours["error"],
     }
 

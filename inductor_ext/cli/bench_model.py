@@ -80,7 +80,7 @@ def model(
         result = summary.read(from_path)
     elif suite:
         if png or html or name or lengths or pack or decode or ablate:
-            raise SettingError("--suite goes with --layers, --fp8, --batch, --length and how to time, and writes --json")
+            raise SettingError("--suite goes with --layers, --fp8, --batch, --length, --rules and how to time; it writes --json")
         where = _device(device)
         timing: dict[str, Any] = {
             "replays": replays,
@@ -88,6 +88,7 @@ def model(
             "cosine_inputs": cosine_inputs,
             "together": together,
             "limit_s": limit,
+            "rules": parse_rules(rules),
         }
         size = layers, batch or BATCH[where], length or LENGTH[where]
         result = _suite(console, suite, *size, fp8=_recipe(fp8), device=where, **timing)
@@ -139,7 +140,7 @@ def _recipe(name: str) -> str:
 
 def _suite(console: Any, names: str, layers: int | None, batch: int, length: int, **options: Any) -> dict[str, Any]:
     known = suites.parse(names)
-    with stages(console, len(known) * (4 if options["together"] else 6)) as stage:
+    with stages(console, 1 + 2 * len(known) if options["together"] else 6 * len(known)) as stage:
         told = lambda line: console.print(Text(line), soft_wrap=True)  # noqa: E731
         return suites.run_suite(known, layers or suites.LAYERS, batch, length, told=told, stage=stage, **options)
 

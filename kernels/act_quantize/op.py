@@ -21,7 +21,7 @@ from inductor_ext.kernels.act_mul_quantize.op import ACTIVATIONS, CPP_ACTIVATION
 from inductor_ext.signature import Call
 
 #: GPUs on which this has been measured against Inductor's own code. Rules in mode "auto" ask this on a CUDA device.
-MEASURED: frozenset[str] = frozenset()
+MEASURED = frozenset({"sm_90a"})
 
 
 @dataclasses.dataclass(frozen=True)

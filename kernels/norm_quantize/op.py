@@ -23,7 +23,7 @@ import torch
 from inductor_ext.kernels import norms, quantized, steps
 
 #: GPUs on which this has been measured against Inductor's own code. Rules in mode "auto" ask this on a CUDA device.
-MEASURED: frozenset[str] = frozenset()
+MEASURED = frozenset({"sm_90a"})
 WIDE = "wide"
 
 

@@ -32,12 +32,13 @@ def test_a_model_with_positions_of_its_own_gets_about_as_many_tokens() -> None:
     assert suite.workload(models.MODELS["Whisper-large-encoder"], 1, 64).lengths == (1500,)
 
 
-def test_a_model_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_model_that_fails_costs_no_other(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """17 heads do not share 2 of K and V."""
     pytest.importorskip("transformers")
     broken = dataclasses.replace(models.MODELS["tiny"], heads=17)
     monkeypatch.setitem(models.MODELS, "broken", broken)
-    result = suite.run_suite(["broken", "tiny"], 1, 1, 8, cosine_inputs=2, **OPTIONS)
+    result = suite.run_suite(["broken", "tiny"], 1, 1, 8, cosine_inputs=2, together=together, **OPTIONS)
     failed, good = result["suite"]
     assert failed["of_stock"] is None and failed["error"]
     assert not good["error"] and good["workload"] == "1 × 8" and good["rewrites"]["rms_norm_quantize"] == 2
