@@ -25,6 +25,7 @@ CONVERT = prims.convert_element_type.default
 _READ: dict[Any, tuple[str, ...]] = {
     aten.amax.default: ("dim", "keepdim"),
     aten.amin.default: ("dim", "keepdim"),
+    aten.any.dim: ("keepdim",),
     aten.as_strided.default: ("storage_offset",),
     aten.cat.default: ("dim",),
     aten.constant_pad_nd.default: ("value",),

@@ -7,6 +7,9 @@ Model libraries compute the mask and repeat K and V whatever kernel runs; the ke
 the work. What the mask allows is proven from its nodes (`attention_mask.read`), for symbolic sizes too. In a band the diagonal
 is allowed, so no row is empty. The result lies in memory as [B, S, H, D], which is what output projections read.
 
+A mask of one value a row, which transformers makes for encoders, PyTorch gives to none of its kernels: it computes attention
+step by step in fp32, and the rule reads that too (`math_attention`). With any other mask such steps may be what was asked for.
+
 cuDNN and torch's own flash attention are called as PyTorch's operators; any other library through `varlen_attention`.
 """
 
@@ -17,10 +20,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from inductor_ext.calls import aten, calling, is_call
 from inductor_ext.graph import describe, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.miss import Miss
-from inductor_ext.patterns.support import attention, attention_mask, attention_plan
+from inductor_ext.patterns.support import attention, attention_mask, attention_plan, math_attention
 from inductor_ext.patterns.support.attention_examples import (
     H,
     S,
@@ -39,7 +43,9 @@ from inductor_ext.rule import ACCUMULATED, Context, Example, Match, Rule
 
 
 def guard(node: Node, context: Context) -> Match | None:
-    found = attention.parse(node)
+    found = math_attention.read(node) if is_call(node, aten.bmm.default) else attention.parse(node)
+    if found is None:
+        return None
     attention_plan.check(found, (Source(found.k), Source(found.v)))
     band = Band(right=0) if found.causal else Band()
     if found.bias is not None:
@@ -47,6 +53,9 @@ def guard(node: Node, context: Context) -> Match | None:
             band = band.and_(attention_mask.read(found.bias))
         except Miss as miss:
             raise miss.at(node) from None
+    if found.kernel == attention.MATH and not context.forced and not math_attention.had_no_choice(found.bias):
+        wanted = f'a mask whose last stride is not 1, or rules={{"{context.rule}": "always"}}'
+        raise Miss("attention step by step may be what was asked for", node, wanted, describe(found.bias))
     k, v = attention.before_repeat(found.k), attention.before_repeat(found.v)
     if (
         not known_equal(value_of(k).shape[1], value_of(v).shape[1])
@@ -55,6 +64,8 @@ def guard(node: Node, context: Context) -> Match | None:
     ):
         k, v = found.k, found.v  # as they are repeated
     gains = [gain for gain, there in (("no mask", found.bias is not None), ("K and V as they are", k is not found.k)) if there]
+    if found.kernel == attention.MATH:
+        gains.insert(0, "one kernel")
     if not gains and not context.forced:
         raise Miss("nothing to gain", node, "a mask, or repeated heads of K and V", describe(node))
     return attention_plan.match(found, Source(k), Source(v), band, ", ".join(gains) or "forced")
@@ -130,10 +141,35 @@ def _packed(device: str) -> tuple[torch.Tensor, ...]:
     return *projected(device), torch.arange(S, device=device).remainder(7)[None]
 
 
+def _lower(q: torch.Tensor) -> torch.Tensor:
+    query, key = _positions(q)
+    return (key <= query).expand(q.shape[0], 1, -1, -1)
+
+
+def _halves(device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(each.bfloat16() for each in projected(device))
+
+
+def _rows_of_one_value(q: torch.Tensor) -> torch.Tensor:
+    """transformers' mask of an encoder without padding, which no kernel of PyTorch's takes."""
+    query, _ = _positions(q)
+    allowed = torch.ones((), dtype=torch.bool, device=q.device) & (query >= 0)
+    return allowed.expand(q.shape[0], 1, q.shape[2], q.shape[2])
+
+
+def _in_steps(mask: Any, *projected: torch.Tensor, both: bool = False) -> Any:
+    """As the dispatcher sends it where no kernel takes the mask; ``both``: with its probabilities."""
+    q, k, v = split(*projected)
+    shown, hidden = (torch.full((), number, dtype=q.dtype, device=q.device) for number in (0.0, float("-inf")))
+    bias = torch.where(mask(q), shown, hidden)
+    found = aten._scaled_dot_product_attention_math(q, repeated(k), repeated(v), bias)
+    return found[0].transpose(1, 2).flatten(2) if not both else [each * 2 for each in found]
+
+
 RULE = Rule(
     name="causal_attention",
     doc="attention with a mask of positions, and K and V repeated for GQA → without either, by the fastest library there is",
-    anchors=attention.calls,
+    anchors=calling(*attention.KERNELS, aten.bmm.default),
     guard=guard,
     replace=attention_plan.replace,
     exact=False,
@@ -155,6 +191,9 @@ RULE = Rule(
             lambda q, k, v: sdpa(q, k.expand_as(q), v.expand_as(q), causal=True)[0] * 2,
             lambda d: (heads(d, H), heads(d, 1), heads(d, 1)),
         ),
+        Example("steps", lambda *x: _in_steps(_rows_of_one_value, *x), _halves),
+        Example("steps_dynamic_shape", lambda *x: _in_steps(_rows_of_one_value, *x), _halves, dynamic=True),
+        Example("steps_forced", lambda *x: _in_steps(_lower, *x), _halves, mode="always"),
         Example("forced", lambda q, k, v: sdpa(q, k, v, causal=True)[0] * 2, equal_heads, mode="always"),
     ),
     near_misses=(
@@ -164,6 +203,18 @@ RULE = Rule(
             _transformers,
             _packed,
             reason="the mask tells packed sequences of a graph input apart",
+        ),
+        Example(
+            "steps_with_another_mask",
+            lambda *x: _in_steps(_lower, *x),
+            _halves,
+            reason="attention step by step may be what was asked for",
+        ),
+        Example(
+            "probabilities",
+            lambda *x: _in_steps(_rows_of_one_value, *x, both=True),
+            _halves,
+            reason="what attention computes on its way has a second user",
         ),
         Example("padding", _padding, _with_input, reason="the mask depends on a graph input"),
         Example("distances", _learnt, equal_heads, reason="the bias is not a mask of positions"),

@@ -80,7 +80,7 @@ def model(
         result = summary.read(from_path)
     elif suite:
         if png or html or name or lengths or pack or decode or ablate:
-            raise SettingError("--suite goes with --layers, --fp8, --batch, --length, --rules and how to time; it writes --json")
+            raise SettingError("--suite goes with --layers, --fp8, --batch, --length, --rules, how to time and --json")
         where = _device(device)
         timing: dict[str, Any] = {
             "replays": replays,

@@ -22,6 +22,9 @@ KERNELS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: "cpu",
 }
 
+#: What people call attention step by step (`math_attention`), which is no node of its own.
+MATH = "math"
+
 
 @dataclasses.dataclass(frozen=True)
 class Attention:

@@ -186,12 +186,12 @@ class _Reader:
             return self._flat(bias, self._moved(bias, self.mask(bias.args[0])))
         if is_call(bias, aten.where.self):
             condition, yes, no = bias.args
-            shown, hidden = (_uniform(each) for each in (yes, no))
+            shown, hidden = (uniform(each) for each in (yes, no))
             if hidden == 0 and shown is not None and shown <= HIDDEN:
                 return self._like(self.boolean(condition).negate(), bias)
             if shown == 0 and hidden is not None and hidden <= HIDDEN:
                 return self._like(self.boolean(condition), bias)
-        number = _uniform(bias)
+        number = uniform(bias)
         if number == 0:
             return Allowed((), value_of(bias).dim())
         raise _Unknown(bias)
@@ -236,7 +236,7 @@ class _Reader:
             return self._boolean(node, rank)
         if value.dtype not in _INTEGERS:
             raise _Unknown(node)
-        number = _uniform(node)
+        number = uniform(node)
         if number is not None:
             return Affine((0,) * rank, int(number))
         if is_call(node, prims.iota.default):
@@ -417,12 +417,12 @@ def _padded(factors: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (0,) * (rank - len(factors)) + factors
 
 
-def _uniform(node: Any) -> float | None:
+def uniform(node: Any) -> float | None:
     """The number that every element of ``node`` is."""
     while is_call(node, aten.expand.default, *_COPIES, *RESHAPES):
         node = node.args[0]
     if calls(node, CONVERT):
-        return _held(_uniform(node.args[0]), node.args[1])
+        return _held(uniform(node.args[0]), node.args[1])
     if is_call(node, aten.full.default) and isinstance(node.args[1], (int, float)):
         return _held(float(node.args[1]), value_of(node).dtype)
     number = constant_of(node)

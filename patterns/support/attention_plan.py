@@ -165,9 +165,10 @@ def replace(match: Match) -> None:
             made = call(graph, OP.overload, *_arguments(plan, *heads), like=match.node)
             made = call(graph, aten.permute.default, made, [0, 2, 1, 3], like=match.node)
     found.output.replace_all_uses_with(made)
-    graph.erase_node(found.output)
     inputs = found.node.all_input_nodes
-    graph.erase_node(found.node)  # not `erase_dead`: it counts as impure for its dropout, and there is none
+    erase_dead(found.output)
+    if not found.node._erased:
+        graph.erase_node(found.node)  # not `erase_dead`: it counts as impure for its dropout, and there is none
     for node in inputs:
         erase_dead(node)
 
