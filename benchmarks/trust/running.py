@@ -158,7 +158,10 @@ def reference(call: Call, args: Args) -> tuple[list[torch.Tensor], Args]:
     op = op_named(call.op)
     given = copied(args, "cpu" if call.op in ON_CPU else None)
     outs = outputs(op, given)
-    op._run_reference_into(*given, *outs)
+    if outs:
+        op._run_reference_out(*given, **dict(zip(op.out_names, outs, strict=True)))
+    else:
+        op._run_reference(*given)
     return outs, given
 
 

@@ -128,7 +128,10 @@ def test_huge_tensors_are_past_2_31_elements() -> None:
 def test_calls_are_right_where_an_op_is_its_reference() -> None:
     found = Lines()
     running.run_calls(few("fp8_downcast", "downcast_fp8", "mxfp8_quantize", "moe_combine", "scaled_mm_rope"), "cpu", found)
-    assert len(found) > 40 and not found.wrong
+    for name in WITH_KERNELS:  # whatever defaults their arguments have
+        running.run_calls(few(name)[:2], "cpu", found)
+    assert len(found) > 60 and not found.wrong
+    assert {op for op, _, _ in found} == set(WITH_KERNELS)
 
 
 @pytest.mark.parametrize(
