@@ -1,8 +1,9 @@
 """Reports outlive the compile that made them: on a hit in Inductor's caches the rules do not run, and the report is replayed.
 
 Inductor stores with a compiled graph how ``counters["inductor"]`` changed while it was compiled, and adds the same again on a
-hit. So the pass counts one key that names the report's content; the report itself lies beside Inductor's cache, under that
-name.
+hit. So the pass counts one key that names the report's content and carries it, compressed: wherever the compiled graph goes, to
+another process, in `torch.compiler.save_cache_artifacts` or a saved `standalone_compile` to another machine, its report goes
+too. A few per cent of the graph's own size; whoever prints the counters sees the key alone.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch._dynamo.utils import counters
 
-from inductor_ext.jit.files import make_folder, parse_json, read_regular, said, write_atomically
+from inductor_ext.jit.files import parse_json
 from inductor_ext.jit.spec import JitSpec
 from inductor_ext.report.events import GraphReport
 from inductor_ext.report.shown import line
@@ -25,6 +26,22 @@ log = logging.getLogger("inductor_ext")
 
 _PREFIX = "inductor_ext.report."
 _LIMIT = 256 << 20  # bytes; the graph of a large model has a few million characters
+
+
+class _Key(str):
+    """A counted key: the digest of a report, with the report. Equal to its text alone; unpickling one imports this package, and
+    with it the ops that the compiled graph calls."""
+
+    packed: bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _key, (str(self), self.packed)
+
+
+def _key(text: str, packed: bytes) -> _Key:
+    found = _Key(text)
+    found.packed = packed
+    return found
 
 
 def publish(report: GraphReport) -> str:
@@ -54,11 +71,10 @@ def _count(key: str, change: int) -> None:
 
 
 def _keep(report: GraphReport) -> str:
-    text = json.dumps(report.to_dict(), sort_keys=True)
-    digest = _digest(text)
-    _write(digest, text)
-    _count(_PREFIX + digest, 1)
-    return _PREFIX + digest
+    text = json.dumps(report.to_dict(), sort_keys=True).encode()
+    key = _key(_PREFIX + _digest(text), zlib.compress(text))
+    _count(key, 1)
+    return key
 
 
 def snapshot() -> Counter[str]:
@@ -70,44 +86,37 @@ def replayed(before: Counter[str], made: Iterable[str] = ()) -> list[tuple[str, 
     """Reports whose keys were counted since ``before`` and not ``made`` by a compile since: those that caches gave back."""
     reports = []
     for key, count in (snapshot() - before - Counter(made)).items():
-        report = _read(key.removeprefix(_PREFIX))
+        report = _read(key)
         if report is not None:
             reports.extend([(key, report)] * count)
     return reports
 
 
-def _path(digest: str) -> Path:
-    """Raises ``OSError`` where Inductor's cache cannot be made, ``KeyError`` where torch finds no name for the user."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "inductor_ext" / "reports" / f"{digest}.json"
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:24]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _write(digest: str, text: str) -> None:
+def _read(key: str) -> GraphReport | None:
+    """The report that ``key`` carries."""
     try:
-        path = _path(digest)
-        make_folder(path.parent, 0o700)
-        write_atomically(path, text)
-    except (OSError, KeyError) as error:
-        log.warning("the report of this compile is not kept for later cache hits: %s", line(error))
-
-
-def _read(digest: str) -> GraphReport | None:
-    """The report that was kept under ``digest``: what has that digest is what was kept, whoever could write there since."""
-    try:
-        text = read_regular(_path(digest), _LIMIT, links=False).decode()
-        if _digest(text) != digest:
-            raise ValueError("it is not what was written")
-        report = GraphReport.from_dict(parse_json(text.encode()))
+        if not isinstance(key, _Key):
+            raise ValueError("it is not with its key")
+        text = _unpacked(key.packed)
+        if _PREFIX + _digest(text) != key:
+            raise ValueError("it is not what was kept")
+        report = GraphReport.from_dict(parse_json(text))
         for kernel in report.kernels:
             JitSpec.from_dict(kernel)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # one of another version has other fields
-        reason = said(error) if isinstance(error, OSError) else error
-        log.warning("the report of a cached graph cannot be read (%s); rewrites are right, explain is incomplete", line(reason))
+    except (zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:  # one of another version has other fields
+        log.warning("the report of a cached graph cannot be read (%s); rewrites are right, explain is incomplete", line(error))
         return None
     report.cached = True
     return report
+
+
+def _unpacked(packed: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(packed, _LIMIT)
+    if not unpacker.eof:
+        raise ValueError(f"it is not whole, or has more than {_LIMIT} bytes")
+    return text
