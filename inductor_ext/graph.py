@@ -71,6 +71,13 @@ def guarded_equal(a: Any, b: Any) -> bool:
     return not any(environment.frozen for environment in environments) and guard_or_false(a == b)
 
 
+def guarded_at_most(size: Any, limit: int) -> bool:
+    """Whether a size is at most ``limit`` now; if not for every input, a guard keeps the graph to inputs where it is."""
+    if statically_known_true(size <= limit):
+        return True
+    return isinstance(size, torch.SymInt) and not size.node.shape_env.frozen and guard_or_false(size <= limit)
+
+
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(known_equal, a, b))
 

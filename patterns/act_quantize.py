@@ -70,9 +70,6 @@ def _activated(chain: Any) -> tuple[Any, Activated] | None:
         read = trace(each.x)
         if read is not None:
             return each, read
-        if is_call(each.x, aten.cat.default) and any(trace(part) for part in each.x.args[0] if isinstance(part, Node)):
-            wanted = "an activation that is quantised by itself"
-            raise Miss("the activation is concatenated before it is quantised", each.x, wanted, describe(each.x))
     return None
 
 
@@ -153,11 +150,6 @@ def _one_rounding(gate: torch.Tensor, up: torch.Tensor) -> Any:
     return _quantise((F.silu(gate.float()) * up.float()).to(gate.dtype))
 
 
-def _single_block(x: torch.Tensor, attention: torch.Tensor) -> Any:
-    """Flux: attention and the MLP's activation share one projection."""
-    return _quantise(torch.cat((attention, F.gelu(x, approximate="tanh")), -1))
-
-
 RULE = Rule(
     name="act_quantize",
     doc="GELU, SiLU, ReLU² alone, or a gated activation of any form, and its FP8 quantisation → one kernel",
@@ -221,12 +213,6 @@ RULE = Rule(
             lambda x, s: (F.gelu(x).float() / s).clamp(-448.0, 448.0).to(E4),
             lambda device: (*_x(device), torch.tensor(0.05, device=device)),
             reason="it would not be faster",
-        ),
-        Example(
-            "single_block",
-            _single_block,
-            _two,
-            reason="the activation is concatenated before it is quantised",
         ),
         Example(
             "every_other_column", lambda both: _quantise(F.gelu(both[..., ::2])), _both, reason="input layout"

@@ -4,6 +4,7 @@
     python -m benchmarks.kernels.producers --only 'static.*, (16|7168), ' --out producers_static.json          (a minute or two)
     python -m benchmarks.kernels.producers --only '^(layer_norm|any rms_norm|activation)' --out producers_any.json
         (norm_quantize and act_quantize: what the other ops do not take; with '…[^,]*, 4096, ' a few minutes)
+    python -m benchmarks.kernels.producers --only '^concatenated' --out producers_concatenated.json            (a minute or two)
 
 Stock is ``torch.compile`` of the same eager lines. All are CUDA-graph replays, timed in turn, three rounds, over enough buffers
 to find L2 cold. ``of copy`` is the time of a device-to-device copy of as many bytes as the work must move, over ours.
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.kernels.shared import script
+from inductor_ext.kernels.act_cat_quantize.op import OP as CONCATENATED
 from inductor_ext.kernels.act_mul_quantize.op import OP as ACT_MUL
 from inductor_ext.kernels.act_quantize.op import FORMS
 from inductor_ext.kernels.act_quantize.op import OP as ACTIVATION
@@ -34,6 +36,8 @@ ACT_MUL_SHAPES = ((1, 3072), (16, 3072), (128, 3072), (1024, 3072), (7168, 3072)
 #: Rows and columns of encoders (BERT, ViT, Whisper), of diffusion transformers, and of few tokens.
 ANY_SHAPES = ((1, 1024), (128, 1024), (4096, 1024), (16384, 1024), (4096, 3072), (16384, 3072), (4096, 8192))
 ANY_ACT_SHAPES = ((1, 4096), (128, 4096), (4096, 4096), (16384, 4096), (4096, 12288), (16384, 12288))
+#: Rows, attention's columns and the MLP's: Flux's single blocks, a vision model's sizes, few tokens.
+CAT_SHAPES = ((7168, 3072, 12288), (4096, 1152, 4304), (128, 3072, 12288))
 ROPE_TOKENS, ROPE_HEADS = (1, 16, 128, 1024, 7168), ((16, 8, 128), (32, 8, 128))  # heads of q, of k, their columns
 LONGEST = 512  # tokens of a sequence
 Calls = tuple[int, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]]
@@ -193,6 +197,28 @@ def activation(rows: int, columns: int, form: str, pairs: bool = False, granular
     return rows * (columns * (5 if of_two else 3) + how.scale_bytes), make
 
 
+def concatenated(rows: int, copied: int, columns: int, heads_first: bool, form: str = "gelu_tanh") -> Calls:
+    """The same of attention's output beside an activation; ``heads_first``: [B, H, S, D], of heads of 128, or [B, S, H, D]."""
+    how, length, head = Quantisation("row"), min(rows, LONGEST), 128
+    shape = (rows // length, copied // head, length, head) if heads_first else (rows // length, length, copied // head, head)
+
+    def stock(heads: torch.Tensor, h: torch.Tensor) -> Any:
+        x = heads.transpose(1, 2) if heads_first else heads
+        return how.eager(torch.cat((x.flatten(2), FORMS[form].fn(h)), -1), ())
+
+    compiled = torch.compile(stock, dynamic=False)
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        heads = torch.randn(shape, device="cuda").to(BF16)
+        h = torch.randn(rows // length, length, columns, device="cuda").to(BF16)
+        out, scale = (each.view(*h.shape[:2], -1) for each in how.outputs(rows, copied + columns))
+        x = heads.transpose(1, 2) if heads_first else heads
+        call = (x, h, None, form, False, True, "row", *how.program, [])
+        return lambda: compiled(heads, h), lambda: CONCATENATED._call(*call, out0=out, out1=scale)
+
+    return rows * ((copied + columns) * 3 + how.scale_bytes), make
+
+
 def qk_rope(tokens: int, heads: tuple[int, int, int], normed: bool) -> Calls:
     """RoPE of q and k, columns of one qkv buffer, with the norm of each head or without; stock is Hugging Face's lines."""
     count, kv_count, columns = heads
@@ -247,6 +273,10 @@ def works() -> Iterator[tuple[str, int, int, Calls]]:
         for shape in SHAPES:
             yield work, *shape, rms_norm(*shape, residual, "static", count)
     yield from any_works()
+    for rows, copied, columns in CAT_SHAPES:
+        for where in ("heads before positions", "heads after positions"):
+            calls = concatenated(rows, copied, columns, heads_first=where == "heads before positions")
+            yield f"concatenated with gelu_tanh + quantise, {where}", rows, copied + columns, calls
     for heads in ROPE_HEADS:
         for tokens in ROPE_TOKENS:
             columns = (heads[0] + heads[1]) * heads[2]

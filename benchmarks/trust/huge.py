@@ -237,6 +237,20 @@ def _act_mul_check(args: Args, outs: Sequence[torch.Tensor]) -> Found:
     yield "scale", outs[1] if granularity == "tensor" else pick(outs[1], rows), scale, ROUNDED
 
 
+def _act_cat(device: str) -> Args:
+    """Heads that lie before rows, so that a row's last head is 2^30 elements from its first."""
+    heads = normal(device, 2, ROWS, COLUMNS // 2).transpose(0, 1)
+    heads[-1, -1, -1] = 50.0
+    return heads, normal(device, ROWS, 64), None, "relu_squared", False, True, "row", TORCHAO_SCALE, TORCHAO_PROGRAM, E4, []
+
+
+def _act_cat_check(args: Args, outs: Sequence[torch.Tensor]) -> Found:
+    rows = edges(ROWS, COLUMNS)
+    wanted, scale = op_named("act_cat_quantize").reference(pick(args[0], rows), pick(args[1], rows), *args[2:])
+    yield f"rows {rows}", pick(outs[0], rows), wanted, 0.0
+    yield "scale", pick(outs[1], rows), scale, 0.0
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +382,7 @@ CASES = (
     Case("rms_norm_quantize", f"mx, [{ROWS}, {COLUMNS}]", _rms_norm("mx"), _rms_norm_check),
     Case("act_mul_quantize", f"row, [{ROWS}, {COLUMNS}]", _act_mul("row"), _act_mul_check),
     Case("act_mul_quantize", f"tensor, [{ROWS}, {COLUMNS}]", _act_mul("tensor"), _act_mul_check),
+    Case("act_cat_quantize", f"heads [{ROWS}, 2, {COLUMNS // 2}]", _act_cat, _act_cat_check),
     Case("scaled_mm", "out [32784, 65552], tiles", _product("tile:128x128p", LONG, WIDE, 32), _product_check),
     Case("scaled_mm", "out [32784, 65552], streams", _product("stream:64x64/4", LONG, WIDE, 32), _product_check),
     Case("scaled_mm", "b [32784, 65552], streams", _product("stream:16x64/8", 16, WIDE, LONG, False), _product_check),

@@ -215,6 +215,47 @@ def _act_quantize() -> Iterator[Call]:
         yield Call("act_quantize", granularity, activated(33, 96, "gelu_tanh", granularity), ROUNDED)
 
 
+def _act_cat_quantize() -> Iterator[Call]:
+    """Columns beside an activation: where they come from, which is first, and which forms."""
+
+    def beside(
+        x: Callable[[Maker], torch.Tensor], cols: int, form: str = "gelu_tanh", *, leading: tuple[int, ...] = (9,),
+        x_first: bool = True, pairs: bool = False, granularity: str = "row", dtype: torch.dtype = BF16,
+    ) -> Callable[[Maker], Args]:  # fmt: skip
+        def make(m: Maker) -> Args:
+            two = act_quantize.FORMS[form].inputs == 2
+            gate = m.randn(*leading, (2 if pairs else 1) * cols, dtype=dtype, size=3)
+            up = m.randn(*leading, cols, dtype=dtype, size=3) if two and not pairs else None
+            programs = ("rceil", "") if granularity == "mx" else (TORCHAO_SCALE, TORCHAO_PROGRAM)
+            return x(m), gate, up, form, pairs, x_first, granularity, *programs, E4, []
+
+        return make
+
+    def columns(count: int, rows: int = 9, dtype: torch.dtype = BF16) -> Callable[[Maker], torch.Tensor]:
+        return lambda m: m.randn(rows, count, dtype=dtype, size=3)
+
+    for form in ("gelu_tanh", "gelu", "quick_gelu", "silu", "silu mul", "fp32 silu mul"):
+        yield Call("act_cat_quantize", f"row, {form}", beside(columns(136), 520, form), ROUNDED)
+    exact = beside(columns(136), 520, "relu_squared", x_first=False)
+    yield Call("act_cat_quantize", "row, the activation first", exact)
+    yield Call("act_cat_quantize", "row, pairs", beside(columns(64), 1024, "clamped_swiglu", pairs=True), ROUNDED)
+    tails = beside(columns(37, dtype=FP16), 100, dtype=FP16)
+    yield Call("act_cat_quantize", "row, tails", tails, ROUNDED)
+    yield Call("act_cat_quantize", "row, no row", beside(columns(64, rows=0), 128, leading=(0,)), ROUNDED)
+    yield Call("act_cat_quantize", "row, 3072 + 12288 columns", beside(columns(3072), 12288), ROUNDED)
+    yield Call("act_cat_quantize", "row, 20001 columns", beside(columns(1), 20000), ROUNDED)
+
+    layouts: dict[str, Callable[[Maker], torch.Tensor]] = {
+        "heads before positions": lambda m: m.randn(3, 4, 7, 64, size=3).transpose(1, 2),
+        "heads that are no vectors": lambda m: m.randn(3, 4, 7, 20, size=3).transpose(1, 2),
+        "slices of positions": lambda m: m.randn(3, 12, 256, size=3)[:, 2:9],
+        "an odd address": lambda m: m.randn(3, 7, 257, size=3)[..., 1:],
+    }
+    for what, layout in layouts.items():
+        yield Call("act_cat_quantize", f"row, {what}", beside(layout, 1024, "relu_squared", leading=(3, 7)))
+    yield Call("act_cat_quantize", "mx", beside(columns(96), 512, granularity="mx"), ROUNDED)
+
+
 def calls() -> Iterator[Call]:
     yield from _fp8_downcast()
     yield from _fp8_quantize()
@@ -223,3 +264,4 @@ def calls() -> Iterator[Call]:
     yield from _norm_quantize()
     yield from _act_mul_quantize()
     yield from _act_quantize()
+    yield from _act_cat_quantize()

@@ -37,6 +37,7 @@ REPLAYED = (
     "rms_norm_quantize: static, 3 scales",
     "norm_quantize: layer, 1024 columns",
     "act_quantize: row, gelu",
+    "act_cat_quantize: row, heads before positions",
     "act_mul_quantize: row, 3072 columns, halves of a buffer",
     "act_mul_quantize: tensor",
     "qk_norm_rope: heads of 128, columns of one buffer",

@@ -92,22 +92,27 @@ def check(
     gate: torch.Tensor, up: torch.Tensor | None, form: str, pairs: bool, granularity: str, scale_program: str, program: str,
     dtype: torch.dtype, scales: Sequence[torch.Tensor],
 ) -> None:  # fmt: skip
-    if gate.dim() == 0:
-        raise ValueError("act_quantize: gate: wanted at least one dimension, found a 0-d tensor")
-    if pairs and gate.shape[-1] % 2 != 0:
-        raise ValueError(f"act_quantize: gate: wanted pairs of columns, found shape {tuple(gate.shape)}")
-    y = gate[..., ::2] if pairs else gate
+    y = gate[..., ::2] if pairs and gate.dim() > 0 else gate
     quantized.check("act_quantize", "gate", y, granularity, scale_program, program, dtype, scales)
+    check_inputs("act_quantize", gate, up, form, pairs)
+
+
+def check_inputs(op: str, gate: torch.Tensor, up: torch.Tensor | None, form: str, pairs: bool) -> None:
+    """The error of ``op``, if there is one, in what it activates."""
+    if gate.dim() == 0:
+        raise ValueError(f"{op}: gate: wanted at least one dimension, found a 0-d tensor")
+    if pairs and gate.shape[-1] % 2 != 0:
+        raise ValueError(f"{op}: gate: wanted pairs of columns, found shape {tuple(gate.shape)}")
     if form not in FORMS:
-        raise ValueError(f"act_quantize: form: wanted one of {', '.join(FORMS)}, found {form!r}")
+        raise ValueError(f"{op}: form: wanted one of {', '.join(FORMS)}, found {form!r}")
     if pairs and FORMS[form].inputs != 2:
-        raise ValueError(f"act_quantize: pairs: wanted a form of gate and up, found {form!r}")
+        raise ValueError(f"{op}: pairs: wanted a form of gate and up, found {form!r}")
     if (up is not None) != (FORMS[form].inputs == 2 and not pairs):
         wanted = "None" if up is not None else "a tensor"
-        raise ValueError(f"act_quantize: up: wanted {wanted} for {form!r}, found {'a tensor' if up is not None else 'None'}")
+        raise ValueError(f"{op}: up: wanted {wanted} for {form!r}, found {'a tensor' if up is not None else 'None'}")
     if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
         wanted = f"{gate.dtype} of shape {tuple(gate.shape)}, as gate"
-        raise ValueError(f"act_quantize: up: wanted {wanted}, found {up.dtype} of shape {tuple(up.shape)}")
+        raise ValueError(f"{op}: up: wanted {wanted}, found {up.dtype} of shape {tuple(up.shape)}")
 
 
 def types(gate: torch.dtype, form: str, pairs: bool) -> tuple[str, ...]:

@@ -98,9 +98,10 @@ def test_producers_of_every_kind_are_measured(monkeypatch: pytest.MonkeyPatch) -
 
     for name in ("SHAPES", "TENSOR_SHAPES", "ACT_MUL_SHAPES", "ANY_SHAPES", "ANY_ACT_SHAPES"):
         monkeypatch.setattr(producers, name, ((3, 64),))
+    monkeypatch.setattr(producers, "CAT_SHAPES", ((3, 128, 64),))
     monkeypatch.setattr(producers, "ROPE_TOKENS", (4,))
     works = list(producers.works())
-    assert len(works) == 3 * 4 + 3 + 2 * (7 + 7) + 4
+    assert len(works) == 3 * 4 + 3 + 2 * (7 + 7) + 2 + 4
     for work, rows, columns, (moved, make) in works:
         stock, ours = make()
         assert moved > rows * columns and stock() is not None, work

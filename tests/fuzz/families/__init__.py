@@ -17,6 +17,7 @@ FAMILIES: dict[str, Callable[[Builder], None]] = {
         quantise.norm_quantize,
         quantise.act_mul_quantize,
         quantise.act_quantize,
+        quantise.act_cat_quantize,
         cache.downcast_fp8,
         cache.qk_norm_rope,
         cache.qk_norm_rope_store,

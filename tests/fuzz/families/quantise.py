@@ -186,6 +186,41 @@ def act_quantize(b: Builder) -> None:
     b.force("act_quantize", percent=90)
 
 
+def act_cat_quantize(b: Builder) -> None:
+    """An activation beside other columns, mostly attention's heads, in either order."""
+    batch, tokens, heads, size = b.pick(2, 1, 3), b.pick(4, 1, 7), b.pick(2, 1, 4), b.pick(16, 8, 12)
+    columns, dtype = b.pick(64, 32, 96), b.pick("bfloat16", "bfloat16", "float16", "float32")
+    kind = b.pick("heads", "heads", "columns", "slice", "computed")
+    if kind == "heads":
+        x = b.activation("x", batch, heads, tokens, size, dtype=dtype)
+        t = b.let(f"{x}.transpose(1, 2)")
+        x = b.let(f"{t}.flatten(2)" if b.chance(70) else f"{t}.reshape({batch}, {tokens}, -1)")
+    else:
+        x = b.activation("x", batch, tokens, heads * size, dtype=dtype)
+        if kind == "slice":
+            x = b.let(f"{x}[..., {b.pick('2:', '::2', ':-1', '8:')}]")
+        elif kind == "computed":
+            x = b.let(f"torch.sin({x})")
+    gated = b.chance(40)
+    h = b.activation("h", batch, tokens, columns * (2 if gated else 1), dtype=dtype)
+    act = b.pick("F.silu({})", "F.gelu({})", "F.gelu({}, approximate='tanh')", "F.relu({}).square()")
+    if gated:
+        g, u = b.several(f"{h}.chunk(2, -1)", "g", "u")
+        y = b.let(f"{b.let(act.format(g))} * {u}")
+    else:
+        y = b.let(act.format(h))
+    parts = [x, y] if b.chance(70) else [y, x]
+    if b.chance(5):
+        parts.append(x)
+    y = b.let(f"torch.cat(({', '.join(parts)}), {b.pick('-1', '-1', '2')})")
+    if b.chance(30):
+        y = b.let(f"{y}.flatten(0, 1)")
+    b.give(*b.dynamic(y))
+    if b.chance(10):
+        b.give(b.pick(x, y, b.let(f"{y} * 2")))
+    b.force("act_cat_quantize", percent=40)
+
+
 def act_mul_quantize(b: Builder) -> None:
     rows, columns = b.pick(4, 24, 1, 7), b.pick(64, 32, 128)
     dtype = b.pick("bfloat16", "bfloat16", "float16")
