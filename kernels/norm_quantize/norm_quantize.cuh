@@ -37,6 +37,7 @@ struct NormQuantizeParams {
   int64_t rows, cols;  // cols in vectors
   int64_t x_pitch, residual_pitch, operand_pitch[4];
   int64_t sample_rows;
+  Divisor samples;  // by sample_rows, where there are fewer than 2^31 rows
   float eps, per_column;  // 1 / C
   Consts consts;
   // of a tensor with one scale: y [R, C], a maximum a block, and how many blocks of rows there are
@@ -62,7 +63,6 @@ struct NormRow {
   using Norm = AnyNorm<Norm_>;
   static constexpr Sum kSum = kSum_;
   static constexpr bool kResidual = kSum_ != Sum::kNone, kCentred = kCentred_, kKeep = kKeep_;
-  static constexpr bool kPacked = std::is_same_v<Norm_, CastThenWeight> && std::is_same_v<W_, In_>;  // two products at once
 };
 
 template <bool kSecond, typename A, typename B>
@@ -77,22 +77,46 @@ __device__ __forceinline__ auto& one_of(A& a, B& b) {
 // One operand of a row's norm: [C] of U vectors, or nothing where the norm has none.
 template <typename Row, NormOperand kOf, int E, int U>
 struct RowOperand {
-  using T = std::conditional_t<(kOf < kFactor), typename Row::W, typename Row::M>;
+  using T = OperandType<Row, kOf>;
   static constexpr bool kThere = Row::Norm::reads(kOf);
   Raw<T, E> raw[kThere ? U : 1];
 
-  __device__ __forceinline__ void load(const NormQuantizeParams& p, int64_t row, int u, int i) {
+  __device__ __forceinline__ void load(const NormQuantizeParams& p, int64_t sample, int u, int i, bool there) {
     if constexpr (kThere) {
       raw[u].zero();
-      if (row < 0 || i >= p.cols) return;
+      if (!there) return;
       const T* first = static_cast<const T*>(p.operand[kOf]);
-      if constexpr (kOf >= kFactor) first += row / p.sample_rows * p.operand_pitch[kOf];
+      if constexpr (kOf >= kFactor) first += sample * p.operand_pitch[kOf];
       raw[u].load(first + i * E);
     }
   }
-  __device__ __forceinline__ void unpack(int u, NormOperands<E>& operands) const {
-    if constexpr (kThere) raw[u].unpack(operands.of[kOf]);
+};
+
+template <typename Row, int E, int U>
+struct RowOperands : RowOperand<Row, kWeight, E, U>, RowOperand<Row, kBias, E, U>, RowOperand<Row, kFactor, E, U>, RowOperand<Row, kShift, E, U> {
+  template <NormOperand kOf>
+  using Of = RowOperand<Row, kOf, E, U>;
+  static constexpr bool kOfSample = Row::Norm::reads(kFactor) || Row::Norm::reads(kShift);
+
+  // Which row of factor and shift is this row's. A division of 64 bits for every load took more instructions than all the rest.
+  __device__ static __forceinline__ int64_t sample_of(const NormQuantizeParams& p, int64_t row) {
+    if (!kOfSample || row < 0) return 0;
+    if (p.rows >> 31) return row / p.sample_rows;
+    uint32_t left;
+    return p.samples.divide(static_cast<uint32_t>(row), &left);
   }
+  __device__ __forceinline__ void load(const NormQuantizeParams& p, int64_t sample, int u, int i, bool there) {
+    Of<kWeight>::load(p, sample, u, i, there), Of<kBias>::load(p, sample, u, i, there);
+    Of<kFactor>::load(p, sample, u, i, there), Of<kShift>::load(p, sample, u, i, there);
+  }
+
+  struct Vector {
+    const RowOperands& all;
+    int u;
+    template <NormOperand kOf>
+    __device__ __forceinline__ const auto& raw() const { return static_cast<const Of<kOf>&>(all).raw[u]; }
+  };
+  __device__ __forceinline__ Vector vector(int u) const { return {*this, u}; }
 };
 
 template <typename Row>
@@ -112,24 +136,21 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
   Raw<float, E> wide[kWide ? U : 1];
   auto& value = one_of<kWide>(raw, wide);  // what is normalised
 
-  RowOperand<Row, kWeight, E, U> weight;
-  RowOperand<Row, kBias, E, U> bias;
-  RowOperand<Row, kFactor, E, U> factor_of_sample;
-  RowOperand<Row, kShift, E, U> shift;
-  const auto load_operands = [&](int u, int i) {
-    weight.load(p, row, u, i), bias.load(p, row, u, i), factor_of_sample.load(p, row, u, i), shift.load(p, row, u, i);
-  };
+  const int cols = static_cast<int>(p.cols);
+  const auto there = [&](int u) { return active && u * place.threads + place.lane < cols; };
+  RowOperands<Row, E, U> operands;
+  const int64_t sample = operands.sample_of(p, row);
   constexpr bool kOperandsFirst = U * E <= 8;  // else their registers are the residual's until the sum is made
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int i = u * place.threads + place.lane;
     raw[u].zero();
     if constexpr (kRead) {
-      if (active && i < p.cols) raw[u] = reinterpret_cast<const Aligned<In, E>*>(total + i * E)->raw;
+      if (there(u)) raw[u] = reinterpret_cast<const Aligned<In, E>*>(total + i * E)->raw;
     } else {
-      if (active && i < p.cols) raw[u].load(x + i * E);
+      if (there(u)) raw[u].load(x + i * E);
     }
-    if (kOperandsFirst) load_operands(u, i);
+    if (kOperandsFirst) operands.load(p, sample, u, i, there(u));
   }
   if constexpr (Row::kResidual && !kRead) {
     Raw<In, E> other[U];
@@ -137,7 +158,7 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
     for (int u = 0; u < U; ++u) {
       const int i = u * place.threads + place.lane;
       other[u].zero();
-      if (active && i < p.cols) other[u].load(residual + i * E);
+      if (there(u)) other[u].load(residual + i * E);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -148,7 +169,7 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
       for (int e = 0; e < E; ++e) a[e] = __fadd_rn(a[e], b[e]);
       raw[u].pack(a);
       if constexpr (kWide) wide[u].pack(a);
-      if (kPass != Pass::kAgain && active && i < p.cols) raw[u].store(total + i * E);
+      if (kPass != Pass::kAgain && there(u)) raw[u].store(total + i * E);
     }
   }
   if constexpr (kPass == Pass::kOnly) allow_next_kernel();
@@ -172,13 +193,15 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
     const int i = u * place.threads + place.lane;
     float v[E];
     value[u].unpack(v);
-    if (Row::kCentred && i < p.cols) {
+    if constexpr (Row::kCentred) {
 #pragma unroll
       for (int e = 0; e < E; ++e) v[e] = __fadd_rn(v[e], -mean);
     }
+    if (!Row::kCentred || there(u)) {  // else zeros, less the mean
 #pragma unroll
-    for (int e = 0; e < E; ++e) sum = fmaf(v[e], v[e], sum);
-    if (!kOperandsFirst) load_operands(u, i);
+      for (int e = 0; e < E; ++e) sum = fmaf(v[e], v[e], sum);
+    }
+    if (!kOperandsFirst) operands.load(p, sample, u, i, there(u));
   }
   sum = row_sum<Threads>(sum, shared_sum, place.threads);
   const float factor = rsqrtf(sum * p.per_column + p.eps);
@@ -193,19 +216,11 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) v[e] = __fmul_rn(v[e], factor);
-    if constexpr (Row::kPacked) {
-      raw[u].pack(v);
-      raw[u].multiply(weight.raw[u]);
-    } else {
-      NormOperands<E> operands;
-      weight.unpack(u, operands), bias.unpack(u, operands), factor_of_sample.unpack(u, operands), shift.unpack(u, operands);
-      Row::Norm::template apply<Row>(v, operands);
-      raw[u].pack(v);
-    }
+    Row::Norm::template apply<Row>(v, operands.vector(u), raw[u]);
     const int i = u * place.threads + place.lane;
-    if (!active || (Row::kCentred && i >= p.cols)) raw[u].zero();  // zeros less the mean, or times an infinity, are no longer zeros
+    if (Row::kCentred ? !there(u) : !active) raw[u].zero();  // zeros less the mean, or times an infinity, are no longer zeros
     if constexpr (Row::kKeep && kPass != Pass::kAgain) {
-      if (active && i < p.cols) raw[u].store(static_cast<In*>(p.kept) + (row * p.cols + i) * E);
+      if (there(u)) raw[u].store(static_cast<In*>(p.kept) + (row * p.cols + i) * E);
     }
   }
 }
@@ -320,7 +335,7 @@ Rows take_norm(NormQuantizeParams& p, const NormCall& call, Device& device) {
     if (samples.cols != rows.cols || each * samples.rows != rows.rows || !alike) {
       TVM_FFI_THROW(ValueError) << kNames[of] << ": wanted a row for as many rows of x each, " << shape_of(call.x) << ", found " << shape_of(operand);
     }
-    p.sample_rows = each > 0 ? each : 1, p.operand_pitch[of] = samples.pitch;
+    p.sample_rows = each > 0 ? each : 1, p.samples = Divisor::of(p.sample_rows), p.operand_pitch[of] = samples.pitch;
   }
   TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(call.out, "out");
   if constexpr (Row::kResidual) {

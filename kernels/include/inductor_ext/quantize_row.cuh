@@ -79,10 +79,11 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Row
     const float scale = scale_of<ScaleProgram>(consts, bits);
     if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale);
     const auto prepared = prepare_scaled<Chain>(consts, scale, bits);
+    const int width = static_cast<int>(cols);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int i = u * at.threads + at.lane;
-      if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
+      if (i < width) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
     }
   }
 }
