@@ -37,6 +37,7 @@ struct NormQuantizeParams {
   int64_t rows, cols;  // cols in vectors
   int64_t x_pitch, residual_pitch, operand_pitch[4];
   int64_t sample_rows;
+  Divisor samples;  // by sample_rows, where there are fewer than 2^31 rows
   float eps, per_column;  // 1 / C
   Consts consts;
   // of a tensor with one scale: y [R, C], a maximum a block, and how many blocks of rows there are
@@ -62,7 +63,6 @@ struct NormRow {
   using Norm = AnyNorm<Norm_>;
   static constexpr Sum kSum = kSum_;
   static constexpr bool kResidual = kSum_ != Sum::kNone, kCentred = kCentred_, kKeep = kKeep_;
-  static constexpr bool kPacked = std::is_same_v<Norm_, CastThenWeight> && std::is_same_v<W_, In_>;  // two products at once
 };
 
 template <bool kSecond, typename A, typename B>
@@ -77,81 +77,125 @@ __device__ __forceinline__ auto& one_of(A& a, B& b) {
 // One operand of a row's norm: [C] of U vectors, or nothing where the norm has none.
 template <typename Row, NormOperand kOf, int E, int U>
 struct RowOperand {
-  using T = std::conditional_t<(kOf < kFactor), typename Row::W, typename Row::M>;
+  using T = OperandType<Row, kOf>;
   static constexpr bool kThere = Row::Norm::reads(kOf);
   Raw<T, E> raw[kThere ? U : 1];
 
-  __device__ __forceinline__ void load(const NormQuantizeParams& p, int64_t row, int u, int i) {
+  __device__ __forceinline__ void load(const NormQuantizeParams& p, int64_t sample, int u, int i, bool there) {
     if constexpr (kThere) {
       raw[u].zero();
-      if (row < 0 || i >= p.cols) return;
+      if (!there) return;
       const T* first = static_cast<const T*>(p.operand[kOf]);
-      if constexpr (kOf >= kFactor) first += row / p.sample_rows * p.operand_pitch[kOf];
+      if constexpr (kOf >= kFactor) first += sample * p.operand_pitch[kOf];
       raw[u].load(first + i * E);
     }
   }
-  __device__ __forceinline__ void unpack(int u, NormOperands<E>& operands) const {
-    if constexpr (kThere) raw[u].unpack(operands.of[kOf]);
+};
+
+// Whether this thread has vector u of its row. kWhole: a row is all vectors of its threads, so that each has all or, beside the
+// rows, none.
+template <bool kWhole, int Threads>
+__device__ __forceinline__ bool has_vector(const RowPlace<Threads>& place, int u, int cols) {
+  if constexpr (kWhole) return Threads == kWholeBlock || place.row >= 0;
+  return place.row >= 0 && u * place.threads + place.lane < cols;
+}
+
+template <typename Row, int E, int U>
+struct RowOperands : RowOperand<Row, kWeight, E, U>, RowOperand<Row, kBias, E, U>, RowOperand<Row, kFactor, E, U>, RowOperand<Row, kShift, E, U> {
+  template <NormOperand kOf>
+  using Of = RowOperand<Row, kOf, E, U>;
+  static constexpr bool kOfSample = Row::Norm::reads(kFactor) || Row::Norm::reads(kShift);
+
+  // Which row of factor and shift is this row's. A division of 64 bits for every load took more instructions than all the rest.
+  __device__ static __forceinline__ int64_t sample_of(const NormQuantizeParams& p, int64_t row) {
+    if (!kOfSample || row < 0) return 0;
+    if (p.rows >> 31) return row / p.sample_rows;
+    uint32_t left;
+    return p.samples.divide(static_cast<uint32_t>(row), &left);
   }
+  template <bool kWhole, int Threads>
+  __device__ __forceinline__ void load(const NormQuantizeParams& p, int64_t sample, const RowPlace<Threads>& place, int u) {
+    const int i = u * place.threads + place.lane;
+    const bool there = has_vector<kWhole>(place, u, static_cast<int>(p.cols));
+    Of<kWeight>::load(p, sample, u, i, there), Of<kBias>::load(p, sample, u, i, there);
+    Of<kFactor>::load(p, sample, u, i, there), Of<kShift>::load(p, sample, u, i, there);
+  }
+
+  struct Vector {
+    const RowOperands& all;
+    int u;
+    template <NormOperand kOf>
+    __device__ __forceinline__ const auto& raw() const { return static_cast<const Of<kOf>&>(all).raw[u]; }
+  };
+  __device__ __forceinline__ Vector vector(int u) const { return {*this, u}; }
 };
 
 template <typename Row>
 constexpr int kSharedSum = Row::kCentred ? 64 : 32;
 
-// y of one row, and its total to memory. `shared_sum` has kSharedSum words.
-template <typename Row, Pass kPass = Pass::kOnly, int Threads, int E, int U>
-__device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowPlace<Threads>& place, float* shared_sum,
-                                         Raw<typename Row::In, E> (&raw)[U]) {
+// What a row is made of, as memory holds it.
+template <typename Row, Pass kPass, int E, int U>
+struct RowInputs {
   using In = typename Row::In;
-  constexpr bool kWide = Row::kSum == Sum::kWide, kRead = Row::kSum == Sum::kRounded && kPass == Pass::kAgain;
+  static constexpr bool kTotal = Row::kSum == Sum::kRounded && kPass == Pass::kAgain;  // read where it was written
+  static constexpr bool kResidual = Row::kResidual && !kTotal;
+  Raw<In, E> x[U], residual[kResidual ? U : 1];
+
+  template <bool kWhole, int Threads>
+  __device__ __forceinline__ void load(const NormQuantizeParams& p, const RowPlace<Threads>& place) {
+    const int cols = static_cast<int>(p.cols), first = place.lane * E, step = place.threads * E;
+    const In* at = kTotal ? static_cast<const In*>(p.total) + place.row * p.cols * E + first : static_cast<const In*>(p.x) + place.row * p.x_pitch + first;
+#pragma unroll
+    for (int u = 0; u < U; ++u, at += step) {
+      x[u].zero();
+      if (!has_vector<kWhole>(place, u, cols)) continue;
+      if constexpr (kTotal) {
+        x[u] = reinterpret_cast<const Aligned<In, E>*>(at)->raw;
+      } else {
+        x[u].load(at);
+      }
+    }
+    if constexpr (kResidual) {
+      at = static_cast<const In*>(p.residual) + place.row * p.residual_pitch + first;
+#pragma unroll
+      for (int u = 0; u < U; ++u, at += step) {
+        residual[u].zero();
+        if (has_vector<kWhole>(place, u, cols)) residual[u].load(at);
+      }
+    }
+  }
+};
+
+// y of one row, and its total to memory. `shared_sum` has kSharedSum words. `summed()` is called once the inputs are used up,
+// `between(u)` before the last sum is known.
+template <bool kWhole, typename Row, Pass kPass, int Threads, int E, int U, typename Summed, typename Between>
+__device__ __forceinline__ void norm_inputs(const NormQuantizeParams& p, const RowPlace<Threads>& place, float* shared_sum,
+                                            const RowInputs<Row, kPass, E, U>& inputs, const RowOperands<Row, E, U>& operands,
+                                            Raw<typename Row::In, E> (&raw)[U], Summed&& summed, Between&& between) {
+  using In = typename Row::In;
+  constexpr bool kWide = Row::kSum == Sum::kWide;
   const int64_t row = place.row;
   const bool active = row >= 0;
-  const In* x = static_cast<const In*>(p.x) + row * p.x_pitch;
-  const In* residual = static_cast<const In*>(p.residual) + row * p.residual_pitch;
-  In* total = static_cast<In*>(p.total) + row * p.cols * E;
+  const int cols = static_cast<int>(p.cols);
+  const auto there = [&](int u) { return has_vector<kWhole>(place, u, cols); };
   Raw<float, E> wide[kWide ? U : 1];
   auto& value = one_of<kWide>(raw, wide);  // what is normalised
 
-  RowOperand<Row, kWeight, E, U> weight;
-  RowOperand<Row, kBias, E, U> bias;
-  RowOperand<Row, kFactor, E, U> factor_of_sample;
-  RowOperand<Row, kShift, E, U> shift;
-  const auto load_operands = [&](int u, int i) {
-    weight.load(p, row, u, i), bias.load(p, row, u, i), factor_of_sample.load(p, row, u, i), shift.load(p, row, u, i);
-  };
-  constexpr bool kOperandsFirst = U * E <= 8;  // else their registers are the residual's until the sum is made
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int i = u * place.threads + place.lane;
-    raw[u].zero();
-    if constexpr (kRead) {
-      if (active && i < p.cols) raw[u] = reinterpret_cast<const Aligned<In, E>*>(total + i * E)->raw;
-    } else {
-      if (active && i < p.cols) raw[u].load(x + i * E);
-    }
-    if (kOperandsFirst) load_operands(u, i);
-  }
-  if constexpr (Row::kResidual && !kRead) {
-    Raw<In, E> other[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int i = u * place.threads + place.lane;
-      other[u].zero();
-      if (active && i < p.cols) other[u].load(residual + i * E);
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
+    raw[u] = inputs.x[u];
+    if constexpr (RowInputs<Row, kPass, E, U>::kResidual) {
       const int i = u * place.threads + place.lane;
       float a[E], b[E];
-      raw[u].unpack(a), other[u].unpack(b);
+      raw[u].unpack(a), inputs.residual[u].unpack(b);
 #pragma unroll
       for (int e = 0; e < E; ++e) a[e] = __fadd_rn(a[e], b[e]);
       raw[u].pack(a);
       if constexpr (kWide) wide[u].pack(a);
-      if (kPass != Pass::kAgain && active && i < p.cols) raw[u].store(total + i * E);
+      if (kPass != Pass::kAgain && there(u)) raw[u].store(static_cast<In*>(p.total) + (row * p.cols + i) * E);
     }
   }
-  if constexpr (kPass == Pass::kOnly) allow_next_kernel();
+  summed();
 
   float mean = 0.f;
   if constexpr (Row::kCentred) {
@@ -169,16 +213,17 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
   float sum = 0.f;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int i = u * place.threads + place.lane;
     float v[E];
     value[u].unpack(v);
-    if (Row::kCentred && i < p.cols) {
+    if constexpr (Row::kCentred) {
 #pragma unroll
       for (int e = 0; e < E; ++e) v[e] = __fadd_rn(v[e], -mean);
     }
+    if (!Row::kCentred || kWhole || there(u)) {  // else zeros, less the mean
 #pragma unroll
-    for (int e = 0; e < E; ++e) sum = fmaf(v[e], v[e], sum);
-    if (!kOperandsFirst) load_operands(u, i);
+      for (int e = 0; e < E; ++e) sum = fmaf(v[e], v[e], sum);
+    }
+    between(u);
   }
   sum = row_sum<Threads>(sum, shared_sum, place.threads);
   const float factor = rsqrtf(sum * p.per_column + p.eps);
@@ -193,21 +238,37 @@ __device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowP
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) v[e] = __fmul_rn(v[e], factor);
-    if constexpr (Row::kPacked) {
-      raw[u].pack(v);
-      raw[u].multiply(weight.raw[u]);
-    } else {
-      NormOperands<E> operands;
-      weight.unpack(u, operands), bias.unpack(u, operands), factor_of_sample.unpack(u, operands), shift.unpack(u, operands);
-      Row::Norm::template apply<Row>(v, operands);
-      raw[u].pack(v);
-    }
+    Row::Norm::template apply<Row>(v, operands.vector(u), raw[u]);
     const int i = u * place.threads + place.lane;
-    if (!active || (Row::kCentred && i >= p.cols)) raw[u].zero();  // zeros less the mean, or times an infinity, are no longer zeros
+    if (Row::kCentred ? !there(u) : !active) raw[u].zero();  // zeros less the mean, or times an infinity, are no longer zeros
     if constexpr (Row::kKeep && kPass != Pass::kAgain) {
-      if (active && i < p.cols) raw[u].store(static_cast<In*>(p.kept) + (row * p.cols + i) * E);
+      if (there(u)) raw[u].store(static_cast<In*>(p.kept) + (row * p.cols + i) * E);
     }
   }
+}
+
+// The same from memory.
+template <typename Row, Pass kPass = Pass::kOnly, int Threads, int E, int U>
+__device__ __forceinline__ void norm_row(const NormQuantizeParams& p, const RowPlace<Threads>& place, float* shared_sum,
+                                         Raw<typename Row::In, E> (&raw)[U]) {
+  constexpr bool kOperandsFirst = U * E <= 8;  // else their registers are the residual's until the sum is made
+  RowInputs<Row, kPass, E, U> inputs;
+  RowOperands<Row, E, U> operands;
+  const int64_t sample = operands.sample_of(p, place.row);
+  const auto load = [&](int u) { operands.template load<false>(p, sample, place, u); };
+  inputs.template load<false>(p, place);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (kOperandsFirst) load(u);
+  }
+  norm_inputs<false>(
+      p, place, shared_sum, inputs, operands, raw,
+      [] {
+        if constexpr (kPass == Pass::kOnly) allow_next_kernel();
+      },
+      [&](int u) {
+        if (!kOperandsFirst) load(u);
+      });
 }
 
 template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
@@ -222,6 +283,53 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
       y, place, p.consts, shared_max, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
       p.out + place.row * p.cols * E);
+}
+
+// Norms whose rows share more than a weight, or that take two sums. As many blocks as fill the GPU take the rows in turn: operands
+// stay in registers, and the next row is on its way while one is normalised. Only rows that are all vectors of their threads: no
+// vector is then asked whether it is there.
+template <typename Row, int E, int U>
+constexpr bool kWalks = E == 8 && U == 4 && (Row::kCentred || Row::Norm::reads(kBias) || Row::Norm::reads(kFactor) || Row::Norm::reads(kShift));
+template <typename Row>
+constexpr int kWalkThreads = Row::kResidual ? 512 : 640;  // of an SM: 128 and 96 registers each
+
+template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
+__global__ void __launch_bounds__(Threads == kWholeBlock ? kWalkThreads<Row> : kRowsBlock, Threads == kWholeBlock ? 1 : kWalkThreads<Row> / kRowsBlock)
+    norm_quantize_walk_kernel(const __grid_constant__ NormQuantizeParams p) {
+  __shared__ uint32_t shared_max[32];
+  __shared__ float shared_sum[kSharedSum<Row>];
+  auto next = RowPlace<Threads>::of(p.rows, blockIdx.x);
+  RowInputs<Row, Pass::kOnly, E, U> inputs;
+  RowOperands<Row, E, U> operands;
+  int64_t sample = -1;
+  wait_for_previous_kernel();
+  inputs.template load<true>(p, next);
+  for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
+    const auto place = next;
+    uint32_t left;
+    const int64_t wanted = !operands.kOfSample || place.row < 0 ? 0 : p.samples.divide(static_cast<uint32_t>(place.row), &left);
+    if (wanted != sample) {
+      sample = wanted;
+#pragma unroll
+      for (int u = 0; u < U; ++u) operands.template load<true>(p, sample, place, u);
+    }
+    Raw<typename Row::In, E> y[U];
+    norm_inputs<true>(
+        p, place, shared_sum, inputs, operands, y,
+        [&] {
+          if (block + gridDim.x < p.blocks) {
+            next = RowPlace<Threads>::of(p.rows, block + gridDim.x);
+            inputs.template load<true>(p, next);
+          } else {
+            allow_next_kernel();
+          }
+        },
+        [](int) {});
+    quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain, true>(
+        y, place, p.consts, shared_max, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
+        p.out + place.row * p.cols * E);
+    if constexpr (Threads == kWholeBlock && kIsMx<ScaleProgram> && !Row::kCentred) __syncthreads();  // one sum, and no maximum between
+  }
 }
 
 template <typename Row, int Threads, int E, int U>
@@ -320,7 +428,7 @@ Rows take_norm(NormQuantizeParams& p, const NormCall& call, Device& device) {
     if (samples.cols != rows.cols || each * samples.rows != rows.rows || !alike) {
       TVM_FFI_THROW(ValueError) << kNames[of] << ": wanted a row for as many rows of x each, " << shape_of(call.x) << ", found " << shape_of(operand);
     }
-    p.sample_rows = each > 0 ? each : 1, p.operand_pitch[of] = samples.pitch;
+    p.sample_rows = each > 0 ? each : 1, p.samples = Divisor::of(p.sample_rows), p.operand_pitch[of] = samples.pitch;
   }
   TensorMatcher().dtype<Fp8>().contiguous().device(device).verify(call.out, "out");
   if constexpr (Row::kResidual) {
@@ -413,8 +521,23 @@ struct NormQuantize {
       return false;
     }
     template <int Threads, int E, int U>
+    bool walk(unsigned grid, unsigned block) const {
+      if constexpr (kWalks<Row, E, U>) {
+        const unsigned resident = kWalkThreads<Row> / block * static_cast<unsigned>(sm_count(device));
+        const int threads = Threads == kWholeBlock ? block : Threads;
+        if (grid <= resident || resident == 0 || p.cols != threads * U || p.rows >> 31) return false;
+        const auto turns = ceil_div(grid, resident);
+        p.blocks = grid;
+        auto* kernel = norm_quantize_walk_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
+        Launch(static_cast<unsigned>(ceil_div(grid, turns)), block).stream(stream).programmatic().run(kernel, p);
+        return true;
+      }
+      return false;
+    }
+    template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
       if constexpr (Rowwise) {
+        if (walk<Threads, E, U>(grid, block)) return;
         auto* kernel = norm_quantize_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
         Launch(grid, block).stream(stream).programmatic().run(kernel, p);
       } else {

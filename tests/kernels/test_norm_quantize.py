@@ -299,6 +299,37 @@ def test_given_the_means_every_byte_is_eagers(library: ctypes.CDLL, name: str) -
             assert_same_bytes(kept, y)
 
 
+#: More rows than blocks of one multiprocessor hold at once, in blocks of four and of one; and rows that are not all vectors.
+MANY = ((27, 1024), (24, 2048), (24, 1536))
+
+
+@OF_ALL
+def test_more_rows_than_the_gpu_holds_at_once(library: ctypes.CDLL, name: str) -> None:
+    """A block then takes several rows, of one sample or of the next, and what it keeps must be that row's."""
+    kind = KINDS[name]
+    library.set_device(1, 2, 64 << 10)
+    try:
+        for rows, columns in MANY:
+            tensors = operands(kind, rows, columns, samples=3)
+            code, out, scale, total, kept = run(library, name, "r", tensors, 1e-5)
+            assert code == 0 and library.launches_of_last_call() == 1
+            want, want_scale, want_total, y = wanted_of(kind, tensors, 1e-5, "r")
+            torch.testing.assert_close(scale, want_scale, rtol=2.0**-7, atol=0)
+            near(out, want)
+            if kind.residual:
+                assert_same_bytes(total, want_total)
+            if kind.keep and kind.dtype is not FP32:
+                torch.testing.assert_close(kept, y, rtol=2.0**-7 if kind.dtype is BF16 else 2.0**-9, atol=2.0**-9)
+            exactly = exact(kind, rows, columns)
+            _, out, scale, *_ = run(library, name, "r", exactly, 0.0)
+            if columns & (columns - 1) == 0:
+                want, want_scale, *_ = wanted_of(kind, exactly, 0.0, "r")
+                assert_same_bytes(out, want, f"{rows} x {columns}")
+                assert_same_bytes(scale, want_scale)
+    finally:
+        library.set_device(4, 2, 64 << 10)
+
+
 @OF_ALL
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1024), (5, 8), (37, 128), (30, 96), (40, 256), (3, 1032), (4, 4096)])
 def test_one_scale_for_all(monkeypatch: Any, library: ctypes.CDLL, rows: int, columns: int, name: str) -> None:

@@ -57,8 +57,10 @@ __device__ __forceinline__ float row_sum(float value, float* shared, int threads
   }
 }
 
-// `shared` has 32 words. Every thread of the block calls this; those without a row take part in the maximum only.
-template <int Threads, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, typename In, int E, int U>
+// `shared` has 32 words. Every thread of the block calls this; those without a row take part in the maximum only. kWhole: a row is
+// all vectors of its threads.
+template <int Threads, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, bool kWhole = false, typename In,
+          int E, int U>
 __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const RowPlace<Threads>& at, const Consts& consts,
                                              uint32_t* shared, int64_t cols, ScaleT* scale_of_row, uint8_t* out) {
   if constexpr (kIsMx<ScaleProgram>) {
@@ -79,10 +81,11 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Row
     const float scale = scale_of<ScaleProgram>(consts, bits);
     if (at.lane == 0) *scale_of_row = from_float<ScaleT>(scale);
     const auto prepared = prepare_scaled<Chain>(consts, scale, bits);
+    const int width = static_cast<int>(cols);
+    out += at.lane * E;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int i = u * at.threads + at.lane;
-      if (i < cols) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out + i * E);
+    for (int u = 0; u < U; ++u, out += at.threads * E) {
+      if (kWhole || u * at.threads + at.lane < width) downcast_vector<In, Fp8, Saturated, Chain>(y[u], prepared, out);
     }
   }
 }
