@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inductor_ext
-from tests.support.fakegpu import fake_gpu
+from inductor_ext.patterns.support.has_run import NOT_MEASURED
+from tests.support.fakegpu import fake_cuda_inputs, fake_gpu
 from tests.support.nearly import check, quantise_rows, reasons, refused
 
 F = torch.nn.functional
@@ -59,6 +63,14 @@ def test_where_the_other_columns_come_from(name: str) -> None:
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (1, 1), (1,)], ids=str)
 def test_leading_dimensions_of_any_number(shape: tuple[int, ...]) -> None:
     check(RULE, beside, made(*shape, 32), h(*shape), count=1)
+
+
+def test_a_number_beside_a_vector() -> None:
+    def fn(x: torch.Tensor, h: torch.Tensor) -> Any:
+        both = torch.cat((x.reshape(1), F.gelu(h)), -1)
+        return torch.ops.inductor_ext.mxfp8_quantize(both.view(1, 64), None, "rceil", False)
+
+    check(RULE, fn, made(), made(63, seed=1), count=1)
 
 
 #: What is activated, of [3, 8, 64], by model libraries' lines.
@@ -142,3 +154,13 @@ def test_no_copy_of_heads_and_no_other_kernel(dynamic: bool) -> None:
     assert len(re.findall(r"inductor_ext_act_cat_quantize\(", body)) == 1
     assert ".run(" not in body
     assert len(re.findall(r"empty_strided_cuda\(", body)) == 2
+
+
+@pytest.mark.parametrize(("capability", "count"), [((9, 0), 1), ((8, 9), 0), ((10, 0), 0)])
+def test_it_is_on_where_act_quantize_was_measured(capability: tuple[int, int], count: int) -> None:
+    with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
+        given = [torch.empty(3, 8, columns, dtype=torch.bfloat16, device="cuda") for columns in (32, 64)]
+        with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability):
+            auto, forced = (inductor_ext.explain(beside, *given, rules={RULE: mode}) for mode in ("auto", "always"))
+    assert (auto.counts().get(RULE, 0), forced.counts()[RULE]) == (count, 1)
+    assert count or NOT_MEASURED in [each.reason for each in auto.refusals if each.rule == RULE]
