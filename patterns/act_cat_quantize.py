@@ -106,8 +106,7 @@ def _columns(part: Node) -> Node:
     heads = value_of(above)
     if same_sizes(heads.shape, shape):
         return above  # type: ignore[no-any-return]
-    side_by_side = heads.dim() == len(shape) + 1 and same_sizes(heads.shape[:-2], shape[:-1])
-    return above if side_by_side else part
+    return above if heads.dim() > 1 and same_sizes(heads.shape[:-2], shape[:-1]) else part
 
 
 def _check_layout(node: Node, read: Concatenated) -> None:

@@ -55,27 +55,29 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   const auto place = RowPlace<Threads>::of(p.rows, blockIdx.x);
   const CopiedRow<In> copied(p, place.row);
   Raw<In, E> y[U], up[U];
-  bool activated[U];
+  const auto column = [&](int u) { return u * place.threads + place.lane; };
+  const auto activated = [&](int i) { return static_cast<unsigned>(i - p.act_begin) < static_cast<unsigned>(p.act_cols); };
   wait_for_previous_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int i = u * place.threads + place.lane;
+    const int i = column(u);
     y[u].zero(), up[u].zero();
-    activated[u] = static_cast<unsigned>(i - p.act_begin) < static_cast<unsigned>(p.act_cols);
-    if (place.row < 0 || i >= p.cols) continue;
-    if (activated[u]) {
-      Row::load(p, place.row, i - p.act_begin, y[u], up[u]);
-    } else {
-      copied.load(p, i - p.x_begin, y[u]);
+    if (place.row >= 0 && i < p.cols) {
+      if (activated(i)) {
+        Row::load(p, place.row, i - p.act_begin, y[u], up[u]);
+      } else {
+        copied.load(p, i - p.x_begin, y[u]);
+      }
     }
   }
   allow_next_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    if (!activated[u]) continue;  // whole warps, but for one
-    Raw<In, E> gate[1] = {y[u]}, factor[1] = {up[u]};
-    Row::activate(gate, factor);
-    y[u] = gate[0];
+    if (activated(column(u))) {  // all of a warp or none, but for one warp of a row
+      Raw<In, E> gate[1] = {y[u]}, factor[1] = {up[u]};
+      Row::activate(gate, factor);
+      y[u] = gate[0];
+    }
   }
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
       y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
