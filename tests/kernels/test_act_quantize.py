@@ -298,7 +298,8 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
     def test_every_16_bit_value(self, dtype: torch.dtype, form: str) -> None:
         """A scale that is the row's maximum shows |y| as it is, where FP8 would hide the last bits."""
-        gate = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(-1, 1).repeat(1, 8)
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype)
+        gate = every.view(-1, 1).repeat(1, 8)
         for factor in (1.0, -0.9375, 5.5) if FORMS[form].inputs == 2 else (None,):
             up = None if factor is None else torch.full_like(gate, factor)
             _, scale = torch.ops.inductor_ext.act_quantize(gate, up, form, False, "row", "f32", TORCHAO_PROGRAM, E4, [])
