@@ -54,14 +54,17 @@ struct ActRow {
     if constexpr (kInputs == Inputs::kPairs) {
       Raw<In, E> low, high;
       low.load(first + 2 * i * E), high.load(first + (2 * i + 1) * E);
-      float a[E], b[E], even[E], odd[E];
-      low.unpack(a), high.unpack(b);
+      constexpr int kWords = Raw<In, E>::kWords;
+      const auto word = [&](int w) { return w < kWords ? low.words[w % kWords] : high.words[w % kWords]; };
 #pragma unroll
-      for (int e = 0; e < E; ++e) {
-        even[e] = 2 * e < E ? a[2 * e % E] : b[2 * e % E];
-        odd[e] = 2 * e + 1 < E ? a[(2 * e + 1) % E] : b[(2 * e + 1) % E];
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t one = word(2 * w), two = word(2 * w + 1);
+        if constexpr (sizeof(In) == 4 || E == 1) {
+          gate.words[w] = one, up.words[w] = two;
+        } else {
+          gate.words[w] = (one & 0xffffu) | two << 16, up.words[w] = one >> 16 | (two & 0xffff0000u);
+        }
       }
-      gate.pack(even), up.pack(odd);
     } else {
       gate.load(first + i * E);
       if constexpr (kInputs == Inputs::kTwo) up.load(static_cast<const In*>(p.up) + row * p.up_pitch + i * E);

@@ -138,6 +138,7 @@ KINDS = {
     "relu_squared": Kind(FORMS["relu_squared"].fn, 1),
     "relu_squared_mul": Kind(FORMS["relu_squared mul"].fn, 2, FP16),
     "fp32_mul": Kind(_in_fp32, 2),
+    "fp32_silu_mul": Kind(FORMS["fp32 silu mul"].fn, 2, exact=False),
     "fp32_mul_pairs": Kind(_in_fp32, 2, pairs=True),
     "pairs_fp32": Kind(lambda gate, up: _plus_abs(gate) * up, 2, FP32, pairs=True),
     "clamped": Kind(FORMS["clamped_swiglu"].fn, 2, exact=False),
@@ -264,6 +265,8 @@ def kernels(arch: str) -> list[jit.JitSpec]:
     for each in ON_GPU[:2] + ON_GPU[-1:]:
         keys += [(BF16, *each, "tensor", *torchao), (BF16, *each, "mx", "rceil", "", E4)]
         keys += [(BF16, *each, "static", "", TORCHAO_PROGRAM, E4, (2, FP32))]
+    every = "quick_gelu", "fp32 silu mul", "clamped_swiglu"
+    keys += [(dtype, form, False, "row", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16) for form in every]
     return [OP.spec_of_key(key, arch) for key in keys]
 
 
@@ -290,6 +293,18 @@ class TestOnTheGpu:
                 both = rows((height, 2 * columns), dtype, "cuda")
                 gate, up = (both, None) if pairs else (both[:, :columns], both[:, columns:])
                 self.check(gate, up if FORMS[form].inputs == 2 else None, form, pairs)
+
+    @pytest.mark.parametrize("form", ["quick_gelu", "fp32 silu mul", "clamped_swiglu"])
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+    def test_every_16_bit_value(self, dtype: torch.dtype, form: str) -> None:
+        """A scale that is the row's maximum shows |y| as it is, where FP8 would hide the last bits."""
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype)
+        gate = every.view(-1, 1).repeat(1, 8)
+        for factor in (1.0, -0.9375, 5.5) if FORMS[form].inputs == 2 else (None,):
+            up = None if factor is None else torch.full_like(gate, factor)
+            _, scale = torch.ops.inductor_ext.act_quantize(gate, up, form, False, "row", "f32", TORCHAO_PROGRAM, E4, [])
+            wanted = FORMS[form].fn(gate, *(() if up is None else (up,)))[:, :1].abs().float()
+            assert bool(((scale == wanted) | (scale.isnan() & wanted.isnan())).all())
 
     @pytest.mark.parametrize("granularity", ["tensor", "mx", "static"])
     @pytest.mark.parametrize(("form", "pairs"), ON_GPU[:2] + ON_GPU[-1:])

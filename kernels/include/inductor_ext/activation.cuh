@@ -16,11 +16,24 @@
 
 namespace inductor_ext {
 
+// 1 / divisor and x / divisor by the instructions of CUDA's own divisions, without their check of every value's range and the call
+// behind it: divisor within [1, 2^116], |x| at most 2^100, and no remainder that underflows (where |x| is that small, 1 + exp(-x)
+// is 2). -0 stays -0.
+__device__ __forceinline__ float inverse_in_range(float divisor) {
+  const float inverse = estimate_of_inverse(divisor);
+  return __fmaf_rn(__fmaf_rn(-divisor, inverse, 1.0f), inverse, inverse);
+}
+__device__ __forceinline__ float divide_in_range(float x, float divisor) {
+  const float inverse = inverse_in_range(divisor), quotient = __fmul_rn(x, inverse);
+  return __fmaf_rn(-__fmaf_rn(divisor, quotient, -x), inverse, quotient);
+}
+constexpr float kExpInRange = 80.0f;  // 1 + exp(80) is below 2^116
+
 struct Silu {
   // x / (1 + exp(-x)). For bf16 in six instructions, a quarter of both so that 1 / (1 + exp(88)) is no subnormal, which the estimate
   // would flush: PyTorch's bytes for each of the 65 536 values. For fp16, two of whose values that gets wrong, the exponential is
-  // exact and the quotient corrected by its remainder. (Tried: test_silu_of_every_16_bit_value.) Where the divisor or x is out of
-  // the estimate's range, and for fp32, whose values nobody can try, it is the division itself.
+  // exact and the quotient corrected by its remainder. (Tried: test_silu_of_every_16_bit_value.) For fp32, whose values nobody can
+  // try, it is the division itself, and so for fp16 where the divisor or x is out of range.
   template <typename In, int N>
   __device__ static __forceinline__ void apply(float (&x)[N]) {
     if constexpr (std::is_same_v<In, __nv_bfloat16>) {
@@ -36,9 +49,12 @@ struct Silu {
       float divisor[N], most = 0.0f;
 #pragma unroll
       for (int i = 0; i < N; ++i) divisor[i] = 1.0f + expf(-x[i]), most = fmaxf(most, fabsf(x[i]));
-      if (std::is_same_v<In, float> || most > 80.0f) {
+      if (most > kExpInRange) {
 #pragma unroll
         for (int i = 0; i < N; ++i) x[i] = x[i] / divisor[i];
+      } else if constexpr (std::is_same_v<In, float>) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = divide_in_range(x[i], divisor[i]);
       } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -73,18 +89,29 @@ struct GeluTanh {
   }
 };
 
-// x * sigmoid(1.702 x)
-template <typename In>
-__device__ __forceinline__ float quick_gelu(float x) {
-  const float sigmoid = round_to<In>(1.0f / (1.0f + expf(-round_to<In>(__fmul_rn(x, 1.702f)))));
-  return round_to<In>(__fmul_rn(x, sigmoid));
+// x * sigmoid(1.702 x), each step rounded to In but the last.
+template <typename In, int N>
+__device__ __forceinline__ void quick_gelu(float (&x)[N]) {
+  float v[N], most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = __fmul_rn(x[i], 1.702f);
+  round_to<In>(v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) most = fmaxf(most, -v[i]), v[i] = 1.0f + expf(-v[i]);
+  if (most > kExpInRange) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = 1.0f / v[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = inverse_in_range(v[i]);
+  }
+  round_to<In>(v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], v[i]);
 }
 struct QuickGelu {
   template <typename In, int N>
-  __device__ static __forceinline__ void apply(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = quick_gelu<In>(x[i]);
-  }
+  __device__ static __forceinline__ void apply(float (&x)[N]) { quick_gelu<In>(x); }
 };
 struct ReluSquared {
   template <typename In, int N>
@@ -138,9 +165,14 @@ struct ClampedSwiglu {
     y.unpack(v), up.unpack(factor);
 #pragma unroll
     for (int i = 0; i < E; ++i) {
-      const float gate = v[i] > kLimit ? kLimit : v[i], above = factor[i] < -kLimit ? -kLimit : factor[i];  // NaN stays
-      v[i] = __fmul_rn(round_to<In>(__fadd_rn(above > kLimit ? kLimit : above, 1.0f)), quick_gelu<In>(gate));
+      v[i] = v[i] > kLimit ? kLimit : v[i];  // NaN stays
+      const float above = factor[i] < -kLimit ? -kLimit : factor[i];
+      factor[i] = __fadd_rn(above > kLimit ? kLimit : above, 1.0f);
     }
+    quick_gelu<In>(v);
+    round_to<In>(v), round_to<In>(factor);
+#pragma unroll
+    for (int i = 0; i < E; ++i) v[i] = __fmul_rn(factor[i], v[i]);
     y.pack(v);
   }
 };

@@ -29,6 +29,12 @@ __device__ __forceinline__ float min_nan(float a, float b) {
   return result;
 }
 
+__device__ __forceinline__ float estimate_of_inverse(float v) {  // within one ulp; subnormals are zeros
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
 struct NearDivisor {
   float high, low;  // 1 / (d * factor)
   float factor;
@@ -36,8 +42,7 @@ struct NearDivisor {
   __device__ static __forceinline__ NearDivisor of(float d) {
     const float factor = fabsf(d) < 0x1p-60f ? 0x1p64f : fabsf(d) > 0x1p60f ? 0x1p-64f : 1.0f;
     d = __fmul_rn(d, factor);
-    float approximate;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(d));
+    const float approximate = estimate_of_inverse(d);
     float remainder = __fmaf_rn(-d, approximate, 1.0f);
     if (remainder != remainder) return {approximate, approximate, factor};  // d is 0, inf or NaN
     const float nearest = __fmaf_rn(remainder, approximate, approximate);

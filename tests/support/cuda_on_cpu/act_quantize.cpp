@@ -33,7 +33,7 @@ bool run(char mode, const Given* gate, const Given* up, const Given* out, const 
 using B = __nv_bfloat16;
 using H = __half;
 using F = float;
-// SiLU is PTX: PlusAbs stands for it in the forms that are not of one activation alone.
+// SiLU of bf16 is PTX: PlusAbs stands for it in the forms that are not of one activation alone.
 VARIANT(alone_bf16, B, Alone<PlusAbs>, Inputs::kOne)
 VARIANT(alone_fp32, F, Alone<PlusAbs>, Inputs::kOne)
 VARIANT(gelu, B, Alone<Gelu>, Inputs::kOne)
@@ -43,6 +43,7 @@ VARIANT(quick_gelu_fp16, H, Alone<QuickGelu>, Inputs::kOne)
 VARIANT(relu_squared, B, Alone<ReluSquared>, Inputs::kOne)
 VARIANT(relu_squared_mul, H, Gated<ReluSquared>, Inputs::kTwo)
 VARIANT(fp32_mul, B, GatedInFp32<PlusAbs>, Inputs::kTwo)
+VARIANT(fp32_silu_mul, B, GatedInFp32<Silu>, Inputs::kTwo)
 VARIANT(fp32_mul_pairs, B, GatedInFp32<PlusAbs>, Inputs::kPairs)
 VARIANT(pairs_fp32, F, Gated<PlusAbs>, Inputs::kPairs)
 VARIANT(clamped, B, ClampedSwiglu, Inputs::kTwo)

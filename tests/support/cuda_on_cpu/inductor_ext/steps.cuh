@@ -12,6 +12,8 @@ void round_to(float (&v)[N]) {
   for (int i = 0; i < N; ++i) v[i] = to_float(from_float<T>(v[i]));
 }
 
+inline float estimate_of_inverse(float v) { return std::nextafter(1.0f / v, 0.0f); }
+
 constexpr int kMaxConsts = 8;
 struct Consts {
   float value[kMaxConsts];

@@ -11,5 +11,6 @@ template <typename T, int N>
 void round_to(float (&v)[N]) {
   for (float& each : v) each = widen(narrow<T>(each));
 }
+inline float estimate_of_inverse(float v) { return 1.0f / v; }
 
 }  // namespace inductor_ext
