@@ -46,7 +46,7 @@ def guard(node: Node, context: Context) -> Match | None:
     found = math_attention.read(node) if is_call(node, aten.bmm.default) else attention.parse(node)
     if found is None:
         return None
-    attention_plan.check(found, (Source(found.k), Source(found.v)))
+    attention_plan.check(found, (Source(found.k, dtype=found.rounded), Source(found.v, dtype=found.rounded)))
     band = Band(right=0) if found.causal else Band()
     if found.bias is not None:
         try:
@@ -68,7 +68,8 @@ def guard(node: Node, context: Context) -> Match | None:
         gains.insert(0, "one kernel")
     if not gains and not context.forced:
         raise Miss("nothing to gain", node, "a mask, or repeated heads of K and V", describe(node))
-    return attention_plan.match(found, Source(k), Source(v), band, ", ".join(gains) or "forced")
+    sources = Source(k, dtype=found.rounded), Source(v, dtype=found.rounded)
+    return attention_plan.match(found, *sources, band, ", ".join(gains) or "forced")
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def _alike(a: Rope, b: Rope) -> bool:
 
 
 def _same_table(a: Table, b: Table) -> bool:
-    return all(known_equal(a.value.shape[dim], b.value.shape[dim]) for dim in (0, 2)) and same_elements(a.node, b.node)
+    same = a.dtype is b.dtype and all(known_equal(a.value.shape[dim], b.value.shape[dim]) for dim in (0, 2))
+    return same and same_elements(a.node, b.node)
 
 
 def rotation_arguments(ropes: Sequence[Rope], x: list[Any], tables: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -252,6 +253,17 @@ def _packed(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
 def _through_fp32(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
     q, k = (each.transpose(1, 2) for each in _heads(qkv))
     return tuple(each.to(qkv.dtype) for each in _rope(q.float(), k.float(), cos.float(), sin.float()))
+
+
+def _modernbert(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """transformers' ModernBERT: x is cast, the tables are taken along."""
+    q, k = (each.transpose(1, 2) for each in _heads(qkv))
+    return tuple(each.to(qkv.dtype) for each in _rope(q.float(), k.float(), cos, sin))
+
+
+def _two_products(qkv: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, ...]:
+    """One in fp32, and one not, by the same tables."""
+    return _modernbert(qkv, cos, sin)[0], _qwen2(qkv, cos, sin)[1]
 
 
 def _chunks(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
@@ -473,6 +485,8 @@ RULE = Rule(
         Example("pairs", _native(_by_pairs), _cached()),
         Example("pairs_with_a_norm", _native(_by_pairs, norm=_llama_norm), _cached_weighted),
         Example("pairs_of_some_columns", _native(_by_pairs, 8), _cached(8)),
+        Example("tables_taken_along", _modernbert, _inputs),
+        Example("tables_taken_along_by_one_of_two", _two_products, _inputs, count=2),
         Example("pairs_in_fp32", _flux, _inputs),
         Example("half_of_a_head", _partly, _inputs),
         Example("heads_before_positions", _phi, _inputs, before=(("causal_attention", "off"),)),

@@ -9,8 +9,8 @@
 
 One pass over memory instead of one for each reduction. The mean's order of summation differs from eager's: the scale may differ
 in its last place, and a value by one FP8 step. On an H200 1.2 to 1.7 times as fast as Inductor's kernels; with a residual, and
-memory the limit, as fast (benchmarks/results/h200/producers.json). norm_quantize has not been measured: on a GPU it waits for
-``always`` (``MEASURED``).
+memory the limit, as fast (benchmarks/results/h200/producers.json). On a GPU on which norm_quantize
+has not been measured (``MEASURED``) the rule waits for ``always``.
 
 Static scales leave out the maximum. q, k and v, or gate and up, have one each where they were calibrated apart: the kernel then
 writes each of them from one y. A y that is read elsewhere is written too where it has to be in memory: a router reads it,

@@ -41,6 +41,7 @@ class Attention:
     scale: Any  # None where head_dim is symbolic
     output: Node | None
     others: tuple[Node, ...]  # users of its other results
+    rounded: torch.dtype | None = None  # 16 bits that q, k and v have to be rounded to first
 
 
 calls = calling(*KERNELS)

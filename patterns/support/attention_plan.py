@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from inductor_ext.calls import aten
+from inductor_ext.calls import CONVERT, aten
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.kernels.varlen_attention.op import OP, problem_of
@@ -27,11 +27,13 @@ from inductor_ext.rule import Call, Match
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where K or V is to be read: ``node``, through copies of ``chain``, calls that each lead from ``replaced`` to the next."""
+    """Where Q, K or V is to be read: ``node``, through copies of ``chain``, calls that each lead from ``replaced`` to the next,
+    and rounded to ``dtype``."""
 
     node: Node
     replaced: Node | None = None
     chain: tuple[Node, ...] = ()
+    dtype: torch.dtype | None = None
 
     @property
     def value(self) -> torch.Tensor:
@@ -41,6 +43,9 @@ class Source:
             for before, link in zip((self.replaced, *self.chain), self.chain):
                 args, kwargs = torch.fx.map_arg((link.args, link.kwargs), _swapped(before, found))
                 found = link.target(*args, **kwargs)  # type: ignore[operator]
+        if self.dtype not in (None, found.dtype):
+            with found.fake_mode:
+                found = found.to(self.dtype)
         return found
 
     def emit(self, graph: Graph) -> Node:
@@ -48,6 +53,8 @@ class Source:
         for before, link in zip((self.replaced, *self.chain), self.chain):
             args, kwargs = torch.fx.map_arg((link.args, link.kwargs), lambda n, b=before, m=made: m if n is b else n)
             made = call(graph, link.target, *args, like=link, **kwargs)  # type: ignore[arg-type]
+        if self.dtype not in (None, value_of(made).dtype):
+            made = call(graph, CONVERT, made, self.dtype, like=made)
         return made
 
 
@@ -74,10 +81,14 @@ class Plan:
         return -1 if self.band.right is None else self.band.right
 
 
+def queries(found: Attention) -> Source:
+    return Source(found.q, dtype=found.rounded)
+
+
 def check(found: Attention, sources: tuple[Source, Source]) -> None:
     """Miss where no kernel does it; ``sources`` are K and V as long as Q, repeated or not."""
     node = found.node
-    q, k, v = value_of(found.q), *(each.value for each in sources)
+    q, k, v = (each.value for each in (queries(found), *sources))
     if found.dropout:
         raise Miss(DROPOUT, node, "0", str(found.dropout))
     if found.others or found.output is None:
@@ -105,16 +116,17 @@ def match(found: Attention, k: Source, v: Source, band: Band, why: str, detail: 
     """``found``, which `check` let through, with K and V taken from ``k`` and ``v`` [B, Hkv, S, D]; `replace` rewrites it."""
     library, lacking = _choose(Plan(found, k, v, band, ""))
     plan = Plan(found, k, v, band, library.name if library else "cpu")
-    heads = f"{value_of(found.q).shape[1]}/{k.value.shape[1]} heads of {value_of(found.q).shape[3]}"
+    q = queries(found).value
+    heads = f"{q.shape[1]}/{k.value.shape[1]} heads of {q.shape[3]}"
     title = library.title if library else "reference"
-    made = () if _as_aten(plan) else (Call(OP, _arguments(plan, value_of(found.q), k.value, v.value)),)
+    made = () if _as_aten(plan) else (Call(OP, _arguments(plan, q, k.value, v.value)),)
     parts = [_named(band), heads, title + (f" ({lacking})" if lacking else ""), detail]
     return Match(found.node, made, ", ".join(filter(None, parts)), why, plan)
 
 
 def _choose(plan: Plan) -> tuple[Any, str]:
     """The implementation (None for the CPU's reference), and what faster ones lack."""
-    q = value_of(plan.found.q)
+    q = queries(plan.found).value
     if q.device.type == "cpu":
         return None, ""
     problem = problem_of(q, plan.left, plan.right, 0.0, False, q.shape[2], float(plan.found.scale))
@@ -158,7 +170,7 @@ def replace(match: Match) -> None:
     found, graph = plan.found, match.node.graph
     assert found.output is not None
     with graph.inserting_before(match.node):
-        heads = (found.q, plan.k.emit(graph), plan.v.emit(graph))
+        heads = tuple(each.emit(graph) for each in (queries(found), plan.k, plan.v))
         if _as_aten(plan):
             made = _emit_aten(graph, plan, heads)
         else:

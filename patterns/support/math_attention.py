@@ -47,7 +47,8 @@ def read(product: Node) -> Attention | None:
         return None
     q, of_q = _scaled(_heads(first.args[0]))
     k, of_k = _scaled(_heads(first.args[1]))
-    q, k, v = _upcast(q), _upcast(_transposed(k)), _upcast(_heads(product.args[1]))
+    dtype = result.args[1]
+    q, k, v = (_before_cast(each, dtype) for each in (q, _transposed(k), _heads(product.args[1])))
     if q is None or k is None or v is None or of_q is None or of_q <= 0 or of_q != of_k:
         return None
     b, h, s, d = value_of(q).shape
@@ -55,11 +56,9 @@ def read(product: Node) -> Attention | None:
     shapes = {k: (b, h, t, d), v: (b, h, t, width), scores: (b, h, s, t), masked: (b, h, s, t), result: (b, h, s, width)}
     if not all(same_sizes(value_of(node).shape, shape) for node, shape in shapes.items()):
         return None
-    if not is_convert(result, value_of(q).dtype):
-        return None
     own = {*softmax, *_between(product.args[0], softmax[0]), product, first, scores}
     no_other_users([first, *own - {first, product}], own, "what attention computes on its way", "its result alone")
-    return Attention(product, MATH, q, k, v, bias, False, 0.0, of_q * of_k, result, ())
+    return Attention(product, MATH, q, k, v, bias, False, 0.0, of_q * of_k, result, (), dtype)
 
 
 def had_no_choice(bias: Node) -> bool:
@@ -155,9 +154,13 @@ def _transposed(node: Node | None) -> Node | None:
     return node.args[0] if list(node.args[1]) in ([0, 1, 3, 2], [0, 1, -1, -2]) else None  # type: ignore[union-attr]
 
 
-def _upcast(node: Any) -> Node | None:
-    """[B, H, S, D] in 16 bits where ``node`` is that in fp32."""
-    if not is_convert(node, torch.float32):
+def _before_cast(node: Any, dtype: Any) -> Node | None:
+    """[B, H, S, D] of 16-bit ``dtype`` where ``node`` is that in fp32; or ``node``, whose rounding Inductor has left out.
+
+    Before torch 2.12 Inductor makes a rounding to 16 bits that is widened again, as of a rotation in fp32, no rounding at all.
+    """
+    if dtype not in _HALVES or node is None or value_of(node).dtype is not torch.float32 or value_of(node).dim() != 4:
         return None
-    value = value_of(node.args[0])
-    return node.args[0] if value.dtype in _HALVES and value.dim() == 4 else None
+    if is_convert(node, torch.float32) and value_of(node.args[0]).dtype in _HALVES:
+        return node.args[0] if value_of(node.args[0]).dtype is dtype else None
+    return node  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ of a pair.
 
 cos and sin have one number for each position (and batch) and column: they broadcast over the heads, and where they do tells
 which dimension the heads are. Tables in fp32 make the products fp32: the rotation may then begin with a cast to fp32, and its
-end be a cast back.
+end be a cast back. Tables of 16 bits beside an x that is cast to fp32 are cast too, which loses nothing.
 """
 
 from __future__ import annotations
@@ -64,21 +64,25 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """cos or sin as [1 or B, S, R or R/2]: what broadcasts over the heads, less that dimension."""
+    """cos or sin as [1 or B, S, R or R/2], in the products' dtype: what broadcasts over the heads, less that dimension."""
 
     node: Node
     heads_dim: int  # of a node that has as many dimensions as x; -1 where the table has no such dimension
     batched: bool  # whether a batch dimension is there
+    dtype: torch.dtype
 
     @property
     def value(self) -> torch.Tensor:
         value = value_of(self.node)
         with value.fake_mode:
             value = value if self.heads_dim < 0 else value.squeeze(self.heads_dim)
-            return value if self.batched else value.unsqueeze(0)
+            return (value if self.batched else value.unsqueeze(0)).to(self.dtype)
 
     def put(self, graph: Graph, like: Node) -> Node:
         node = self.node
+        if value_of(node).dtype is not self.dtype:
+            made = (user for user in node.users if is_convert(user, self.dtype) and user < like)  # of another layer
+            node = next(made, None) or call(graph, CONVERT, node, self.dtype, like=like)
         if self.heads_dim >= 0:
             node = call(graph, aten.squeeze.dim, node, self.heads_dim, like=like)
         return node if self.batched else call(graph, aten.unsqueeze.default, node, 0, like=like)
@@ -163,7 +167,8 @@ def trace(anchor: Node) -> Rope | None:
             end = user
     dtypes = [value_of(each).dtype for each in (found.cos, found.sin)]
     known = found.dtype in (dtype, torch.float32) and value_of(end).dtype in (dtype, found.dtype)
-    if not known or dtypes != [found.dtype] * 2:
+    widened = found.dtype is torch.float32 and dtypes[0] in (torch.bfloat16, torch.float16)  # x is, and takes them along
+    if not known or dtypes[0] is not dtypes[1] or not (dtypes[0] is found.dtype or widened):
         wanted = "cos and sin of x's dtype, or of float32"
         raise Miss(DTYPES, end, wanted, f"x {dtype}, cos {dtypes[0]}, sin {dtypes[1]}, products {found.dtype}")
     heads, tables = _layout(end, found)
@@ -416,14 +421,14 @@ def _layout(end: Node, found: _Read) -> tuple[int, tuple[Table, Table]]:
     if len(shape) not in (3, 4):
         raise Miss("x is not heads of tokens", end, "3 or 4 dimensions", describe(found.x))
     for heads in (1, 2) if len(shape) == 4 else (1, 0):
-        tables = [_table(each, shape, heads) for each in (cos, sin)]
+        tables = [_table(each, shape, heads, found.dtype) for each in (cos, sin)]
         if tables[0] is not None and tables[1] is not None and known_equal(tables[0].value.shape[0], tables[1].value.shape[0]):
             return heads, (tables[0], tables[1])
     wanted = "one number a position and column, for all heads"
     raise Miss("cos and sin are not tables of positions", end, wanted, f"{describe(cos)} and {describe(sin)}")
 
 
-def _table(node: Node, shape: Sequence[Any], heads: int) -> Table | None:
+def _table(node: Node, shape: Sequence[Any], heads: int, dtype: torch.dtype) -> Table | None:
     sizes, missing = list(value_of(node).shape), len(shape) - value_of(node).dim()
     if missing < 0:
         return None
@@ -435,9 +440,9 @@ def _table(node: Node, shape: Sequence[Any], heads: int) -> Table | None:
         return None
     if batched and not known_equal(padded[0], 1) and not known_equal(padded[0], shape[0]):
         return None
-    made = Table(node, heads - missing if heads >= missing else -1, batched and missing == 0)
+    made = Table(node, heads - missing if heads >= missing else -1, batched and missing == 0, dtype)
     if is_call(node, aten.unsqueeze.default) and made.batched and node.args[1] % len(shape) == heads:
-        return Table(node.args[0], -1, True)
+        return Table(node.args[0], -1, True, dtype)
     return made
 
 
