@@ -47,33 +47,44 @@ struct CopiedRow {
   }
 };
 
+// Whether vector i of a row of y is the activation's.
+__device__ __forceinline__ bool activated(const ActCatParams& p, int i) {
+  return static_cast<unsigned>(i - p.act_begin) < static_cast<unsigned>(p.act_cols);
+}
+
+// What a row of y is made of. `up` has one vector where there is none.
+template <typename Row, int Threads, int E, int U, int N>
+__device__ __forceinline__ void load_row(const ActCatParams& p, const RowPlace<Threads>& place, Raw<typename Row::In, E> (&y)[U],
+                                         Raw<typename Row::In, E> (&up)[N]) {
+  const CopiedRow<typename Row::In> copied(p, place.row);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int i = u * place.threads + place.lane;
+    auto& other = up[N == 1 ? 0 : u];
+    y[u].zero(), other.zero();
+    if (place.row >= 0 && i < p.cols) {
+      if (activated(p, i)) {
+        Row::load(p, place.row, i - p.act_begin, y[u], other);
+      } else {
+        copied.load(p, i - p.x_begin, y[u]);
+      }
+    }
+  }
+}
+
 template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
 __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
     act_cat_quantize_kernel(const __grid_constant__ ActCatParams p) {
   using In = typename Row::In;
   __shared__ uint32_t shared[32];
   const auto place = RowPlace<Threads>::of(p.rows, blockIdx.x);
-  const CopiedRow<In> copied(p, place.row);
   Raw<In, E> y[U], up[U];
-  const auto column = [&](int u) { return u * place.threads + place.lane; };
-  const auto activated = [&](int i) { return static_cast<unsigned>(i - p.act_begin) < static_cast<unsigned>(p.act_cols); };
   wait_for_previous_kernel();
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const int i = column(u);
-    y[u].zero(), up[u].zero();
-    if (place.row >= 0 && i < p.cols) {
-      if (activated(i)) {
-        Row::load(p, place.row, i - p.act_begin, y[u], up[u]);
-      } else {
-        copied.load(p, i - p.x_begin, y[u]);
-      }
-    }
-  }
+  load_row<Row>(p, place, y, up);
   allow_next_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    if (activated(column(u))) {  // all of a warp or none, but for one warp of a row
+    if (activated(p, u * place.threads + place.lane)) {  // all of a warp or none, but for one warp of a row
       Raw<In, E> gate[1] = {y[u]}, factor[1] = {up[u]};
       Row::activate(gate, factor);
       y[u] = gate[0];
@@ -82,6 +93,13 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
       y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
       p.out + place.row * p.cols * E);
+}
+
+template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
+__global__ void __launch_bounds__(1024) act_cat_quantize_walk_kernel(const __grid_constant__ ActCatParams p) {
+  walk_rows<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>(
+      p, [&](const RowPlace<Threads>& place, auto& y, auto& up) { load_row<Row>(p, place, y, up); },
+      [&](const RowPlace<Threads>& place, int u) { return activated(p, u * place.threads + place.lane); });
 }
 
 // Host: checks x, and puts where it lies into `p`, in elements. Gives its columns.
@@ -153,7 +171,7 @@ struct ActCatQuantize {
     p.head = Divisor::of(head / each), p.act_cols = static_cast<int>(rows.cols / each), p.cols = columns / each;
     p.x_begin = x_first ? 0 : p.act_cols, p.act_begin = x_first ? static_cast<int>(copied / each) : 0;
     DeviceGuard guard(device.id());
-    with_row_shape(rows.rows, columns, vectors, sm_count(device.id()), Start{p, env_stream(device.id())});
+    with_row_shape(rows.rows, columns, vectors, sm_count(device.id()), Start{p, env_stream(device.id()), device.id()});
   }
 
  private:
@@ -162,10 +180,18 @@ struct ActCatQuantize {
     return head % 8 == 0 && aligned(p.x, 16) && whole(p.sample_pitch) && whole(p.row_pitch) && whole(p.head_pitch);
   }
   struct Start {
-    const ActCatParams& p;
+    ActCatParams& p;
     cudaStream_t stream;
+    int device;
     template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
+      if constexpr (kWalks<Row, E, U>) {
+        if (walks(p, p.cols * E, Threads == kWholeBlock ? static_cast<int>(block) : Threads, sm_count(device))) {
+          constexpr int kThreads = Threads == kWholeBlock ? kPartOfBlock : Threads;
+          auto* kernel = act_cat_quantize_walk_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kThreads, E, U>;
+          return walk(kernel, p, stream, device);
+        }
+      }
       auto* kernel = act_cat_quantize_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
       Launch(grid, block).stream(stream).programmatic().run(kernel, p);
     }

@@ -10,11 +10,12 @@
 // With one scale for the whole tensor one launch keeps y on the chip (quantize_once.cuh), or y goes to memory and a second launch
 // casts it: rows that are not whole aligned vectors, and a y of which little would be kept.
 //
-// Forms are those of activation.cuh.
+// Forms are those of activation.cuh. GELU and its like of bf16 come off a table where there are rows enough (act_table.cuh).
 #pragma once
 
 #include <tvm/ffi/function.h>
 
+#include "inductor_ext/act_table.cuh"
 #include "inductor_ext/activation.cuh"
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/quantize_row.cuh"
@@ -37,6 +38,7 @@ struct ActQuantizeParams {
   OnceParams once;
   Divisor columns;  // a row's vectors
   uint32_t count;   // vectors of all rows
+  int row_threads;
 };
 
 enum class Inputs { kOne, kTwo, kPairs };
@@ -45,6 +47,7 @@ enum class Inputs { kOne, kTwo, kPairs };
 template <typename In_, typename Form_, Inputs kInputs_>
 struct ActRow {
   using In = In_;
+  using Form = Form_;
   static constexpr Inputs kInputs = kInputs_;
 
   // Vector i of a row.
@@ -102,6 +105,80 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
       y, place, p.consts, shared, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
       p.out + place.row * p.cols * E);
+}
+
+// Where a form has a table: a block an SM, which fills it and takes rows in turn, as many at once as it has threads for.
+template <typename Row, int E, int U>
+constexpr bool kWalks = std::is_same_v<typename Row::In, __nv_bfloat16> && Tabled<typename Row::Form>::kThere && E == 8 && U == 4;
+// So many elements for every SM: fewer are computed before a table is filled.
+constexpr int64_t kWorthATable = 16384;
+
+template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U,
+          typename Params, typename Load, typename Activated>
+__device__ __forceinline__ void walk_rows(const Params& p, Load&& load, Activated&& activated) {
+  using In = typename Row::In;
+  using Form = Tabled<typename Row::Form>;
+  constexpr bool kAhead = Row::kInputs == Inputs::kOne;  // two inputs of two rows are more registers than there are
+  __shared__ typename Form::Table table;
+  __shared__ uint32_t shared[64];
+  table.fill();
+  __syncthreads();
+
+  auto next = RowPlace<Threads>::of(p.rows, blockIdx.x, p.row_threads);
+  Raw<In, E> y[U], ahead[kAhead ? U : 1], up[kAhead ? 1 : U];
+  wait_for_previous_kernel();
+  if constexpr (kAhead) load(next, ahead, up);
+  uint32_t* maxima = shared;  // one half and the other in turn: a warp may be a row ahead of the others of its row
+  for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x, maxima = maxima == shared ? shared + 32 : shared) {
+    const auto place = next;
+    const bool last = block + gridDim.x >= p.blocks;
+    if (!last) next = RowPlace<Threads>::of(p.rows, block + gridDim.x, p.row_threads);
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) y[u] = ahead[u];
+      if (!last) load(next, ahead, up);
+    } else {
+      load(place, y, up);
+    }
+    if (last) allow_next_kernel();
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (activated(place, u)) Form::apply(table, y[u], up[kAhead ? 0 : u]);
+    }
+    quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
+        y, place, p.consts, maxima, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
+        p.out + place.row * p.cols * E);
+  }
+}
+
+// Host: whether rows of `threads` threads are walked through; then how, in `p`.
+template <typename Params>
+bool walks(Params& p, int64_t columns, int threads, int sms) {
+  if (p.rows * columns < kWorthATable * sms) return false;
+  p.row_threads = threads;
+  p.blocks = ceil_div(p.rows, parts_of_block(threads));
+  return true;
+}
+
+template <typename Kernel, typename Params>
+void walk(Kernel* kernel, const Params& p, cudaStream_t stream, int device) {
+  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.blocks, sm_count(device)));
+  Launch(grid, parts_of_block(p.row_threads) * p.row_threads).stream(stream).programmatic().run(kernel, p);
+}
+
+template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
+__global__ void __launch_bounds__(1024) act_quantize_walk_kernel(const __grid_constant__ ActQuantizeParams p) {
+  using In = typename Row::In;
+  const auto load = [&](const RowPlace<Threads>& place, auto& y, auto& up) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int i = u * place.threads + place.lane;
+      Raw<In, E>& other = up[Row::kInputs == Inputs::kOne ? 0 : u];
+      y[u].zero(), other.zero();
+      if (place.row >= 0 && i < p.cols) Row::load(p, place.row, i, y[u], other);
+    }
+  };
+  walk_rows<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>(p, load, [](const auto&, int) { return true; });
 }
 
 template <typename Row, int Threads, int E, int U>
@@ -249,6 +326,13 @@ struct ActQuantize {
     template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
       if constexpr (Rowwise) {
+        if constexpr (kWalks<Row, E, U>) {
+          if (walks(p, p.cols * E, Threads == kWholeBlock ? static_cast<int>(block) : Threads, sm_count(device))) {
+            constexpr int kThreads = Threads == kWholeBlock ? kPartOfBlock : Threads;
+            auto* kernel = act_quantize_walk_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kThreads, E, U>;
+            return walk(kernel, p, stream, device);
+          }
+        }
         auto* kernel = act_quantize_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
         Launch(grid, block).stream(stream).programmatic().run(kernel, p);
       } else {

@@ -120,6 +120,7 @@ KINDS = {
     "alone_fp32": Kind(_plus_abs, 1, FP32),
     "relu_squared": Kind(FORMS["relu_squared"].fn, 1, FP16),
     "gelu_tanh": Kind(FORMS["gelu_tanh"].fn, 1, exact=False),
+    "gelu_mul": Kind(FORMS["gelu mul"].fn, 2, exact=False),
     "fp32_mul": Kind(_in_fp32, 2),
     "fp32_mul_pairs": Kind(_in_fp32, 2, pairs=True),
 }
@@ -192,6 +193,22 @@ def test_columns_on_the_cpu(library: ctypes.CDLL, x_first: bool, name: str) -> N
             out, scale = run(library, name, x, gate, up, x_first)
             assert library.launches_of_last_call() == 1
             check(name, x, gate, up, x_first, out, scale)
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "gelu_mul"])
+@pytest.mark.parametrize("x_first", [True, False])
+@pytest.mark.parametrize(("height", "copied", "columns"), [(132, 40, 960), (71, 512, 1024), (41, 264, 3000), (6, 8192, 16384)])
+def test_many_rows_read_a_table(library: ctypes.CDLL, height: int, copied: int, columns: int, x_first: bool, name: str) -> None:
+    """Four SMs, each with blocks that have several rows, one, or some without any: as few rows, which are computed."""
+    gate, up = operands(KINDS[name], (2, height), columns)
+    x = rows((2, height, 2, copied // 2), seed=7)
+    gate[0, 3, 5], gate[0, 2, 6] = float("inf"), float("nan")
+    many = run(library, name, x, gate.contiguous(), None if up is None else up.contiguous(), x_first)
+    check(name, x, gate, up, x_first, *many)
+    few = (4 * 16384 - 1) // (copied + columns)
+    alone = [None if each is None else each[:1, :few].contiguous() for each in (x, gate, up)]
+    for one, other in zip(many, run(library, name, *alone, x_first), strict=True):
+        assert_same_bytes(one[:1, :few], other)
 
 
 LAYOUTS: dict[str, Callable[[Callable[..., torch.Tensor]], torch.Tensor]] = {

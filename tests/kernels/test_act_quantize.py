@@ -133,6 +133,7 @@ KINDS = {
     "alone_fp32": Kind(_plus_abs, 1, FP32),
     "gelu": Kind(FORMS["gelu"].fn, 1, exact=False),
     "gelu_tanh": Kind(FORMS["gelu_tanh"].fn, 1, FP16, exact=False),
+    "gelu_mul": Kind(FORMS["gelu mul"].fn, 2, exact=False),
     "quick_gelu": Kind(FORMS["quick_gelu"].fn, 1, exact=False),
     "quick_gelu_fp16": Kind(FORMS["quick_gelu"].fn, 1, FP16, exact=False),
     "relu_squared": Kind(FORMS["relu_squared"].fn, 1),
@@ -211,6 +212,31 @@ def test_rows_on_the_cpu(library: ctypes.CDLL, mode: str, name: str) -> None:
             check(kind, mode, gate, up, out, scale, f"{height} x {columns} from {first}")
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "quick_gelu", "gelu_mul", "clamped"])
+def test_a_table_gives_every_value_to_the_last_bit(library: ctypes.CDLL, name: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
+    for given in (every, every[torch.randperm(2**16, generator=torch.Generator().manual_seed(1))]):
+        read, computed = torch.empty_like(given), torch.empty_like(given)
+        error = ctypes.create_string_buffer(500)
+        pointers = (ctypes.c_void_p(each.data_ptr()) for each in (given, read, computed))
+        assert getattr(library, f"table_of_{name}")(*pointers, error, 500) == 0, error.value.decode()
+        assert_same_bytes(read, computed)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_mul", "quick_gelu", "clamped", "clamped_pairs"])
+@pytest.mark.parametrize(("height", "columns"), [(132, 1000), (70, 1024), (71, 3000), (9, 16392), (5, 32768)])
+def test_many_rows_read_a_table(library: ctypes.CDLL, height: int, columns: int, name: str) -> None:
+    """Four SMs, each with blocks that have several rows, one, or some without any."""
+    gate, up = operands(KINDS[name], height, columns)
+    gate[3, 5], gate[2, 6] = float("inf"), float("nan")
+    _, *many = run(library, name, "r", gate, up)
+    check(KINDS[name], "r", gate, up, *many, f"{height} x {columns}")
+    fewer = (4 * 16384 - 1) // columns
+    _, *few = run(library, name, "r", gate[:fewer], None if up is None else up[:fewer])  # which are computed
+    for one, other in zip(many, few, strict=True):
+        assert_same_bytes(one[:fewer], other)
+
+
 @OF_ALL
 @pytest.mark.parametrize(("height", "columns"), [(1, 8), (1, 3072), (7, 24), (61, 1000), (3, 16384)])
 def test_one_scale_for_all(monkeypatch: Any, library: ctypes.CDLL, height: int, columns: int, name: str) -> None:
@@ -267,6 +293,7 @@ def kernels(arch: str) -> list[jit.JitSpec]:
         keys += [(BF16, *each, "static", "", TORCHAO_PROGRAM, E4, (2, FP32))]
     every = "quick_gelu", "fp32 silu mul", "clamped_swiglu"
     keys += [(dtype, form, False, "row", "f32", TORCHAO_PROGRAM, E4) for dtype in (BF16, FP16) for form in every]
+    keys += [(BF16, form, False, "row", "f32", TORCHAO_PROGRAM, E4) for form in ("gelu", "gelu_tanh", "gelu mul")]
     return [OP.spec_of_key(key, arch) for key in keys]
 
 
@@ -305,6 +332,18 @@ class TestOnTheGpu:
             _, scale = torch.ops.inductor_ext.act_quantize(gate, up, form, False, "row", "f32", TORCHAO_PROGRAM, E4, [])
             wanted = FORMS[form].fn(gate, *(() if up is None else (up,)))[:, :1].abs().float()
             assert bool(((scale == wanted) | (scale.isnan() & wanted.isnan())).all())
+
+    @pytest.mark.parametrize("form", ["gelu", "gelu_tanh", "quick_gelu", "gelu mul", "clamped_swiglu"])
+    def test_every_value_off_the_table(self, form: str) -> None:
+        """Rows of 8 columns are computed, as many of 1024 are not. The scale shows |y|, and FP8 its sign."""
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16).view(BF16).view(-1, 1)
+        made = []
+        for columns in (8, 1024):
+            gate = every.repeat(1, columns)
+            up = torch.full_like(gate, 0.9375) if FORMS[form].inputs == 2 else None
+            made.append(torch.ops.inductor_ext.act_quantize(gate, up, form, False, "row", "f32", TORCHAO_PROGRAM, E4, []))
+        for one, other in zip(*made, strict=True):
+            assert_same_bytes(one.view(2**16, -1)[:, 0], other.view(2**16, -1)[:, 0])
 
     @pytest.mark.parametrize("granularity", ["tensor", "mx", "static"])
     @pytest.mark.parametrize(("form", "pairs"), ON_GPU[:2] + ON_GPU[-1:])

@@ -3,7 +3,8 @@
 //   scale = scale_program(max |y|);  out = cast(program(y, scale))        NaN propagates
 //
 // With MxScale in the place of the scale program it is MXFP8, a scale for each 32 elements (quantize_blocks.cuh).
-// A row is held by `Threads` threads: 8 or 32 lanes of a warp, or (kWholeBlock) a block; thread t has vectors t, t + threads, …
+// A row is held by `Threads` threads: 8 or 32 lanes of a warp, (kWholeBlock) a block, or (kPartOfBlock) a part of one; thread t has
+// vectors t, t + threads, …
 #pragma once
 
 #include "inductor_ext/fp8.cuh"
@@ -57,6 +58,9 @@ __device__ __forceinline__ float row_sum(float value, float* shared, int threads
   }
 }
 
+// Rows of `threads` threads that a block of 1024 has; a part of several warps meets at a barrier of its own, of which there are 15.
+__host__ __device__ constexpr int parts_of_block(int threads) { return threads == 32 ? 32 : 1024 / threads < 15 ? 1024 / threads : 15; }
+
 // `shared` has 32 words. Every thread of the block calls this; those without a row take part in the maximum only. kWhole: a row is
 // all vectors of its threads.
 template <int Threads, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, bool kWhole = false, typename In,
@@ -73,6 +77,8 @@ __device__ __forceinline__ void quantize_row(const Raw<In, E> (&y)[U], const Row
     uint32_t bits = amax.float_bits();
     if constexpr (Threads == kWholeBlock) {
       bits = block_max(bits, shared);
+    } else if constexpr (Threads == kPartOfBlock) {
+      bits = part_max(bits, at.threads, shared);
     } else {
       bits = group_max<Threads>(bits);
     }

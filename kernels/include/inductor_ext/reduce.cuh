@@ -104,6 +104,13 @@ __device__ __forceinline__ float part_sum(float value, int threads, float* share
   asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "r"(threads) : "memory");  // barrier 0 is __syncthreads()'s
   return group_sum<32>(lane < warps ? shared[part * warps + lane] : 0.0f);
 }
+__device__ __forceinline__ uint32_t part_max(uint32_t bits, int threads, uint32_t* shared) {
+  const int part = threadIdx.x / threads, warps = threads / 32, lane = threadIdx.x % 32;
+  bits = group_max<32>(bits);
+  if (lane == 0) shared[threadIdx.x / 32] = bits;
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "r"(threads) : "memory");
+  return group_max<32>(lane < warps ? shared[part * warps + lane] : 0);
+}
 __device__ __forceinline__ uint32_t block_max(uint32_t bits, uint32_t* shared) {
   bits = group_max<32>(bits);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = bits;

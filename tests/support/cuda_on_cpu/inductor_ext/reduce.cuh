@@ -36,12 +36,14 @@ inline float part_sum(float value, int threads, float* shared) {
 }
 inline float block_sum(float value, float* shared) { return part_sum(value, blockDim.x, shared); }
 
-inline uint32_t block_max(uint32_t bits, uint32_t* shared) {
+inline uint32_t part_max(uint32_t bits, int threads, uint32_t* shared) {
+  const int part = threadIdx.x / threads, warps = threads / 32, lane = threadIdx.x % 32;
   bits = group_max<32>(bits);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = bits;
+  if (lane == 0) shared[threadIdx.x / 32] = bits;
   __syncthreads();
-  return group_max<32>(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0);
+  return group_max<32>(lane < warps ? shared[part * warps + lane] : 0);
 }
+inline uint32_t block_max(uint32_t bits, uint32_t* shared) { return part_max(bits, blockDim.x, shared); }
 template <int Threads>
 uint32_t block_max(uint32_t bits, uint32_t* shared) { return block_max(bits, shared); }
 
