@@ -209,6 +209,8 @@ def _act_quantize() -> Iterator[Call]:
     for cols in (100, 4096, 20001):
         yield Call("act_quantize", f"row, {cols} columns", activated(9, cols, "gelu"), ROUNDED)
     yield Call("act_quantize", "row, no row", activated(0, 128, "gelu"), ROUNDED)
+    for rows, cols in ((2311, 1000), (1301, 1736)):  # 16 384 elements for each of 132 SMs: a row to a warp, and to a part of a block
+        yield Call("act_quantize", f"row, {rows} of {cols} off a table", activated(rows, cols, "gelu"), ROUNDED)
     yield Call("act_quantize", "row, pairs", activated(9, 1024, "clamped_swiglu", pairs=True), ROUNDED)
     yield Call("act_quantize", "row, pairs, tails", activated(7, 33, "clamped_swiglu", pairs=True, dtype=FP16), ROUNDED)
     for granularity in ("tensor", "static", "mx"):
@@ -243,6 +245,7 @@ def _act_cat_quantize() -> Iterator[Call]:
     yield Call("act_cat_quantize", "row, tails", tails, ROUNDED)
     yield Call("act_cat_quantize", "row, no row", beside(columns(64, rows=0), 128, leading=(0,)), ROUNDED)
     yield Call("act_cat_quantize", "row, 3072 + 12288 columns", beside(columns(3072), 12288), ROUNDED)
+    yield Call("act_cat_quantize", "row, off a table", beside(columns(264, rows=1301), 1472, leading=(1301,)), ROUNDED)
     yield Call("act_cat_quantize", "row, 20001 columns", beside(columns(1), 20000), ROUNDED)
 
     layouts: dict[str, Callable[[Maker], torch.Tensor]] = {
