@@ -53,7 +53,7 @@ __device__ __forceinline__ bool activated(const ActCatParams& p, int i) {
 }
 
 // What a row of y is made of. `up` has one vector where there is none.
-template <typename Row, int Threads, int E, int U, int N>
+template <bool kWhole, typename Row, int Threads, int E, int U, int N>
 __device__ __forceinline__ void load_row(const ActCatParams& p, const RowPlace<Threads>& place, Raw<typename Row::In, E> (&y)[U],
                                          Raw<typename Row::In, E> (&up)[N]) {
   const CopiedRow<typename Row::In> copied(p, place.row);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_row(const ActCatParams& p, const RowPlace<T
     const int i = u * place.threads + place.lane;
     auto& other = up[N == 1 ? 0 : u];
     y[u].zero(), other.zero();
-    if (place.row >= 0 && i < p.cols) {
+    if (has_vector<kWhole>(place, u, static_cast<int>(p.cols))) {
       if (activated(p, i)) {
         Row::load(p, place.row, i - p.act_begin, y[u], other);
       } else {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
   const auto place = RowPlace<Threads>::of(p.rows, blockIdx.x);
   Raw<In, E> y[U], up[U];
   wait_for_previous_kernel();
-  load_row<Row>(p, place, y, up);
+  load_row<false, Row>(p, place, y, up);
   allow_next_kernel();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -95,10 +95,11 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
       p.out + place.row * p.cols * E);
 }
 
-template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
+template <bool kWhole, typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E,
+          int U>
 __global__ void __launch_bounds__(1024) act_cat_quantize_walk_kernel(const __grid_constant__ ActCatParams p) {
-  walk_rows<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>(
-      p, [&](const RowPlace<Threads>& place, auto& y, auto& up) { load_row<Row>(p, place, y, up); },
+  walk_rows<kWhole, Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>(
+      p, [&](const RowPlace<Threads>& place, auto& y, auto& up) { load_row<kWhole, Row>(p, place, y, up); },
       [&](const RowPlace<Threads>& place, int u) { return activated(p, u * place.threads + place.lane); });
 }
 
@@ -186,11 +187,11 @@ struct ActCatQuantize {
     template <int Threads, int E, int U>
     void operator()(unsigned grid, unsigned block) const {
       if constexpr (kWalks<Row, E, U>) {
-        if (walks(p, p.cols * E, Threads == kWholeBlock ? static_cast<int>(block) : Threads, sm_count(device))) {
-          constexpr int kThreads = Threads == kWholeBlock ? kPartOfBlock : Threads;
-          auto* kernel = act_cat_quantize_walk_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kThreads, E, U>;
-          return walk(kernel, p, stream, device);
-        }
+        constexpr int kOf = Threads == kWholeBlock ? kPartOfBlock : Threads;
+        auto* whole = act_cat_quantize_walk_kernel<true, Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kOf, E, U>;
+        auto* parts = act_cat_quantize_walk_kernel<false, Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kOf, E, U>;
+        const int threads = Threads == kWholeBlock ? static_cast<int>(block) : Threads;
+        if (walk<U>(whole, parts, p, p.cols * E, threads, stream, device)) return;
       }
       auto* kernel = act_cat_quantize_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
       Launch(grid, block).stream(stream).programmatic().run(kernel, p);

@@ -113,8 +113,9 @@ constexpr bool kWalks = std::is_same_v<typename Row::In, __nv_bfloat16> && Table
 // So many elements for every SM: fewer are computed before a table is filled.
 constexpr int64_t kWorthATable = 16384;
 
-template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U,
-          typename Params, typename Load, typename Activated>
+// kWhole: a row is all vectors of its threads. `load(place, y, up)` reads one, `activated(place, u)` says whether vector u is to be.
+template <bool kWhole, typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E,
+          int U, typename Params, typename Load, typename Activated>
 __device__ __forceinline__ void walk_rows(const Params& p, Load&& load, Activated&& activated) {
   using In = typename Row::In;
   using Form = Tabled<typename Row::Form>;
@@ -145,40 +146,36 @@ __device__ __forceinline__ void walk_rows(const Params& p, Load&& load, Activate
     for (int u = 0; u < U; ++u) {
       if (activated(place, u)) Form::apply(table, y[u], up[kAhead ? 0 : u]);
     }
-    quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain>(
+    quantize_row<Threads, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kWhole>(
         y, place, p.consts, maxima, p.cols, static_cast<ScaleT*>(p.scale) + place.row * scales_of_row<ScaleProgram>(p.cols * E),
         p.out + place.row * p.cols * E);
   }
 }
 
-// Host: whether rows of `threads` threads are walked through; then how, in `p`.
-template <typename Params>
-bool walks(Params& p, int64_t columns, int threads, int sms) {
-  if (p.rows * columns < kWorthATable * sms) return false;
-  p.row_threads = threads;
-  p.blocks = ceil_div(p.rows, parts_of_block(threads));
-  return true;
-}
-
-template <typename Kernel, typename Params>
-void walk(Kernel* kernel, const Params& p, cudaStream_t stream, int device) {
-  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.blocks, sm_count(device)));
-  Launch(grid, parts_of_block(p.row_threads) * p.row_threads).stream(stream).programmatic().run(kernel, p);
-}
-
-template <typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E, int U>
+template <bool kWhole, typename Row, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Chain, int Threads, int E,
+          int U>
 __global__ void __launch_bounds__(1024) act_quantize_walk_kernel(const __grid_constant__ ActQuantizeParams p) {
   using In = typename Row::In;
   const auto load = [&](const RowPlace<Threads>& place, auto& y, auto& up) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int i = u * place.threads + place.lane;
       Raw<In, E>& other = up[Row::kInputs == Inputs::kOne ? 0 : u];
       y[u].zero(), other.zero();
-      if (place.row >= 0 && i < p.cols) Row::load(p, place.row, i, y[u], other);
+      if (has_vector<kWhole>(place, u, static_cast<int>(p.cols))) Row::load(p, place.row, u * place.threads + place.lane, y[u], other);
     }
   };
-  walk_rows<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>(p, load, [](const auto&, int) { return true; });
+  walk_rows<kWhole, Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>(p, load, [](const auto&, int) { return true; });
+}
+
+// Host: starts one of the kernels `whole` and `parts` for rows of `threads` threads with U vectors each; false: too few elements.
+template <int U, typename Kernel, typename Params>
+bool walk(Kernel* whole, Kernel* parts, Params& p, int64_t columns, int threads, cudaStream_t stream, int device) {
+  const int sms = sm_count(device);
+  if (p.rows * columns < kWorthATable * sms) return false;
+  p.row_threads = threads, p.blocks = ceil_div(p.rows, parts_of_block(threads));
+  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.blocks, sms));
+  Launch(grid, parts_of_block(threads) * threads).stream(stream).programmatic().run(p.cols == U * threads ? whole : parts, p);
+  return true;
 }
 
 template <typename Row, int Threads, int E, int U>
@@ -327,11 +324,11 @@ struct ActQuantize {
     void operator()(unsigned grid, unsigned block) const {
       if constexpr (Rowwise) {
         if constexpr (kWalks<Row, E, U>) {
-          if (walks(p, p.cols * E, Threads == kWholeBlock ? static_cast<int>(block) : Threads, sm_count(device))) {
-            constexpr int kThreads = Threads == kWholeBlock ? kPartOfBlock : Threads;
-            auto* kernel = act_quantize_walk_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kThreads, E, U>;
-            return walk(kernel, p, stream, device);
-          }
+          constexpr int kOf = Threads == kWholeBlock ? kPartOfBlock : Threads;
+          auto* whole = act_quantize_walk_kernel<true, Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kOf, E, U>;
+          auto* parts = act_quantize_walk_kernel<false, Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, kOf, E, U>;
+          const int threads = Threads == kWholeBlock ? static_cast<int>(block) : Threads;
+          if (walk<U>(whole, parts, p, p.cols * E, threads, stream, device)) return;
         }
         auto* kernel = act_quantize_kernel<Row, Fp8, Saturated, ScaleT, ScaleProgram, Chain, Threads, E, U>;
         Launch(grid, block).stream(stream).programmatic().run(kernel, p);

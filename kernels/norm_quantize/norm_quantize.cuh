@@ -92,14 +92,6 @@ struct RowOperand {
   }
 };
 
-// Whether this thread has vector u of its row. kWhole: a row is all vectors of its threads, so that each has all or, beside the
-// rows, none.
-template <bool kWhole, int Threads>
-__device__ __forceinline__ bool has_vector(const RowPlace<Threads>& place, int u, int cols) {
-  if constexpr (kWhole) return Threads == kWholeBlock || place.row >= 0;
-  return place.row >= 0 && u * place.threads + place.lane < cols;
-}
-
 template <typename Row, int E, int U>
 struct RowOperands : RowOperand<Row, kWeight, E, U>, RowOperand<Row, kBias, E, U>, RowOperand<Row, kFactor, E, U>, RowOperand<Row, kShift, E, U> {
   template <NormOperand kOf>

@@ -47,6 +47,14 @@ struct RowPlace {
   }
 };
 
+// Whether this thread has vector u of its row. kWhole: a row is all vectors of its threads, so that each has all or, beside the
+// rows, none.
+template <bool kWhole, int Threads>
+__device__ __forceinline__ bool has_vector(const RowPlace<Threads>& place, int u, int cols) {
+  if constexpr (kWhole) return Threads == kWholeBlock || place.row >= 0;
+  return place.row >= 0 && u * place.threads + place.lane < cols;
+}
+
 template <int Threads>
 __device__ __forceinline__ float row_sum(float value, float* shared, int threads) {
   if constexpr (Threads == kWholeBlock) {
