@@ -94,6 +94,7 @@ def _in_traced_order(values: Any, nodes: Any) -> Any:
     traced = nodes.meta.get("val") if isinstance(nodes, torch.fx.Node) else None
     if not isinstance(values, ir.IRNode) or not isinstance(traced, torch.Tensor):
         return values
+    values.realize()  # in a buffer for all who read it: what is not in memory yet would be copied into one for this call alone
     order = ir.get_stride_order(traced.stride(), ir.V.graph.sizevars.shape_env)
     return ir.ExternKernel.require_stride_order(values, order)
 

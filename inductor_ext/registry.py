@@ -46,6 +46,7 @@ RULE_MODULES = (
     "moe_scatter",
     "moe_masks",
     "written_columns",
+    "residual_rows",
     "quantize_once",
     "mxfp8_grouped_mm",
     "mxfp8_scaled_grouped_mm",

@@ -38,7 +38,7 @@ MATCHES, NEAR_MISSES = _examples("matches"), _examples("near_misses")
 #: Inductor's own code for the rest of such a graph need not give eager's bytes: rsqrt and silu are its own.
 WITH_PRODUCER = {"norm_forced", "three_users_of_one_norm"}
 #: Rules that remove nodes, or give them other inputs.
-NO_OP = {"quantize_once", "moe_masks", "grouped_queries", "written_columns"}
+NO_OP = {"quantize_once", "moe_masks", "grouped_queries", "written_columns", "residual_rows"}
 #: Of ‖a - b‖ / ‖b‖ of a whole compiled graph: Inductor's code for the rest keeps fp32 where eager mode rounds to bf16.
 COMPILED = 1e-2
 #: Rules that share the op for every norm.
