@@ -2,10 +2,10 @@
 
     c = clone(s); norm(c); t = s + y; d = clone(t); norm(d)        →        c = clone(s); norm(c); t = c + y; norm(t)
 
-Behind a convolution (Whisper, ViT, SigLIP) the tokens of ``conv(x).flatten(2).transpose(1, 2)`` lie side by side, and so does every
-sum with them that follows. PyTorch's norm wants rows and copies. Inductor decides itself how what it computes lies in memory, so
-that these copies cost nothing in a graph of its own; a fused kernel wants rows, and what reads ``s`` again takes the sum apart
-down to the convolution, in every layer. Only strides change, of values that the graph does not return, and no number.
+Behind a convolution (Whisper, ViT, SigLIP) the tokens of ``conv(x).flatten(2).transpose(1, 2)`` lie side by side, and so does
+every sum with them that follows. PyTorch's norm wants rows and copies. Inductor decides itself how what it computes lies in
+memory, so that these copies cost nothing in a graph of its own. A fused kernel wants rows, and what reads ``s`` again takes the
+sum apart down to the convolution, in every layer. Only strides change, of values that the graph does not return, and no number.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _with_other_strides(stream: Node, copy: Node) -> dict[Node, torch.Tensor]:
 def _sees_values_alone(node: Node) -> bool:
     if node.op != "call_function":
         return False
-    return _computed(node) or memory.is_view(node) and not calls(node, *_STRIDED) or is_call(node, aten.clone.default, *_REDUCTIONS)
+    by_values = is_call(node, aten.clone.default, *_REDUCTIONS) or (memory.is_view(node) and not calls(node, *_STRIDED))
+    return by_values or _computed(node)
 
 
 def _again(node: Node, made: dict[Node, torch.Tensor]) -> Any:

@@ -156,7 +156,8 @@ def test_every_rule_and_every_reader_has_mutants() -> None:
     elsewhere = {"rms_norm_quantize", "layer_norm_quantize"}  # whose guard is that of patterns/support/normed.py
     assert {f"patterns/{name}.py" for name in registry.RULE_MODULES if name not in elsewhere} <= files
     assert "inductor_ext/graph.py" in files
-    without_op = {"quantize_once", "grouped_queries", "written_columns", "residual_rows"}  # these remove nodes, or give them other inputs
+    # These remove nodes, or give them other inputs.
+    without_op = {"quantize_once", "grouped_queries", "written_columns", "residual_rows"}
     assert {rule.name for rule in registry.rules()} - {change.rule for change in changes} <= without_op
     ids = [site.id for site in sites] + [change.id for change in changes]
     assert len(ids) == len(set(ids))
