@@ -209,7 +209,7 @@ def _act_quantize() -> Iterator[Call]:
     for cols in (100, 4096, 20001):
         yield Call("act_quantize", f"row, {cols} columns", activated(9, cols, "gelu"), ROUNDED)
     yield Call("act_quantize", "row, no row", activated(0, 128, "gelu"), ROUNDED)
-    for rows, cols in ((2311, 1000), (1301, 1736)):  # 16 384 elements for each of 132 SMs: a row to a warp, to a part of a block
+    for rows, cols in ((2311, 1000), (1301, 1736)):  # enough for 132 SMs: a row to a warp, to a part of a block
         yield Call("act_quantize", f"row, {rows} of {cols} off a table", activated(rows, cols, "gelu"), ROUNDED)
     yield Call("act_quantize", "row, pairs", activated(9, 1024, "clamped_swiglu", pairs=True), ROUNDED)
     yield Call("act_quantize", "row, pairs, tails", activated(7, 33, "clamped_swiglu", pairs=True, dtype=FP16), ROUNDED)
