@@ -5,8 +5,9 @@
     "mx"      MXFP8: scale [..., C / 32] e8m0 and out as ``moe/mx.py`` has them; scale_program is the rounding, program ""
     "static"  scales are inputs, ``kernels/static_scale.py``: out [..., C], or [N, ..., C] for N of them; scale is [0]
 
-Programs are those of ``kernels/steps.py``. `producer` makes an op of a reference and of what is special about it; its outputs
-are out, contiguous, then scale, then its own.
+Programs are those of ``kernels/steps.py``. Those of "row" and "tensor" may name one tensor, ``s0``: a bound of the scale that
+is computed elsewhere, one fp32 element, which is in ``scales`` then. `producer` makes an op of a reference and of what is
+special about it; its outputs are out, contiguous, then scale, then its own.
 """
 
 from __future__ import annotations
@@ -26,14 +27,33 @@ MX, STATIC = "mx", static_scale.GRANULARITY
 TORCHAO_SCALE = "div:448.0 f32"
 TORCHAO_PROGRAM = "f32 div:scale max:-448.0 min:448.0"
 WORKSPACE_FLOATS = 1024  # partial maxima, one a CTA
+BOUND = "s0"  # what programs of a dynamic scale call the tensor that bounds it
 
 _E4 = torch.float8_e4m3fn
 
 
-def check_programs(op: str, scale_program: str, program: str) -> None:
-    steps.check_program(f"{op}: scale_program", scale_program, 0)
-    steps.check_program(f"{op}: program", program, 0, made=(steps.SCALE, steps.AMAX))
+def check_programs(
+    op: str, scale_program: str, program: str, x: torch.Tensor, name: str, bounds: Sequence[torch.Tensor]
+) -> None:
+    """The error of the programs of ``op`` for a dynamic scale and of its argument ``name``, the bounds, if there is one."""
+    steps.check_program(f"{op}: scale_program", scale_program, len(bounds))
+    steps.check_program(f"{op}: program", program, len(bounds), made=(steps.SCALE, steps.AMAX))
     steps.check_numbers(f"{op}: scale_program, program", scale_program, program)
+    named = {*steps.operand_names(scale_program), *steps.operand_names(program)}
+    if named != {BOUND for _ in bounds} or len(bounds) > 1:
+        wanted = f"one tensor if the programs name {BOUND}, else none"
+        raise ValueError(f"{op}: {name}: wanted {wanted}, found {len(bounds)} for {', '.join(sorted(named)) or 'none'}")
+    for bound in bounds:
+        if bound.dtype is not torch.float32:
+            raise TypeError(f"{op}: {name}: wanted a float32 bound, found {bound.dtype}")
+        if any(size != 1 for size in bound.shape):
+            raise ValueError(f"{op}: {name}: wanted a bound of one element, found shape {tuple(bound.shape)}")
+        if bound.device != x.device:
+            raise ValueError(f"{op}: {name}: wanted a bound on {x.device}, found one on {bound.device}")
+
+
+def is_bounded(scale_program: str, program: str) -> bool:
+    return BOUND in (*steps.operand_names(scale_program), *steps.operand_names(program))
 
 
 def check(
@@ -47,9 +67,11 @@ def check(
         raise ValueError(f"{op}: granularity: wanted row or tensor or mx or static, found {granularity!r}")
     if dtype not in steps.CPP_FP8:
         raise TypeError(f"{op}: dtype: wanted float8_e4m3fn or float8_e5m2, found {dtype}")
+    if granularity in GRANULARITIES:
+        return check_programs(op, scale_program, program, y, "scales", scales)
     static_scale.check(op, y, granularity, scale_program, program, scales)
-    if granularity != MX:
-        return check_programs(op, scale_program, program)
+    if granularity == STATIC:
+        return
     if scale_program not in mx.ROUNDINGS or program:
         found = f"{scale_program!r} and {program!r}"
         raise ValueError(f"{op}: scale_program and program: wanted rceil or floor and nothing for mx, found {found}")
@@ -82,8 +104,9 @@ def quantize(
     if granularity == STATIC:
         return static_scale.quantize(y, scale_program, program, dtype, scales)
     amax = y.abs().amax(-1, keepdim=True) if granularity == "row" else y.abs().amax()
-    scale = steps.evaluate(scale_program, amax)
-    return steps.evaluate(program, y, scale=scale, amax=amax).to(dtype), scale
+    bounds = [bound.reshape(()) for bound in scales]
+    scale = steps.evaluate(scale_program, amax, bounds)
+    return steps.evaluate(program, y, bounds, scale=scale, amax=amax).to(dtype), scale
 
 
 def check_not_empty(argument: str, y: torch.Tensor, granularity: str) -> None:
@@ -158,19 +181,22 @@ def producer(
     def bind(module: Any, key: Any) -> Call:
         run, (granularity, *programs) = module.run, key[own:]
         constants = steps.padded_constants(*(() if granularity == MX else programs[:2]))
+        bounded = granularity in GRANULARITIES and is_bounded(*programs[:2])
         if granularity == STATIC:
             missing = "None, " * (static_scale.MAX_SCALES - programs[-1][0])
             return Call(run, f"{operands}, out0{outs}, *scales, {missing}*constants", constants=constants)
         if granularity != "tensor":
-            return Call(run, f"{operands}, out0, out1{outs}, None, None, *constants", constants=constants)
+            bound = "*scales" if bounded else "None"
+            return Call(run, f"{operands}, out0, out1{outs}, None, None, {bound}, *constants", constants=constants)
 
-        def with_one_scale(x: torch.Tensor, *operands: Any) -> None:
+        def with_one_scale(x: torch.Tensor, scales: Sequence[torch.Tensor], *operands: Any) -> None:
             """With y's memory, if the kernel asks for that."""
             partial = x.new_empty(WORKSPACE_FLOATS, dtype=torch.float32)
-            if run(*operands, None, partial, *constants):
-                run(*operands, x.new_empty(x.shape), partial, *constants)
+            given = (partial, scales[0] if bounded else None, *constants)
+            if run(*operands, None, *given):
+                run(*operands, x.new_empty(x.shape), *given)
 
-        return Call(with_one_scale, f"{x}, {operands}, out0, out1{outs}")
+        return Call(with_one_scale, f"{x}, scales, {operands}, out0, out1{outs}")
 
     return Op(
         name,

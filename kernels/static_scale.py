@@ -24,7 +24,7 @@ MAX_SCALES = 4  # q, k, v and one more
 def check(
     name: str, x: torch.Tensor, granularity: str, scale_program: str, program: str, scales: Sequence[torch.Tensor]
 ) -> None:
-    """The error of an op's arguments about scales that are given, if there is one; ``x`` is on its device."""
+    """The error of an op's arguments about static scales, if there is one: none where it has none. ``x`` is on its device."""
     if granularity != GRANULARITY:
         if scales:
             raise ValueError(f"{name}: scales: wanted none where the scale is that of {granularity!r}, found {len(scales)}")

@@ -164,6 +164,7 @@ def _run(steps: Sequence[Step], value: Any, operands: Sequence[torch.Tensor], ma
             if isinstance(other, str):
                 other = made[other] if other in made else operands[int(other[1:])]
                 other = _run(step.via, other, operands, made)
+                other = other.to(value.dtype) if value.dim() == 0 else other  # as beside a value that has dimensions
             value = _BINARY[step.op](value, other)
     return value
 
@@ -327,15 +328,20 @@ def _number(text: str, token: str) -> float:
 
 
 def quantisation_types(dtype: torch.dtype, scale_program: str, program: str, fp8: torch.dtype) -> tuple[str, ...]:
-    """The C++ template arguments of a dynamic scale: Fp8, Saturated, ScaleT, ScaleProgram, Program; values are in ``dtype``."""
+    """The C++ template arguments of a dynamic scale: Fp8, Saturated, ScaleT, ScaleProgram, Program; values are in ``dtype``.
+
+    Both programs may name ``s0``, one fp32 element: `quantized.BOUND`.
+    """
+    bound = (torch.float32,)
     return (
         CPP_FP8[fp8],
         str(saturated(program, fp8)).lower(),
         CPP_TYPES[result_dtype(scale_program, dtype)],
-        to_cpp(scale_program, dtype),
+        to_cpp(scale_program, dtype, bound),
         to_cpp(
             program,
             dtype,
+            bound,
             first_const=len(constants(scale_program)),
             fp8=fp8,
             scale=result_dtype(scale_program, dtype),

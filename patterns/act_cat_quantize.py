@@ -60,6 +60,7 @@ def guard(node: Node, context: Context) -> Match | None:
         wanted = "a graph input, a GEMM, attention or another opaque kernel as producer"
         raise Miss(fused("concatenation", "producer"), node, wanted, describe(read.x))
     has_run.check(node, context, value_of(read.cat).device, MEASURED, has_run.NOT_MEASURED)
+    quantisation.check_place(quantised, min(quantised.nodes))
     of = read.activated
     given = (read.x, of.gate, of.up, of.form, of.pairs, read.x_first, *quantised.arguments)
     made = Call(OP, torch.fx.map_arg(given, value_of))

@@ -78,6 +78,11 @@ def _quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (y.float() / s).clamp(-448.0, 448.0).to(E4), s
 
 
+def _bounded(y: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    s = y.abs().amax(-1, keepdim=True).float().clamp(max=bound) / 448.0
+    return (y.float() * s.reciprocal()).clamp(-448.0, 448.0).to(E4), s
+
+
 def _gate_and_up(device: str) -> tuple[torch.Tensor, ...]:
     return tuple((torch.randn(6, 4, 64, device=device) * 3).bfloat16() for _ in range(2))
 
@@ -130,6 +135,11 @@ RULE = Rule(
                 torch.nn.functional.silu(g) * u
             ),
             _gate_and_up,
+        ),
+        Example(
+            "bounded",
+            lambda g, u, bound: _bounded(torch.nn.functional.silu(g) * u, bound),
+            lambda device: (*_gate_and_up(device), torch.full((1,), 4.0, device=device)),
         ),
         Example("halves_of_one_buffer", lambda both: _silu(*both.chunk(2, -1)), _both),
         Example("static_scale", _silu_static, _with_scales(1)),

@@ -3,9 +3,9 @@
     s = program(amax(|x|));  q = cast(clamp(x / s))   →   q, s = inductor_ext.fp8_quantize(x, "row" | "tensor", …)
 
 A scale a row, a group (a row of ``x.view(…, 128)``) or a tensor; torchao's recipe, which takes ``amax / 448`` in bf16, and the
-usual ones in fp32 or double alike. x may be divided by the scale or multiplied by its reciprocal, and any node on the way from
-the maximum may be read elsewhere: s is the one from which all of those follow (`dynamic_scale`). Left alone unless forced when
-Inductor can fuse the chain with what produces x.
+usual ones in fp32 or double alike, bounded by a number or by a tensor of one element. x may be divided by the scale or
+multiplied by its reciprocal, and any node on the way from the maximum may be read elsewhere: s is the one from which all of
+those follow (`dynamic_scale`). Left alone unless forced when Inductor can fuse the chain with what produces x.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import call, describe
+from inductor_ext.graph import call, describe, value_of
 from inductor_ext.kernels.fp8_quantize.op import OP
 from inductor_ext.miss import INPUT_LAYOUT, SEVERAL_SCALES, Miss, found_or_none
-from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit
+from inductor_ext.patterns.support import dynamic_scale, fp8_chain, profit, quantisation
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -42,18 +42,20 @@ def guard(node: Node, context: Context) -> Match | None:
         if scale.granularity == "row" and fp8_chain.is_dense(x):
             wanted += ": no kernel here takes the maximum of columns"
         raise Miss(INPUT_LAYOUT, node, wanted, f"{describe(chain.x)} strides {list(x.stride())}")
+    read = quantisation.Quantisation(chain, scale)
+    quantisation.check_place(read, min(read.nodes))
     profit.check(node, chain.x, context)
-    arguments = (x, scale.granularity, scale.scale_program, scale.program, chain.dtype)
+    arguments = (scale.granularity, scale.scale_program, scale.program, chain.dtype, *scale.bounds)
     why = "forced" if context.forced else f"its input comes from {describe(chain.x)}"
-    detail = f"{scale.granularity}: scale = {scale.scale_program or 'amax'}; {scale.program} → {chain.dtype}"
-    return Match(node, (Call(OP, arguments),), detail, why, (chain, scale, arguments[1:]))
+    made = Call(OP, (x, *torch.fx.map_arg(arguments, value_of)))
+    return Match(node, (made,), read.detail, why, (read, arguments))
 
 
 def replace(match: Match) -> None:
-    chain, scale, arguments = match.data
-    graph = match.node.graph
-    place = min(scale.written, match.node)
-    chain.make_room(place)
+    found, arguments = match.data
+    chain, graph = found.chain, match.node.graph
+    place = min(found.nodes)
+    quantisation.make_room(found, place)
     with graph.inserting_before(place):
         outputs: list[Node] = []
 
@@ -63,7 +65,7 @@ def replace(match: Match) -> None:
             return outputs[0]
 
         value = chain.insert(graph, make)
-        scale.put(graph, outputs[1])
+        found.scale.put(graph, outputs[1])
     fp8_chain.replace_cast(match.node, value)
 
 
@@ -153,8 +155,37 @@ def _flattened_between(x: torch.Tensor) -> Any:
 
 
 def _bounded(x: torch.Tensor, bound: torch.Tensor) -> Any:
-    s = x.abs().amax(-1, keepdim=True).float().clamp(max=bound) / 448.0
+    """A tensor bounds the maximum: vLLM's quantisation of each token with ``scale_ub``."""
+    amax, _ = x.abs().max(dim=-1)
+    s = (amax.unsqueeze(-1).to(torch.float32).clamp(max=bound) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return _by(x, s.reciprocal()), s
+
+
+def _bounded_amax(x: torch.Tensor, bound: torch.Tensor) -> Any:
+    """The same as FBGEMM has it: the maximum is in x's dtype, and what is returned is not what x is scaled by."""
+    amax = torch.minimum(x.abs().max(dim=-1)[0], bound).clamp(min=1e-12)
+    s = 448.0 / amax.float()
+    return (x * s[..., None]).clamp(-448.0, 448.0).to(E4), 1.0 / s
+
+
+def _bounded_scale(x: torch.Tensor, bound: torch.Tensor) -> Any:
+    s = torch.minimum(bound, x.abs().amax() / 448.0)
+    return _by(x, 1.0 / s), s
+
+
+def _bound_of_the_maximum(x: torch.Tensor) -> Any:
+    amax = x.abs().amax(-1, keepdim=True).float()
+    s = torch.minimum(amax, amax.mean()) / 448.0
     return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _two_bounds(x: torch.Tensor, least: torch.Tensor, most: torch.Tensor) -> Any:
+    s = x.abs().amax(-1, keepdim=True).float().clamp(min=least, max=most) / 448.0
+    return (x.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
+def _with_bound(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    return _x(device), torch.full(shape, 15.0, dtype=dtype, device=device)
 
 
 def _signed(x: torch.Tensor) -> Any:
@@ -196,6 +227,10 @@ MATCHES = (
     Example("powers_of_two_by_bits", _deep_gemm, _one, dynamic=True),
     Example("double", _double, _one),
     Example("flattened_between", _flattened_between, lambda d: (_x(d, 4, 12, 64),), dynamic=True),
+    Example("bounded", _bounded, _with_bound, dynamic=True),
+    Example("bounded_amax", _bounded_amax, lambda d: _with_bound(d, 1)),
+    Example("bounded_in_bf16", _bounded_amax, _with_bound),
+    Example("bounded_scale_of_all", _bounded_scale, lambda d: _with_bound(d, 1)),
     Example("norm_forced", lambda x: _row(torch.nn.functional.rms_norm(x, (256,)) * 1.5), _one, mode="always"),
 )
 
@@ -222,10 +257,28 @@ NEAR_MISSES = (
         reason="Inductor fuses this chain into its producer for free",
     ),
     Example(
-        "bound_is_a_tensor",
+        "bound_is_a_row",
         _bounded,
-        lambda d: (_x(d), torch.tensor(2.0, device=d)),
+        lambda d: _with_bound(d, 64, 1),
         reason="a step of the scale is not one the kernel computes",
+    ),
+    Example(
+        "bound_in_bf16",
+        _bounded_scale,
+        lambda d: _with_bound(d, 1, dtype=torch.bfloat16),
+        reason="a step of the scale is not one the kernel computes",
+    ),
+    Example(
+        "bound_is_made_of_the_maximum",
+        _bound_of_the_maximum,
+        _one,
+        reason="a step of the scale is not one the kernel computes",
+    ),
+    Example(
+        "two_bounds",
+        _two_bounds,
+        lambda d: (*_with_bound(d), torch.tensor(20.0, device=d)),
+        reason="the scale has several bounds",
     ),
     Example("maximum_may_be_minus_zero", _signed, _one, reason="a maximum of zeros may be -0"),
     Example("rows_of_the_transposed", _turned, _one, reason="input layout"),

@@ -48,6 +48,11 @@ def _quantise(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (y.float() / s).clamp(-448.0, 448.0).to(E4), s
 
 
+def _bounded(y: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    s = torch.minimum(y.abs().amax(-1, keepdim=True).float() / 448.0, bound)
+    return (y.float() / s).clamp(-448.0, 448.0).to(E4), s
+
+
 def _mxfp8(y: torch.Tensor, rounding: str = "rceil", swizzled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.inductor_ext.mxfp8_quantize(y, None, rounding, swizzled)
 
@@ -89,6 +94,11 @@ def _weight_after_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tenso
 def _weight_of_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
     total = x + r
     return *_quantise(_llama(total, weight * total[0, 0])), total * 2
+
+
+def _bounded_by_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
+    total = x + r
+    return *_bounded(_llama(total, weight), total.float().abs().amax() / 1000.0), total * 2
 
 
 def _static(y: torch.Tensor, *scales: Any) -> Any:
@@ -169,6 +179,11 @@ RULE = Rule(
     matches=(
         Example("llama", lambda x, w: _quantise(_llama(x, w)), _inputs),
         Example("llama_dynamic_shape", lambda x, w: _quantise(_llama(x, w)), _inputs, dynamic=True),
+        Example(
+            "bounded",
+            lambda x, r, w, bound: (lambda total: (*_bounded(_llama(total, w), bound), total * 2))(x + r),
+            lambda d: (*_with_residual(d), torch.full((1,), 0.005, device=d)),
+        ),
         Example("gemma", lambda x, w: _quantise(_gemma(x, w)), _inputs),
         Example("torch", lambda x, w: _quantise(F.rms_norm(x, (64,), w, 1e-6)), _inputs),
         Example(
@@ -323,6 +338,7 @@ RULE = Rule(
             _with_scales(1),
             reason="norm dtype",
         ),
+        Example("bounded_by_the_sum", _bounded_by_residual, _with_residual, reason="the scale is computed too late"),
         Example("static_scale_of_the_sum", _scale_of_the_sum, _with_residual, reason="the scale is computed too late"),
         Example(
             "static_scale_a_row",

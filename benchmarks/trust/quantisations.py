@@ -70,6 +70,13 @@ def _fp8_quantize() -> Iterator[Call]:
         for what, layout in layouts.items():
             yield Call("fp8_quantize", what, quantised(layout, granularity))
 
+    def bounded(granularity: str) -> Callable[[Maker], Args]:
+        programs = "f32 min:s0 div:448.0", "f32 div:scale max:-448.0 min:448.0"
+        return lambda m: (m.randn(37, 136), granularity, *programs, E4, torch.full((1,), 1.5, device="cuda"))
+
+    for granularity in ("row", "tensor"):
+        yield Call("fp8_quantize", f"{granularity}, bounded", bounded(granularity))
+
 
 def _mxfp8_quantize() -> Iterator[Call]:
     yield Call("mxfp8_quantize", "plain", lambda m: (m.randn(37, 96), None, "rceil", False))

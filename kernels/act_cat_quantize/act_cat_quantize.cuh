@@ -142,13 +142,14 @@ int64_t take_columns(ActCatParams& p, int64_t* head, const TensorView& x, const 
 template <typename Row, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct ActCatQuantize {
   static_assert(Rowwise, "a scale for each row or block");
-  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_cat_quantize has no tensor operands for its programs");
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_cat_quantize has no operands of a value a row for its programs");
   using Chain = ToFp8<Program>;
   using In = typename Row::In;
 
   // The two that are nothing are what ops with one scale for a tensor are given.
   static void run(TensorView x, TensorView gate, Optional<TensorView> up, bool x_first, TensorView out, TensorView scale, Optional<TensorView>,
-                  Optional<TensorView>, double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
+                  Optional<TensorView>, Optional<TensorView> bound, double c0, double c1, double c2, double c3, double c4, double c5, double c6,
+                  double c7) {
     Device device;
     ActCatParams p{};
     const Rows rows = take_inputs<Row, Fp8>(p, gate, up, out, device);
@@ -166,7 +167,7 @@ struct ActCatQuantize {
     if (rows.rows == 0) return;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    p.scale = data(scale), p.consts = Consts::of(constants);
+    p.scale = data(scale), p.consts = Consts::of(constants, take_bound<ScaleProgram, Program>(bound, device));
     const bool vectors = inputs_in_vectors<Row>(p) && copied_in_vectors(p, head);
     const int64_t each = vectors ? 8 : 1;
     p.head = Divisor::of(head / each), p.act_cols = static_cast<int>(rows.cols / each), p.cols = columns / each;

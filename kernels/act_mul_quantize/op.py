@@ -8,8 +8,9 @@
 ``act``: "silu" (Llama, Mistral, Qwen, Phi), "gelu" (erf) or "gelu_tanh" (Gemma). gate and up [..., C] of one dtype, bf16, fp16
 or fp32, each with one pitch between its rows: two buffers, or the halves of one. Outputs: out [..., C] contiguous, scale
 [..., 1], [] or [..., C / 32]. Programs are those of ``kernels/steps.py``, MXFP8 that of ``moe/mx.py``. Static scales are
-those of ``kernels/static_scale.py``: one, none, or N with out [N, ..., C]; scale is [0] then. In every other mode ``scales`` is
-empty. C up to 32 768; no columns: ValueError. The kernel is act_quantize's, the op for every other form.
+those of ``kernels/static_scale.py``: one, none, or N with out [N, ..., C]; scale is [0] then. With a dynamic scale ``scales``
+has what bounds it, if that is a tensor (``kernels/quantized.py``). C up to 32 768; no columns: ValueError. The kernel is
+act_quantize's, the op for every other form.
 """
 
 from __future__ import annotations

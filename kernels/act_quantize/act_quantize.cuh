@@ -262,13 +262,13 @@ bool inputs_in_vectors(const ActQuantizeParams& p) {
 
 template <typename Row, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct ActQuantize {
-  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_quantize has no tensor operands");
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "act_quantize has no operands of a value a row");
   using Chain = ToFp8<Program>;
   using In = typename Row::In;
 
   // For a tensor with one scale `partial` is given. True: nothing has been done, for want of `y`.
   static bool run(TensorView gate, Optional<TensorView> up, TensorView out, TensorView scale, Optional<TensorView> y, Optional<TensorView> partial,
-                  double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
+                  Optional<TensorView> bound, double c0, double c1, double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
     ActQuantizeParams p{};
     const Rows rows = take_inputs<Row, Fp8>(p, gate, up, out, device);
@@ -284,7 +284,7 @@ struct ActQuantize {
     if (rows.rows == 0) return false;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    p.scale = data(scale), p.consts = Consts::of(constants);
+    p.scale = data(scale), p.consts = Consts::of(constants, take_bound<ScaleProgram, Program>(bound, device));
     const bool vectors = inputs_in_vectors<Row>(p);
     DeviceGuard guard(device.id());
     if (vectors) p.cols /= 8;

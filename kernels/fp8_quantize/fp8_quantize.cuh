@@ -6,7 +6,7 @@
 //
 //   Fp8QuantizeRow     x [R, C] (leading dims may be several), unit last stride, row pitch free; out likewise; scale R elements
 //   Fp8QuantizeTensor  x dense in any permutation, out alike; scale one element; workspace at least 1024 floats
-//   c0..c7 are the constants of both programs.
+//   bound    one fp32 element, which both programs may name as s0; c0..c7 are the constants of both.
 //
 // Rows: a row stays in registers between its maximum and its cast. 8 lanes take a row of at most 128 columns, a warp up to 1024,
 // a block of 128 to 1024 threads up to 4096, 8192, 16384 and 32768; wider rows are read twice (the second time mostly from L2).
@@ -114,11 +114,11 @@ __global__ void __launch_bounds__(kWideThreads) fp8_quantize_wide_row_kernel(con
 
 template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct Fp8QuantizeRow {
-  static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no tensor operands");
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no operands of a value a row");
   using Chain = ToFp8<Program>;
 
-  static void run(TensorView x, TensorView out, TensorView scale, double c0, double c1, double c2, double c3, double c4, double c5,
-                  double c6, double c7) {
+  static void run(TensorView x, TensorView out, TensorView scale, Optional<TensorView> bound, double c0, double c1, double c2, double c3,
+                  double c4, double c5, double c6, double c7) {
     Device device;
     TensorMatcher().dtype<In>().device(device).verify(x, "x");
     TensorMatcher().dtype<Fp8>().device(device).verify(out, "out");
@@ -133,11 +133,12 @@ struct Fp8QuantizeRow {
     if (x_rows.cols == 0) {
       TVM_FFI_THROW(ValueError) << "x: wanted at least one column, since an empty row has no maximum, found shape " << shape_of(x);
     }
+    const void* bound_data = take_bound<ScaleProgram, Program>(bound, device);
     if (x_rows.rows == 0) return;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
     Fp8QuantizeRowParams p{data(x),      data<uint8_t>(out), data(scale),    x_rows.rows,
-                           x_rows.cols, x_rows.pitch,       out_rows.pitch, Consts::of(constants)};
+                           x_rows.cols, x_rows.pitch,       out_rows.pitch, Consts::of(constants, bound_data)};
     const bool vectors = x_rows.cols % 8 == 0 && aligned(p.x, 16) && aligned(p.out, 8) && p.x_pitch * sizeof(In) % 16 == 0 &&
                          p.out_pitch % 8 == 0;
     DeviceGuard guard(device.id());
@@ -259,11 +260,11 @@ __global__ void __launch_bounds__(kOnceThreads) fp8_quantize_once_kernel(const _
 
 template <typename In, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct Fp8QuantizeTensor {
-  static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no tensor operands");
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "fp8_quantize has no operands of a value a row");
   using Chain = ToFp8<Program>;
 
-  static void run(TensorView x, TensorView out, TensorView scale, TensorView workspace, double c0, double c1, double c2, double c3,
-                  double c4, double c5, double c6, double c7) {
+  static void run(TensorView x, TensorView out, TensorView scale, TensorView workspace, Optional<TensorView> bound, double c0, double c1,
+                  double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
     TensorMatcher().dtype<In>().device(device).verify(x, "x");
     TensorMatcher().dtype<Fp8>().device(device).verify(out, "out");
@@ -280,7 +281,8 @@ struct Fp8QuantizeTensor {
       TVM_FFI_THROW(ValueError) << "workspace: wanted at least " << kTensorMaxPartials << " elements, found shape " << shape_of(workspace);
     }
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    Fp8QuantizeTensorParams p{data(x), data<uint8_t>(out), data(scale), data<float>(workspace), shape.cols, 0, 0, Consts::of(constants)};
+    const Consts consts = Consts::of(constants, take_bound<ScaleProgram, Program>(bound, device));
+    Fp8QuantizeTensorParams p{data(x), data<uint8_t>(out), data(scale), data<float>(workspace), shape.cols, 0, 0, consts};
     DeviceGuard guard(device.id());
     if (aligned(p.x, 16) && aligned(p.out, 8)) {
       p.count = shape.cols / 8, p.tail = shape.cols % 8;

@@ -455,15 +455,15 @@ bool norm_in_vectors(const NormQuantizeParams& p) {
 
 template <typename Row, bool Rowwise, typename Fp8, bool Saturated, typename ScaleT, typename ScaleProgram, typename Program>
 struct NormQuantize {
-  static_assert(!Program::kRow && !ScaleProgram::kRow, "norm_quantize has no tensor operands");
+  static_assert(!Program::kRow && !ScaleProgram::kRow, "norm_quantize has no operands of a value a row");
   using Chain = ToFp8<Program>;
   using In = typename Row::In;
 
   // For a tensor with one scale `partial` is given. True: nothing has been done, for want of `y`.
   static bool run(TensorView x, Optional<TensorView> residual, Optional<TensorView> weight, Optional<TensorView> bias,
                   Optional<TensorView> factor, Optional<TensorView> shift, double eps, TensorView out, TensorView scale, TensorView total,
-                  Optional<TensorView> kept, Optional<TensorView> y, Optional<TensorView> partial, double c0, double c1, double c2, double c3,
-                  double c4, double c5, double c6, double c7) {
+                  Optional<TensorView> kept, Optional<TensorView> y, Optional<TensorView> partial, Optional<TensorView> bound, double c0, double c1,
+                  double c2, double c3, double c4, double c5, double c6, double c7) {
     Device device;
     NormQuantizeParams p{};
     const Rows rows = take_norm<Row, Fp8>(p, {x, residual, {weight, bias, factor, shift}, eps, out, total, kept}, device);
@@ -476,7 +476,7 @@ struct NormQuantize {
     if (rows.rows == 0) return false;
 
     const double constants[kMaxConsts] = {c0, c1, c2, c3, c4, c5, c6, c7};
-    p.scale = data(scale), p.consts = Consts::of(constants);
+    p.scale = data(scale), p.consts = Consts::of(constants, take_bound<ScaleProgram, Program>(bound, device));
     if constexpr (!Rowwise) {
       p.partial = tensor_partials(*partial, device);
       if (y.has_value()) p.y = tensor_y<In>(*y, rows.rows * rows.cols, device);

@@ -13,7 +13,8 @@
 x [..., C] with one pitch between rows, residual alike, weight [C]; bf16, fp16 or fp32 each. Outputs: out [..., C] contiguous,
 scale [..., 1], [] or [..., C / 32], total [..., C] contiguous, or [0] without a residual. Programs are those of
 ``kernels/steps.py``, MXFP8 that of ``moe/mx.py``. Static scales are those of ``kernels/static_scale.py``: one, none, or N
-with out [N, ..., C]; scale is [0] then. In every other mode ``scales`` is empty.
+with out [N, ..., C]; scale is [0] then. With a dynamic scale ``scales`` has what bounds it, if that is a tensor
+(``kernels/quantized.py``).
 
 Only the mean's order of summation differs from eager: given the same r, every byte is eager's. A row with a NaN or an infinity
 becomes NaN as in eager. No columns: ValueError. The kernel is norm_quantize's, the op for every other norm.

@@ -5,6 +5,8 @@
 The kernel writes one node of that way, or beside it: the one from which everything else that is read elsewhere follows
 (`_written`). What x is scaled by, it computes from that node, or from the maximum itself: ``mul:scale|recip``. So each node has
 its own bytes: x times a reciprocal is never x over the scale. Nodes that follow from the written one stay in the graph.
+
+One step may be a bound by a tensor of one fp32 element, ``minimum(…, scale_ub)``: the kernel reads it, as ``s0``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.fx import Graph, Node
 from inductor_ext.calls import CONVERT, aten, is_call
 from inductor_ext.graph import call, constant_of, describe, erase_dead, is_reshape, known_equal, same_sizes, value_of
 from inductor_ext.kernels import steps
+from inductor_ext.kernels.quantized import BOUND, is_bounded
 from inductor_ext.kernels.steps import Step
 from inductor_ext.miss import SCALE_DTYPE, TOO_MANY_NUMBERS, Miss, found_or_none
 from inductor_ext.patterns.support.expression import Expression
@@ -33,8 +36,16 @@ _BY_NUMBER = {
     aten.div.Tensor: "div",
     aten.add.Tensor: "add",
     aten.clamp_min.default: "max",
+    aten.clamp_min.Tensor: "max",
     aten.maximum.default: "max",
     aten.clamp_max.default: "min",
+    aten.clamp_max.Tensor: "min",
+    aten.minimum.default: "min",
+}
+_BY_TENSOR = {
+    aten.clamp_min.Tensor: "max",
+    aten.maximum.default: "max",
+    aten.clamp_max.Tensor: "min",
     aten.minimum.default: "min",
 }
 _COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default)
@@ -90,22 +101,36 @@ class Amax:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One step up from a node: ``step`` of ``above`` gives it, None where only its shape differs; ``inner`` lie between."""
+    """One step up from a node: ``step`` of ``above`` gives it, None where only its shape differs; ``inner`` lie between.
+
+    ``bound`` is the tensor that the step names, and ``widens`` whether the value becomes fp32 before it, as that is.
+    """
 
     above: Node
     step: Step | None
     inner: frozenset[Node] = frozenset()
+    bound: Node | None = None
+    widens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicScale:
-    """``written = scale_program(max |x|)``, a row or a tensor; ``program`` is the chain's, made of it."""
+    """``written = scale_program(max |x|)``, a row or a tensor; ``program`` is the chain's, made of it.
+
+    ``bounds`` has what the programs call s0, if they do.
+    """
 
     amax: Amax
     written: Node
     granularity: str
     scale_program: str
     program: str
+    bounds: tuple[Node, ...] = ()
+
+    @property
+    def described(self) -> str:
+        bound = "".join(f"; s0 = {each.name}" for each in self.bounds)
+        return f"{self.granularity}: scale = {self.scale_program or 'amax'}; {self.program}{bound}"
 
     def put(self, graph: Graph, made: Node) -> None:
         """Let users of the written node read ``made``, the kernel's scale."""
@@ -216,13 +241,17 @@ def _widens(node: Any) -> bool:
 # ---- the way from it -------------------------------------------------------------------------------------------------
 
 
-def step(node: Node) -> Way:
-    """The step that makes ``node``, or a Miss."""
+def step(node: Node, amax: Node | None = None) -> Way:
+    """The step that makes ``node``, or a Miss. Given the maximum ``amax`` that it is made of, a bound may be a tensor."""
     if is_reshape(node) and _keeps_order(node):
         return Way(node.args[0], None)
     found = _convert(node) or _function(node) or _by_number(node) or _choice(node) or _by_bits(node)
+    if found is None and amax is not None:
+        found = _by_bound(node, amax)
     if found is None:
         wanted = "a convert, a rounding of the exponent, a reciprocal, or a sum, product, quotient or bound by a number"
+        if amax is not None:
+            wanted += ", or a bound by one float32 element"
         raise Miss("a step of the scale is not one the kernel computes", node, wanted, describe(node))
     return found
 
@@ -269,6 +298,41 @@ def _by_number(node: Node) -> Way | None:
     if op == "add" and dtype in (torch.bfloat16, torch.float16):
         return None  # a CPU rounds the number first, a GPU does not
     return Way(value, None if op in ("mul", "div") and number == 1 else Step(op, number))
+
+
+def _by_bound(node: Node, amax: Node) -> Way | None:
+    """A bound by one fp32 element, and the other side made of ``amax``, in fp32 where the element makes it so.
+
+    Of a maximum of 0 and a bound of -0 a GPU makes what eager mode makes there; a CPU may give the other sign.
+    """
+    if not is_call(node, *_BY_TENSOR):
+        return None
+    value, bound = node.args[:2]
+    if not (isinstance(value, Node) and isinstance(bound, Node)):
+        return None
+    if node.target in _COMMUTATIVE and not _leads(value, amax):
+        value, bound = bound, value
+    if not _leads(value, amax) or _leads(bound, amax):
+        return None
+    known, made, given = value_of(node), value_of(value), value_of(bound)
+    one = given.dtype is torch.float32 and all(known_equal(size, 1) for size in given.shape) and given.device == known.device
+    widens = made.dtype is not known.dtype
+    if not one or made.dtype not in FLOATS or known.dtype not in (made.dtype, torch.float32):
+        return None
+    return Way(value, Step(_BY_TENSOR[node.target], BOUND), bound=bound, widens=widens)
+
+
+def _leads(node: Node, amax: Node) -> bool:
+    """Whether ``node`` is made of ``amax``, as far as `amax_above` looks."""
+    pending, seen = [node], set[Node]()
+    while pending and len(seen) < REACH:
+        each = pending.pop()
+        if each is amax:
+            return True
+        if each not in seen:
+            seen.add(each)
+            pending.extend(each.all_input_nodes)
+    return False
 
 
 def _choice(node: Node) -> Way | None:
@@ -343,10 +407,16 @@ class _Ways:
         self.chain = {*chain.inner, chain.cast}
         self.up: dict[Node, Way] = {}
         self.path = [scale]
+        self.bounds: tuple[Node, ...] = ()
         while self.path[-1] is not amax.node:
             node = self.path[-1]
-            self.up[node] = step(node)
-            self.path.append(self.up[node].above)
+            self.up[node] = way = step(node, amax.node)
+            if way.bound not in (None, *self.bounds):
+                self.bounds += (way.bound,)  # type: ignore[arg-type]
+            self.path.append(way.above)
+        if len(self.bounds) > 1:
+            found = ", ".join(map(describe, self.bounds))
+            raise Miss("the scale has several bounds", scale, "one tensor that bounds it", found)
         self.inner = frozenset().union(*(way.inner for way in self.up.values()))
 
     def written(self, node: Node) -> Node | None:
@@ -361,8 +431,8 @@ class _Ways:
                     return node
                 continue
             if user not in self.up:
-                way = found_or_none(step, user)
-                if way is None or way.above is not node or way.inner:
+                way = found_or_none(step, user, self.amax.node)
+                if way is None or way.above is not node or way.inner or way.bound not in (None, *self.bounds):
                     return node
                 self.up[user] = way
             found = self.written(user)
@@ -376,6 +446,8 @@ class _Ways:
             way = self.up[node]
             if way.step is not None:
                 made.append(way.step)
+            if way.widens:
+                made.append(Step("to", torch.float32))
             node = way.above
         return made[::-1]
 
@@ -405,7 +477,8 @@ def trace(chain: Chain, scale: Node) -> DynamicScale:
         if written in ways.path:
             raise Miss(TOO_MANY_NUMBERS, chain.cast, f"at most {steps.MAX_CONSTS}", str(numbers))
         written = ways.up[written].above  # nearer to the maximum: what is made of it is left to the graph
-    return DynamicScale(amax, written, granularity, scale_program, program)
+    bounds = ways.bounds if is_bounded(scale_program, program) else ()
+    return DynamicScale(amax, written, granularity, scale_program, program, bounds)
 
 
 def _program(chain: Chain, ways: _Ways, scale: Node, written: Node, first: list[Step]) -> str:
@@ -429,7 +502,8 @@ def _check_sign(amax: Amax, ways: _Ways) -> None:
         way = ways.up[node]
         if len(way.above.users) > 1:
             break
-        if way.step is not None and way.step.op in ("max", "add") and way.step.operand > 0:  # type: ignore[operator]
+        by_number = way.step is not None and way.bound is None
+        if by_number and way.step.op in ("max", "add") and way.step.operand > 0:  # type: ignore[operator, union-attr]
             return
         if way.step is not None and way.step.op != "to":
             break

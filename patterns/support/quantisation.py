@@ -69,7 +69,7 @@ class Quantisation:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Granularity, scale program, program, dtype and static scales, as the ops take them."""
-        return self.scale.granularity, self.scale.scale_program, self.scale.program, self.chain.dtype, []
+        return self.scale.granularity, self.scale.scale_program, self.scale.program, self.chain.dtype, list(self.scale.bounds)
 
     @property
     def granularity(self) -> str:
@@ -81,13 +81,16 @@ class Quantisation:
 
     @property
     def detail(self) -> str:
-        scale = self.scale
-        return f"{scale.granularity}: scale = {scale.scale_program or 'amax'}; {scale.program} → {self.chain.dtype}"
+        return f"{self.scale.described} → {self.chain.dtype}"
 
     @property
     def nodes(self) -> tuple[Node, Node]:
         """What is replaced: what is made of the maximum and read elsewhere, and the cast."""
         return self.scale.written, self.chain.cast
+
+    def behind(self, place: Node) -> list[Node] | Node:
+        """What makes the bound of the scale and stands behind ``place``, as of `StaticQuantisation`."""
+        return static_quantisation.behind(self.scale.bounds, place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,16 +223,16 @@ def _put_blocks(graph: Graph, node: Node, out: Node, scale: Node) -> None:
 
 
 def check_place(found: AnyQuantisation, place: Node) -> None:
-    """Miss where a static scale is not known at ``place``, where the kernel will be called."""
-    behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
+    """Miss where a static scale, or the bound of a dynamic one, is not known at ``place``, where the kernel will be called."""
+    behind = [] if isinstance(found, BlockQuantisation) else found.behind(place)
     if isinstance(behind, Node):
         raise Miss(SCALE_LATE, behind, f"scales before {describe(place)}", describe(behind))
 
 
 def make_room(found: AnyQuantisation, place: Node) -> None:
-    """Move what makes static scales, and sizes of views, before ``place``."""
+    """Move what makes static scales, bounds of dynamic ones, and sizes of views, before ``place``."""
     if isinstance(found, Quantisation):
         found.chain.make_room(place)
-    behind = found.behind(place) if isinstance(found, StaticQuantisation) else []
+    behind = [] if isinstance(found, BlockQuantisation) else found.behind(place)
     for node in behind if isinstance(behind, list) else ():
         place.prepend(node)

@@ -55,18 +55,23 @@ class StaticQuantisation:
         return tuple(chain.cast for chain in self.chains)
 
     def behind(self, place: Node) -> list[Node] | Node:
-        """What makes the scales and stands behind ``place``, in order, to be moved before it; or what cannot be moved."""
-        behind: set[Node] = set()
-        pending = list(self.scales)
-        while pending:
-            node = pending.pop()
-            if node < place or node in behind or node.op == "placeholder":
-                continue
-            if node is place or not (node.op == "get_attr" or is_pure(node)):
-                return node
-            behind.add(node)
-            pending.extend(node.all_input_nodes)
-        return sorted(behind)
+        """`behind` of the scales."""
+        return behind(self.scales, place)
+
+
+def behind(scales: Iterable[Node], place: Node) -> list[Node] | Node:
+    """What makes ``scales`` and stands behind ``place``, in order, to be moved before it; or what cannot be moved."""
+    behind: set[Node] = set()
+    pending = list(scales)
+    while pending:
+        node = pending.pop()
+        if node < place or node in behind or node.op == "placeholder":
+            continue
+        if node is place or not (node.op == "get_attr" or is_pure(node)):
+            return node
+        behind.add(node)
+        pending.extend(node.all_input_nodes)
+    return sorted(behind)
 
 
 @dataclasses.dataclass(frozen=True)

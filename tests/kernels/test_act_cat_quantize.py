@@ -195,6 +195,24 @@ def test_columns_on_the_cpu(library: ctypes.CDLL, x_first: bool, name: str) -> N
             check(name, x, gate, up, x_first, out, scale)
 
 
+def test_a_bound_of_the_scale_on_the_cpu(library: ctypes.CDLL) -> None:
+    x, gate, bound = rows((5, 24)), rows((5, 64), seed=6), torch.tensor([7.0])
+    out, scale = torch.full((5, 88), 0x55, dtype=U8), torch.full((5,), -1.0)
+    error = ctypes.create_string_buffer(500)
+
+    def bounded(given: Any) -> int:
+        pointers = [ctypes.byref(cuda_on_cpu.Given.of(each)) for each in (x, gate, out, scale)]
+        return int(library.bounded(*pointers[:2], given, *pointers[2:], error, 500))
+
+    assert bounded(None) == 1 and "bound: wanted a tensor, which the programs name" in error.value.decode()
+    assert bounded(ctypes.byref(cuda_on_cpu.Given.of(bound))) == 0, error.value.decode()
+    y = torch.cat((x, _plus_abs(gate)), -1).float()
+    want = y.abs().amax(-1, keepdim=True).clamp(max=7.0) / 448.0
+    assert bool((y.abs().amax(-1) > 7.0).any())
+    assert_same_bytes(scale, want.view(-1))
+    assert_same_bytes(out.view(E4), (y / want).clamp(-448.0, 448.0).to(E4))
+
+
 @pytest.mark.parametrize("name", ["gelu_tanh", "gelu_mul"])
 @pytest.mark.parametrize("x_first", [True, False])
 @pytest.mark.parametrize(("height", "copied", "columns"), [(132, 40, 960), (71, 512, 1024), (41, 264, 3000), (6, 8192, 16384)])

@@ -143,6 +143,16 @@ def test_quantize(shape: tuple[int, ...], granularity: str, dtype: torch.dtype) 
     assert_all_same_bytes(found, op_named("fp8_quantize").reference(x, granularity, *TORCHAO, E4))
 
 
+@pytest.mark.parametrize("bound", [0.0, 3.5, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("shape", [(7, 13), (64, 1024), (5, 20000)], ids=str)
+def test_quantize_within_a_bound(shape: tuple[int, ...], granularity: str, bound: float) -> None:
+    x, given = (torch.randn(shape, device="cuda") * 9).bfloat16(), torch.full((1,), bound, device="cuda")
+    programs = "min:s0 div:448.0 f32", "f32 mul:amax|f32|min:s0|recip|mul:448.0 max:-448.0 min:448.0"
+    found = ops.fp8_quantize(x, granularity, *programs, E4, given)
+    assert_all_same_bytes(found, op_named("fp8_quantize").reference(x, granularity, *programs, E4, given))
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-40])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_quantize_specials(granularity: str, special: float) -> None:

@@ -113,6 +113,37 @@ def test_norm(monkeypatch: Any, library: Any, rows: int, columns: int, residual:
     assert ((apart <= 1) | ((out.int() & 127) + (want.view(U8).int() & 127) <= 1)).all()
 
 
+@pytest.mark.parametrize("bound", [2.0, 1e30, float("nan")])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 96), (9, 264), (3, 13), (2, 4096)])
+def test_a_bound_of_the_scale(library: Any, rows: int, columns: int, granularity: str, bound: float) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)).to(BF16)
+    out, scale, partial = results(x)
+    scale = torch.full((rows if granularity == "row" else 1,), -1.0)
+    run, given = getattr(library, f"bounded_{granularity}"), torch.tensor([bound])
+    assert called(run, x, out, scale, given, partial) == 0
+    amax = x.float().abs().amax(-1, keepdim=True) if granularity == "row" else x.float().abs().amax()
+    want = torch.minimum(amax, given) / 448.0
+    assert_same_bytes(scale, want.reshape(-1))
+    assert_same_bytes(out.view(E4), (x.float() / want).clamp(-448.0, 448.0).to(E4))
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (None, "bound: wanted a tensor, which the programs name, found none"),
+        (torch.ones(2), "bound: wanted one element, found shape"),
+    ],
+)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_a_bound_that_is_none(library: Any, granularity: str, bound: torch.Tensor | None, message: str) -> None:
+    x = torch.ones(1, 8).to(BF16)
+    out, scale, partial = results(x)
+    with pytest.raises(AssertionError, match=message):
+        called(getattr(library, f"bounded_{granularity}"), x, out, scale, bound, partial)
+    assert bool((out == 0x55).all()) and scale.item() == -1.0
+
+
 @pytest.mark.parametrize(
     ("dtype", "special"), [(BF16, None), (BF16, float("nan")), (FP16, float("inf")), (FP32, None)], ids=str
 )

@@ -80,6 +80,20 @@ def test_fp8_quantize_passes_nan_on_to_its_row_only() -> None:
     assert bool(s.isnan()) and bool(q.float().isnan().all())
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_fp8_quantize_within_a_bound(shape: Any, granularity: str, dtype: torch.dtype) -> None:
+    x, bound = (torch.randn(9, 40) * 13).to(dtype), torch.full(shape, 19.3)
+    q, s = ops.fp8_quantize(x, granularity, "min:s0 f32 div:448.0", "f32 div:scale max:-448.0 min:448.0", E4, bound)
+    amax = x.double().abs().amax(-1, keepdim=True) if granularity == "row" else x.double().abs().amax()
+    scale = (amax.clamp(max=bound.to(dtype).item()) / 448.0).float()
+    assert_same_bytes(s, scale)
+    assert s.shape == ((9, 1) if granularity == "row" else ()) and bool((amax > 19.3).any())
+    quotient = (x.double() / scale.double()).float().double()
+    assert torch.equal(q.double(), rounded(quotient.clamp(-448, 448), E4))
+
+
 def test_fp8_quantize_of_zero_and_infinite_rows() -> None:
     x = torch.zeros(3, 8)
     x[1, 0] = float("inf")
@@ -131,6 +145,10 @@ def test_fp8_downcast_errors(arguments: Any, error: type[Exception], message: st
         ((X[:, :0], "row", "", "div:scale", E4), ValueError, "wanted at least one element in what is reduced"),
         ((X, "row", "mul:s0", "div:scale", E4), ValueError, "names s0, but 0 operands"),
         ((X, "row", "mul:scale", "div:scale", E4), ValueError, "names a dynamic scale"),
+        ((X, "row", "", "div:scale", E4, S), ValueError, "bound: wanted one tensor if .* name s0, else none, found 1 for none"),
+        ((X, "row", "min:r0", "div:scale", E4, S), ValueError, "bound: wanted one tensor .* found 1 for r0"),
+        ((X, "row", "min:s0", "div:scale", E4, S.half()), TypeError, "bound: wanted a float32 bound, found torch.float16"),
+        ((X, "row", "min:s0", "div:scale", E4, X), ValueError, r"bound: wanted a bound of one element, found shape \(4, 8\)"),
         ((X, "row", "mul:1.0 " * 5, "mul:1.0 " * 5, E4), ValueError, "at most 8 numbers in both programs together"),
     ],
 )

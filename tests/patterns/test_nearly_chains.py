@@ -31,6 +31,15 @@ NEARLY_AMAX: dict[str, Callable[..., Any]] = {
     "of_halves": lambda x, y: x.view(32, 2, 16).abs().amax(-1, keepdim=True).expand(32, 2, 16).reshape(32, 32).float(),
     "of_pairs_of_rows": lambda x, y: x.view(16, 64).abs().amax(-1, keepdim=True).float().repeat_interleave(2, 0),
     "mean": lambda x, y: x.abs().mean(-1, keepdim=True).float(),
+    "bounded_by_a_row": lambda x, y: x.abs().amax(-1, keepdim=True).float().clamp(max=y[:, :1].float().abs()),
+    "bounded_by_a_maximum_of_maxima": lambda x, y: (lambda a: torch.minimum(a, a.amax() * 0.5))(
+        x.abs().amax(-1, keepdim=True).float()
+    ),
+    "bounded_by_two": lambda x, y: torch.minimum(
+        torch.minimum(x.abs().amax(-1, keepdim=True).float(), y[0, 0].float().abs()), y[1, 1].float().abs()
+    ),
+    "bounded_in_bf16": lambda x, y: torch.minimum(x.abs().amax(-1, keepdim=True), y[0, 0].abs()).float(),
+    "bounded_in_double": lambda x, y: torch.minimum(x.abs().amax(-1, keepdim=True).double(), y[0, 0].double().abs()).float(),
     "constant_tensor_over_it": lambda x, y: torch.full((), 4.0) / x.abs().amax(-1, keepdim=True).float(),
 }
 
@@ -52,6 +61,7 @@ SPELLED_AMAX: dict[str, Callable[..., Any]] = {
     "of_all_by_max": lambda x: x.abs().max().float() / 448.0,
     "of_rows_that_are_split": lambda x: x.view(8, 4, 32).abs().amax(-1, keepdim=True).view(32, 1).float() / 448.0,
     "in_double": lambda x: (x.abs().amax(-1, keepdim=True).double() / 448.0).float(),
+    "bounded": lambda x: (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(max=torch.tensor(0.01)),
     "of_both_dimensions": lambda x: x.abs().amax((0, 1)).float() / 448.0,
 }
 
@@ -59,6 +69,45 @@ SPELLED_AMAX: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", list(SPELLED_AMAX))
 def test_maxima_of_rows_and_of_all(name: str) -> None:
     check("fp8_quantize", lambda x: scaled(x, SPELLED_AMAX[name](x)), square() * 9, count=1)
+
+
+BOUNDED: dict[str, Callable[..., Any]] = {
+    "from_above": lambda a, b: torch.minimum(a.float(), b) / 448.0,
+    "from_below": lambda a, b: torch.maximum(b, a.float()) / 448.0,
+    "bound_first": lambda a, b: torch.minimum(b, a.float() / 448.0),
+    "widened_by_it": lambda a, b: torch.minimum(a, b.view(1)) / 448.0,
+    "in_bf16": lambda a, b: torch.minimum(a, b.view(())).float() / 448.0,
+    "twice_by_one": lambda a, b: torch.minimum(torch.minimum(a.float(), b) / 448.0, b),
+    "with_a_dimension_more": lambda a, b: (torch.minimum(a.view(32), b.view(1, 1)) / 448.0).view(32, 1),
+}
+
+
+@pytest.mark.parametrize("name", list(BOUNDED))
+def test_a_tensor_that_bounds_the_scale(name: str) -> None:
+    def bounded(x: Any, b: Any) -> Any:
+        return scaled(x, BOUNDED[name](x.abs().amax(-1, keepdim=True), b))
+
+    for size in (15.0, 1e30, 0.0):
+        check("fp8_quantize", bounded, square() * 9, torch.full((1,), size), count=1)
+
+
+def test_a_bound_that_is_computed_behind_what_is_written() -> None:
+    def late(x: Any, b: Any) -> Any:
+        amax = x.abs().amax(-1, keepdim=True).float()
+        return *scaled(x, torch.minimum(amax, (b * 3).sum())), amax  # type: ignore[misc]
+
+    check("fp8_quantize", late, square() * 9, torch.ones(5), count=1)
+
+
+def test_a_bound_that_is_made_of_what_is_written() -> None:
+    def made(x: Any, b: Any) -> Any:
+        amax = x.abs().amax(-1, keepdim=True).float()
+        far = amax.sum()
+        for _ in range(60):  # past what is searched
+            far = (far * b).sin()
+        return *scaled(x, torch.minimum(far.abs(), amax)), amax  # type: ignore[misc]
+
+    refused("fp8_quantize", made, square() * 9, torch.full((), 0.9), reason="the scale is computed too late")
 
 
 def test_maxima_of_the_rows_of_a_transposed_tensor() -> None:

@@ -38,6 +38,21 @@ struct RowOver448 {
   static Nothing prepare(const Env&) { return {}; }
   static void apply(Nothing, float (&v)[1]) { v[0] = v[0] == 0.0f ? 1.0f : v[0] / 448.0f; }
 };
+// The same of a maximum that is bounded by the one operand.
+struct BoundedOver448 {
+  static constexpr bool kRow = false;
+  struct Prepared {
+    float bound;
+  };
+  template <typename Env>
+  static Prepared prepare(const Env& env) { return {*static_cast<const float*>(env.operands[0])}; }
+  static void apply(const Prepared& p, float (&v)[1]) {
+    if (v[0] == v[0] && !(v[0] <= p.bound)) v[0] = p.bound;  // a bound that is NaN too
+    RowOver448::apply({}, v);
+  }
+  template <typename F>
+  static void visit(F&& visit) { visit(0, false, 0.0f); }
+};
 struct AsGiven {  // no program: the scale itself
   template <typename Env>
   static Nothing prepare(const Env&) { return {}; }

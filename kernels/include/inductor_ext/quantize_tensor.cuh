@@ -10,12 +10,13 @@
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/reduce.cuh"
 #include "inductor_ext/steps.cuh"
+#include "inductor_ext/tensor.h"
 
 namespace inductor_ext {
 
 template <typename ScaleProgram>
 __device__ __forceinline__ float scale_of(const Consts& consts, uint32_t amax_bits) {
-  Env env{consts, nullptr};
+  Env env{consts, &consts.bound};
   float value[1] = {__uint_as_float(amax_bits)};
   ScaleProgram::apply(ScaleProgram::prepare(env), value);
   return value[0];
@@ -23,9 +24,25 @@ __device__ __forceinline__ float scale_of(const Consts& consts, uint32_t amax_bi
 
 template <typename Chain>
 __device__ __forceinline__ typename Chain::Prepared prepare_scaled(const Consts& consts, float scale, uint32_t amax_bits) {
-  Env env{consts, nullptr};
+  Env env{consts, &consts.bound};
   env.scale = scale, env.amax = __uint_as_float(amax_bits);
   return Chain::prepare(env);
+}
+
+// The one element that the programs of a dynamic scale name as s0, such as a bound of the scale, where they do.
+template <typename... Programs>
+const void* take_bound(const Optional<TensorView>& bound, Device& device) {
+  bool named = false;
+  (VisitOperands<Programs>::with([&](int, bool, auto) { named = true; }), ...);
+  if (named != bound.has_value()) {
+    TVM_FFI_THROW(ValueError) << "bound: wanted " << (named ? "a tensor, which the programs name" : "none, since no program names it")
+                              << ", found " << (named ? "none" : "a tensor");
+  }
+  if (!named) return nullptr;
+  const TensorView given = *bound;
+  TensorMatcher().dtype<float>().device(device).verify(given, "bound");
+  if (given.numel() != 1) TVM_FFI_THROW(ValueError) << "bound: wanted one element, found shape " << shape_of(given);
+  return data(given);
 }
 
 struct Fp8QuantizeTensorParams {

@@ -32,9 +32,11 @@ constexpr int kMaxOperands = 4;
 struct Consts {  // by value among the kernel's parameters
   float value[kMaxConsts];
   float inverse[kMaxConsts];  // 1.0f / value
+  const void* bound;          // tensor operand 0 of the programs of a dynamic scale, one element; or null
 
-  static Consts of(const double (&c)[kMaxConsts]) {
+  static Consts of(const double (&c)[kMaxConsts], const void* bound = nullptr) {
     Consts consts;
+    consts.bound = bound;
     for (int i = 0; i < kMaxConsts; ++i) {
       consts.value[i] = static_cast<float>(c[i]);
       consts.inverse[i] = 1.0f / consts.value[i];
@@ -342,10 +344,16 @@ struct VisitStep<Step<T, Row<I, S>>> {
   template <typename F>
   static void with(F&& visit) { visit(I, true, S{}); }
 };
-template <template <typename, typename> class Step, typename T, typename Operand, typename Program>
-struct VisitStep<Step<T, Through<Operand, Program>>> : VisitStep<Step<T, Operand>> {};
 template <typename Program>
-struct VisitOperands;
+struct VisitOperands {  // of what is none of Steps, such as MxScale: nothing
+  template <typename F>
+  static void with(F&&) {}
+};
+template <template <typename, typename> class Step, typename T, typename Operand, typename Program>
+struct VisitStep<Step<T, Through<Operand, Program>>> {
+  template <typename F>
+  static void with(F&& visit) { VisitStep<Step<T, Operand>>::with(visit), VisitOperands<Program>::with(visit); }
+};
 template <typename... S>
 struct VisitOperands<Steps<S...>> {
   template <typename F>

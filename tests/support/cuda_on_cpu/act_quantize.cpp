@@ -15,7 +15,7 @@ bool run(char mode, const Given* gate, const Given* up, const Given* out, const 
   }
   const auto dynamic = [&](auto rowwise) {
     return ActQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, RowOver448, ByScale>::run(
-        view(*gate), maybe(up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);
+        view(*gate), maybe(up), view(*out), view(*scale), maybe(y), maybe(partial), {}, 0, 0, 0, 0, 0, 0, 0, 0);
   };
   return mode == 'r' ? dynamic(std::true_type{}) : dynamic(std::false_type{});
 }

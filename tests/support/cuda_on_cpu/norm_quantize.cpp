@@ -21,7 +21,7 @@ struct Norms {
     const auto dynamic = [&](auto rowwise) {
       return NormQuantize<Row, decltype(rowwise)::value, __nv_fp8_e4m3, true, float, RowOver448, ByScale>::run(
           view(*x), maybe(residual), maybe(weight), maybe(bias), maybe(factor), maybe(shift), eps, view(*out), view(*scale), of(total), maybe(kept),
-          maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);
+          maybe(y), maybe(partial), {}, 0, 0, 0, 0, 0, 0, 0, 0);
     };
     return mode == 'r' ? dynamic(std::true_type{}) : dynamic(std::false_type{});
   }

@@ -35,7 +35,7 @@ int attempt_once(char* error, int length, F&& f) {
       const auto with = [&](auto has) {                                                                                        \
         using Op = NormQuantize<NormRow<In, W, In, decltype(has)::value ? Sum::kRounded : Sum::kNone, false, CastThenWeight, false>, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>; \
         return Op::run(view(*x), maybe(residual), view(*weight), {}, {}, {}, eps, view(*out), view(*scale), view(*total), {}, maybe(y), maybe(partial), \
-                       0, 0, 0, 0, 0, 0, 0, 0);                                                                                \
+                       {}, 0, 0, 0, 0, 0, 0, 0, 0);                                                                                \
       };                                                                                                                       \
       return residual ? with(std::true_type{}) : with(std::false_type{});                                                      \
     });                                                                                                                        \
@@ -44,13 +44,24 @@ int attempt_once(char* error, int length, F&& f) {
                                 const Given* partial, char* error, int length) {                                               \
     using Op = ActQuantize<ActRow<In, Gated<PlusAbs>, Inputs::kTwo>, false, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                           \
     return attempt_once(error, length, [&] {                                                                                   \
-      return Op::run(view(*gate), view(*up), view(*out), view(*scale), maybe(y), maybe(partial), 0, 0, 0, 0, 0, 0, 0, 0);      \
+      return Op::run(view(*gate), view(*up), view(*out), view(*scale), maybe(y), maybe(partial), {}, 0, 0, 0, 0, 0, 0, 0, 0);      \
     });                                                                                                                        \
   }                                                                                                                            \
   extern "C" int alone_##name(const Given* x, const Given* out, const Given* scale, const Given* partial, char* error, int length) { \
     using Op = Fp8QuantizeTensor<In, __nv_fp8_e4m3, true, float, Over448<In>, ByScale>;                                        \
-    return attempt(error, length, [&] { Op::run(view(*x), view(*out), view(*scale), view(*partial), 0, 0, 0, 0, 0, 0, 0, 0); }); \
+    return attempt(error, length, [&] { Op::run(view(*x), view(*out), view(*scale), view(*partial), {}, 0, 0, 0, 0, 0, 0, 0, 0); }); \
   }
+// Beside a bound of the scale, which may be missing.
+#define BOUNDED(name, Op, ...)                                                                                                  \
+  extern "C" int bounded_##name(const Given* x, const Given* out, const Given* scale, const Given* bound, const Given* partial, \
+                                char* error, int length) {                                                                      \
+    return attempt(error, length, [&] {                                                                                         \
+      Op<__nv_bfloat16, __nv_fp8_e4m3, true, float, BoundedOver448, ByScale>::run(view(*x), view(*out), view(*scale),           \
+                                                                                  __VA_ARGS__ maybe(bound), 0, 0, 0, 0, 0, 0, 0, 0); \
+    });                                                                                                                         \
+  }
+BOUNDED(row, Fp8QuantizeRow)
+BOUNDED(tensor, Fp8QuantizeTensor, view(*partial),)
 VARIANT(bf16, __nv_bfloat16, __nv_bfloat16)
 VARIANT(fp16, __half, float)
 VARIANT(fp32, float, float)

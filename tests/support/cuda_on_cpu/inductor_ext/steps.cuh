@@ -17,8 +17,10 @@ inline float estimate_of_inverse(float v) { return std::nextafter(1.0f / v, 0.0f
 constexpr int kMaxConsts = 8;
 struct Consts {
   float value[kMaxConsts];
-  static Consts of(const double (&c)[kMaxConsts]) {
+  const void* bound;
+  static Consts of(const double (&c)[kMaxConsts], const void* bound = nullptr) {
     Consts consts;
+    consts.bound = bound;
     std::copy(std::begin(c), std::end(c), consts.value);
     return consts;
   }
@@ -34,7 +36,13 @@ using ToFp8 = Program;
 template <typename Program>
 struct VisitOperands {
   template <typename F>
-  static void with(F&& visit) { Program::visit(visit); }
+  static void with(F&& visit) { with<Program>(visit, 0); }
+
+ private:
+  template <typename P, typename F>
+  static auto with(F& visit, int) -> decltype(P::visit(visit)) { return P::visit(visit); }
+  template <typename P, typename F>
+  static void with(F&, long) {}  // names no operand
 };
 
 }  // namespace inductor_ext
