@@ -200,7 +200,7 @@ def host_overhead(modules: dict[str, Any]) -> dict[str, float]:
     return {
         "fp8_downcast": timing.call_time(lambda: stat(x, out, s, None, None, None, *clamps)) * 1e6,
         "downcast_fp8": timing.call_time(lambda: kv(k, k, cache, cache, s, s, loc, 1, 0, False, False, *clamps)) * 1e6,
-        "fp8_quantize row": timing.call_time(lambda: quant(x, out, scale, *scaled)) * 1e6,
+        "fp8_quantize row": timing.call_time(lambda: quant(x, out, scale, None, *scaled)) * 1e6,
     }
 
 

@@ -79,7 +79,7 @@ def quantize_unit(x: torch.dtype, fp8: torch.dtype, name: str) -> Unit:
 
 
 def quantize(module: Any, kind: str, name: str, fp8: torch.dtype, x: Any, out: Any, scale: Any, *workspace: Any) -> None:
-    getattr(module, kind)(x, out, scale, *workspace, *steps.padded_constants(*recipes(fp8)[name]))
+    getattr(module, kind)(x, out, scale, *workspace, None, *steps.padded_constants(*recipes(fp8)[name]))
 
 
 def store_unit(x: torch.dtype, fp8: torch.dtype, loc: torch.dtype, chain: str = "f32_div") -> Unit:
