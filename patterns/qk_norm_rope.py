@@ -28,7 +28,7 @@ from inductor_ext.miss import HEAD_DIM, INPUT_LAYOUT, Miss, found_or_none, fused
 from inductor_ext.patterns.support import rope
 from inductor_ext.patterns.support.attention_examples import sdpa
 from inductor_ext.patterns.support.columns import hoist, refresh
-from inductor_ext.patterns.support.rope import NOT_A_ROTATION, Rope, Table
+from inductor_ext.patterns.support.rope import COMPLEX, NO_TABLES, NOT_A_ROTATION, Rope, Table
 from inductor_ext.patterns.support.same import in_order, same_elements
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
@@ -73,7 +73,8 @@ def _usable(add: Node, forced: bool) -> Rope | None:
     if not isinstance(columns, int) or columns % 8 or columns > MAX_HEAD_DIM:
         raise Miss(HEAD_DIM, found.end, f"a multiple of 8, at most {MAX_HEAD_DIM}", str(columns))
     for value, node in ((x, found.x.node), (found.cos.value, found.cos.node), (found.sin.value, found.sin.node)):
-        if not known_equal(value.stride(-1), 1):
+        apart = value.dim() == 4 and node is found.cos.node and not known_equal(value.stride(-2), 2)  # of cos and sin in one
+        if apart or not known_equal(value.stride(-1), 1):
             strides = f"{describe(node)} strides {list(value.stride())}"
             raise Miss(INPUT_LAYOUT, found.end, "columns of unit stride", strides)
     reader = None if _same_strides(found.result, value_of(found.end)) else _reader_by_layout(found.end)
@@ -130,10 +131,11 @@ def _partner(found: Rope, add: Node, forced: bool, fits: Fits) -> Rope | None:
 def _rotations_by(table: Node) -> Iterator[Node]:
     """Anchors of rotations that may multiply something by ``table`` or a view of it."""
     for user in table.users:
-        if is_reshape(user):
+        if is_reshape(user) or is_call(user, aten.select.int):  # cos of a table that has both
             yield from _rotations_by(user)
         elif is_call(user, aten.mul.Tensor):
             yield from (rope.anchor_of(add) for add in user.users if is_call(add, aten.add.Tensor))
+            yield from (real for real in user.users if is_call(real, aten.view_as_real.default))
 
 
 def _place(ropes: Sequence[Rope]) -> Node:
@@ -367,12 +369,52 @@ def _phi(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
     return sdpa(q, k.repeat_interleave(2, 1), x[0])[0]
 
 
-def _as_complex(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
+def _turned_as_complex(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
+def _as_complex(qkv: Any, table: Any) -> tuple[torch.Tensor, ...]:
     """Llama's reference code."""
+    return tuple(_turned_as_complex(x, table.view(1, -1, 1, D // 2)) for x in _heads(qkv))
+
+
+def _as_complex_with_a_norm(qkv: Any, table: Any, q_weight: Any, k_weight: Any) -> tuple[torch.Tensor, ...]:
+    """transformers' Llama 4 without the text of its norm, heads before positions."""
+    heads = zip(_heads(qkv), (q_weight, k_weight), strict=True)
+    return tuple(_turned_as_complex(_llama_norm(x, weight), table[:, :, None, :]) for x, weight in heads)
+
+
+def _as_complex_flat(qkv: Any, table: Any) -> torch.Tensor:
+    """fp32 all the way, and the heads beside one another: no view of it has a head's columns."""
     q = _heads(qkv)[0]
-    pairs = torch.view_as_complex(q.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.complex(cos.float(), sin.float())[..., : D // 2].unsqueeze(2)
-    return torch.view_as_real(turned).flatten(3).type_as(q)
+    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * table.view(1, -1, 1, D // 2)
+    return torch.view_as_real(turned).flatten(2)
+
+
+def _as_complex_of_halves(qkv: Any, table: Any) -> torch.Tensor:
+    """Columns of both halves make a number."""
+    q = _heads(qkv)[0]
+    pairs = torch.view_as_complex(q.float().unflatten(-1, (2, -1)).transpose(-1, -2).contiguous())
+    return torch.view_as_real(pairs * table.view(1, -1, 1, D // 2)).flatten(-2).type_as(q)
+
+
+def _torchtune(qkv: Any, table: Any) -> tuple[torch.Tensor, ...]:
+    """One table of cosines and sines in turn, which sections of a cache are."""
+
+    def one(x: torch.Tensor) -> torch.Tensor:
+        pairs, both = x.float().reshape(*x.shape[:-1], -1, 2), table.view(-1, x.shape[1], 1, D // 2, 2)
+        real = pairs[..., 0] * both[..., 0] - pairs[..., 1] * both[..., 1]
+        imaginary = pairs[..., 1] * both[..., 0] + pairs[..., 0] * both[..., 1]
+        return torch.stack([real, imaginary], -1).flatten(3).type_as(x)
+
+    q, k = _heads(qkv)
+    return one(q), one(k)
+
+
+def _torchtune_of_halves(qkv: Any, table: Any) -> torch.Tensor:
+    q, both = _heads(qkv)[0].float(), table.view(-1, qkv.shape[1], 1, D // 2, 2)
+    return _by_halves(q, both[..., 0], both[..., 1]).type_as(qkv)
 
 
 def _last_columns(qkv: Any, cos: Any, sin: Any) -> torch.Tensor:
@@ -427,6 +469,21 @@ def _three_tables(device: str) -> tuple[torch.Tensor, ...]:
     return _inputs(device)[0], angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
+def _one_table(device: str) -> tuple[torch.Tensor, ...]:
+    angles = torch.randn(6, D // 2, device=device) * 9
+    return _inputs(device)[0], torch.stack((angles.cos(), angles.sin()), -1)
+
+
+def _complex_table(device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    return _inputs(device, dtype)[0], torch.view_as_complex(_one_table(device)[1])
+
+
+def _complex_tables(device: str) -> tuple[torch.Tensor, ...]:
+    angles = torch.randn(3, 6, D // 2, device=device) * 9
+    qkv, *_, q_weight, k_weight = _weighted(device)
+    return qkv, torch.complex(angles.cos(), angles.sin()), q_weight, k_weight
+
+
 def _linear(device: str) -> tuple[torch.Tensor, ...]:
     qkv, cos, sin = _inputs(device)
     w, bias = (torch.randn(*shape, device=device).bfloat16() for shape in ((qkv.shape[-1], 32), (qkv.shape[-1],)))
@@ -464,7 +521,7 @@ RULE = Rule(
     guard=guard,
     replace=replace,
     exact=False,
-    cost="the norm's mean is summed in another order; without a norm every byte is the same",
+    cost="the norm's mean is summed in another order, a complex product rounds its fp32 after each step; else the same bytes",
     matches=(
         Example("qwen3", _qwen3, _weighted),
         Example("qwen3_dynamic_shape", _qwen3, _weighted, dynamic=True),
@@ -493,6 +550,11 @@ RULE = Rule(
         Example("selected_tables", _selected, _three_tables),
         Example("after_a_bias", _biased, _linear),
         Example("turned_in_pairs", _turned_by(_interleaved), _inputs),
+        Example("one_table_of_both", _torchtune, _one_table),
+        Example("complex", _as_complex, _complex_table),
+        Example("complex_dynamic_shape", _as_complex, _complex_table, dynamic=True),
+        Example("complex_conjugated", lambda qkv, table: _as_complex(qkv, table.conj())[0], _complex_table),
+        Example("complex_with_a_norm", _as_complex_with_a_norm, _complex_tables),
     ),
     near_misses=(
         Example("not_the_middle", _turned_by(_uneven), _inputs, reason=NOT_A_ROTATION),
@@ -503,7 +565,9 @@ RULE = Rule(
             _inputs,
             reason="what is rotated is not what is multiplied by cos",
         ),
-        Example("complex_numbers", _as_complex, _inputs, reason="the rotation is a complex product"),
+        Example("one_table_of_halves", _torchtune_of_halves, _one_table, reason="input layout"),
+        Example("complex_flat", _as_complex_flat, lambda d: _complex_table(d, torch.float32), reason=COMPLEX),
+        Example("complex_of_halves", _as_complex_of_halves, _complex_table, reason=COMPLEX),
         Example("last_columns", _last_columns, _inputs, reason="only part of a head is rotated"),
         Example("turned_is_read", _turned_is_read, _inputs, reason="a step of the rotation has a second user"),
         Example("normalised_is_read", _normalised_is_read, _weighted, reason="a step of the rotation has a second user"),
@@ -511,7 +575,7 @@ RULE = Rule(
             "a_table_a_head",
             lambda qkv, cos, sin: (lambda q: q * cos + _rotate_half(q) * sin)(_heads(qkv)[0].transpose(1, 2)),
             _a_table_a_head,
-            reason="cos and sin are not tables of positions",
+            reason=NO_TABLES,
         ),
         Example("other_dtypes", lambda qkv, cos, sin: _qwen2(qkv, cos.float(), sin), _inputs, reason="dtypes"),
         Example(

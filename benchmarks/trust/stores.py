@@ -73,12 +73,13 @@ def _qk_norm_rope() -> Iterator[Call]:
     def turned(
         batch: int, tokens: int, dim: int, norm: str = "cast mul", *, tables: torch.dtype = BF16, k: bool = True,
         dtype: torch.dtype = BF16, one_table: bool = True, pairs: bool = False, rotary: int = 0, halved: bool = False,
+        joined: bool = False,
     ) -> Callable[[Maker], Args]:  # fmt: skip
         def make(m: Maker) -> Args:
             keys, queries = m.randn(batch, tokens, 9 * dim, dtype=dtype).unflatten(-1, (9, dim)).split([2, 7], 2)
             weights = [m.rand(dim, dtype=dtype) if norm else None for _ in range(2 if k else 1)]
             columns = (rotary or dim) // (2 if halved else 1)
-            cos, sin = (m.randn(1 if one_table else batch, tokens, columns, dtype=tables) for _ in range(2))
+            cos, sin = (m.randn(1 if one_table else batch, tokens, columns, *[2] * joined, dtype=tables) for _ in range(2))
             return queries, keys if k else None, *(*weights, None)[:2], cos, sin, 1e-6, norm, dtype, pairs, rotary
 
         return make
@@ -94,6 +95,7 @@ def _qk_norm_rope() -> Iterator[Call]:
     yield Call("qk_norm_rope", "halves, tables of half a head", turned(2, 33, 128, "", halved=True))
     yield Call("qk_norm_rope", "pairs", turned(2, 33, 64, "", pairs=True))
     yield Call("qk_norm_rope", "pairs, half tables in fp32", turned(1, 37, 80, "", pairs=True, halved=True, tables=FP32))
+    yield Call("qk_norm_rope", "pairs, complex table", turned(2, 37, 80, "", pairs=True, halved=True, tables=FP32, joined=True))
     yield Call("qk_norm_rope", "32 of 80 columns", turned(1, 37, 80, rotary=32, halved=True), ROUNDED)
     yield Call("qk_norm_rope", "pairs of 64 of 128 columns", turned(1, 37, 128, "", pairs=True, rotary=64, halved=True))
     yield Call("qk_norm_rope", "12 of 18 columns, not aligned", turned(1, 37, 18, "", pairs=True, rotary=12))

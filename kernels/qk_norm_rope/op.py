@@ -8,7 +8,8 @@ so many columns are turned, the first ones, and the others are y's; 0 is all of 
 
 q [B, S, H, D] and k [B, S, Hkv, D] (or None) with unit last stride, the others free: columns of one qkv buffer, or permuted.
 cos and sin [1 or B, S, R], in q's dtype or in fp32: those make products and sum fp32, as type promotion does. They have R/2
-columns where both columns that are turned with each other have the same numbers. Weights [D].
+columns where both columns that are turned with each other have the same numbers. By pairs one table may have both, [1 or B, S,
+R/2, 2], as ``view_as_real`` of complex numbers gives it: cos is that then, and sin, of its shape, is not read. Weights [D].
 q and k are bf16, fp16 or fp32, D even, 2 to 256. Outputs, contiguous: [B, S, H, D] and [B, S, Hkv, D], or [0] without k.
 
 Only the mean's order of summation differs from eager: without a norm every byte is eager's.
@@ -36,6 +37,8 @@ def reference(
     sin: torch.Tensor, eps: float, norm: str, dtype: torch.dtype, pairs: bool = False, rotary: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     columns = rotary or q.shape[-1]
+    if cos.dim() == 4:  # has both
+        cos, sin = cos.unbind(-1)
     if cos.shape[-1] != columns:  # one number for two columns
         cos, sin = (each.repeat_interleave(2, -1) if pairs else each.repeat(1, 1, 2) for each in (cos, sin))
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
@@ -88,11 +91,14 @@ def check(
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype not in (q.dtype, torch.float32) or table.dtype != cos.dtype:
             raise TypeError(f"{op}: {name}: wanted {q.dtype}, as {one}, or float32, cos and sin alike, found {table.dtype}")
-        sizes = 1 if table.dim() == 3 and table.shape[0] == 1 else q.shape[0], q.shape[1]
-        if table.dim() != 3 or table.shape[:2] != sizes or table.shape[2] not in (columns, columns // 2):
+        sizes = 1 if table.dim() in (3, 4) and table.shape[0] == 1 else q.shape[0], q.shape[1]
+        own = (columns, columns // 2) if table.dim() == 3 else (columns // 2,)
+        known = table.dim() == 3 or (table.dim() == 4 and pairs and table.shape[3] == 2)
+        if not known or table.shape[:2] != sizes or table.shape[2] not in own:
             wanted = f"[1 or {q.shape[0]}, {q.shape[1]}, {columns} or {columns // 2}]"
+            wanted += f", or [1 or {q.shape[0]}, {q.shape[1]}, {columns // 2}, 2]" if pairs else ""
             raise ValueError(f"{op}: {name}: wanted shape {wanted}, found {tuple(table.shape)}")
-    if cos.shape[0] != sin.shape[0] or cos.shape[2] != sin.shape[2]:
+    if cos.dim() != sin.dim() or cos.shape[0] != sin.shape[0] or cos.shape[2] != sin.shape[2]:
         raise ValueError(f"{op}: sin: wanted the shape of cos, {tuple(cos.shape)}, found {tuple(sin.shape)}")
     if dtype not in (q.dtype, cos.dtype):
         raise TypeError(f"{op}: dtype: wanted that of {one} or of cos, {q.dtype} or {cos.dtype}, found {dtype}")
@@ -126,7 +132,8 @@ def turn(q: torch.Tensor, cos: torch.Tensor, pairs: bool, rotary: int) -> tuple[
     halved = cos.shape[2] != (rotary or q.shape[3])
     if not (pairs or halved or partial):
         return ()
-    return (f"inductor_ext::Turn<{', '.join(str(each).lower() for each in (pairs, halved, partial))}>",)
+    flags = (pairs, halved, partial, *((True,) if cos.dim() == 4 else ()))
+    return (f"inductor_ext::Turn<{', '.join(str(each).lower() for each in flags)}>",)
 
 
 def types(

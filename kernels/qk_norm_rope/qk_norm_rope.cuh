@@ -5,6 +5,7 @@
 //         or the same with (-y[1], y[0], -y[3], y[2], …), by pairs: rope.cuh's Turn says which
 //
 //   q [B, S, H, D], k [B, S, Hkv, D] or none, unit last stride; cos, sin [1 or B, S, R or R/2], unit last stride; weights [D]
+//   or cos [1 or B, S, R/2, 2], which has cos and sin in turn, as complex numbers are; sin is not read then
 //   q_out [B, S, H, D], k_out [B, S, Hkv, D] contiguous.   R even, by pairs a multiple of 4; 2 <= R <= D <= 256, D even
 //
 // A group of L lanes takes up to N heads of one token. A lane holds the same elements of both halves of what is turned of a head,
@@ -176,8 +177,7 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
     const int i = (u * L + lane) * E;
     cos_low[u].zero(), cos_high[u].zero(), sin_low[u].zero(), sin_high[u].zero();
     if (active && i < p.half) {
-      load_table<Turn>(cos_low[u], cos_high[u], cos, i, p.half);
-      load_table<Turn>(sin_low[u], sin_high[u], sin, i, p.half);
+      load_tables<Turn>(cos_low[u], cos_high[u], sin_low[u], sin_high[u], cos, sin, i, p.half);
     }
     if constexpr (Norm::kNorm) {
       const W* weight = static_cast<const W*>(side.weight);
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kQkBlock) qk_norm_rope_kernel(const __grid_con
 template <typename In, typename W, typename Table, typename Out, typename Norm, typename Turn = Halves>
 struct QkOperands {
   Device device;
-  Symbol batch{"B"}, sequence{"S"}, heads{"H"}, kv_heads{"Hkv"}, columns{"D"}, tables{"1 or B"}, numbers{"R or R/2"};
+  Symbol batch{"B"}, sequence{"S"}, heads{"H"}, kv_heads{"Hkv"}, columns{"D"}, tables{"1 or B"}, numbers{"R or R/2"}, both{"2"};
   int64_t rotary = 0;     // R, once the tables are taken
   bool sixteen = true, eight = true;  // whether vectors of 16 and of 8 bytes, or what E elements are, can be loaded
 
@@ -292,8 +292,13 @@ struct QkOperands {
     if (rotary % (Turn::kPairs ? 4 : 2) != 0) {
       TVM_FFI_THROW(ValueError) << "rotary: wanted a multiple of " << (Turn::kPairs ? 4 : 2) << ", found " << rotary;
     }
-    TensorMatcher({tables, sequence, numbers}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
-    TensorMatcher({tables, sequence, numbers}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
+    if constexpr (Turn::kJoined) {
+      TensorMatcher({tables, sequence, numbers, both}).dtype<Table>().strides({kAny, kAny, 2, 1}).device(device).verify(cos, "cos");
+      if (both.value() != 2) TVM_FFI_THROW(ValueError) << "cos: wanted cos and sin in turn, found shape " << shape_of(cos);
+    } else {
+      TensorMatcher({tables, sequence, numbers}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(cos, "cos");
+      TensorMatcher({tables, sequence, numbers}).dtype<Table>().strides({kAny, kAny, 1}).device(device).verify(sin, "sin");
+    }
     if (numbers.value() != (Turn::kHalfTables ? rotary / 2 : rotary)) {
       TVM_FFI_THROW(ValueError) << "cos: wanted " << (Turn::kHalfTables ? "half of " : "") << rotary << " columns, found shape "
                                 << shape_of(cos);
@@ -307,8 +312,11 @@ struct QkOperands {
       TVM_FFI_THROW(ValueError) << name << ": wanted an even last dimension of 2 to 256, found shape " << shape_of(x);
     }
     p.cos = data(cos), p.cos_batch = strided(cos, 0), p.cos_token = strided(cos, 1);
-    p.sin = data(sin), p.sin_batch = strided(sin, 0), p.sin_token = strided(sin, 1);
-    lies(p.cos, sizeof(Table), {p.cos_batch, p.cos_token}), lies(p.sin, sizeof(Table), {p.sin_batch, p.sin_token});
+    lies(p.cos, sizeof(Table), {p.cos_batch, p.cos_token});
+    if constexpr (!Turn::kJoined) {
+      p.sin = data(sin), p.sin_batch = strided(sin, 0), p.sin_token = strided(sin, 1);
+      lies(p.sin, sizeof(Table), {p.sin_batch, p.sin_token});
+    }
     p.sequence = static_cast<uint32_t>(sequence.value()), p.half = static_cast<int>(rotary / 2);
     p.width = static_cast<int>(width);
     p.eps = static_cast<float>(eps), p.per_column = 1.0f / static_cast<float>(width);

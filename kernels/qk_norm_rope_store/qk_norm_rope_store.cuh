@@ -108,8 +108,7 @@ struct KvStore {
           load_half(low[u], x + i), load_half(high[u], x + p.half + i);
         }
         if (of_v) continue;
-        load_table<Turn>(cos_low[u], cos_high[u], cos, i, p.half);
-        load_table<Turn>(sin_low[u], sin_high[u], sin, i, p.half);
+        load_tables<Turn>(cos_low[u], cos_high[u], sin_low[u], sin_high[u], cos, sin, i, p.half);
         if constexpr (Norm::kNorm) {
           const W* weight = static_cast<const W*>(k.weight);
           load_half(weight_low[u], weight + i), load_half(weight_high[u], weight + p.half + i);

@@ -36,13 +36,15 @@ class Cell(NamedTuple):
     sign: int = 1
 
 
-def trace(node: Node, stops: Collection[Node] = (), *, wide: bool = True) -> tuple[list[Cell], set[Node]] | None:
-    """The cells of ``node``'s last dimension, and the nodes that were looked through; None if it is not a small number.
+def trace(
+    node: Node, stops: Collection[Node] = (), *, wide: bool = True, tail: int = 1
+) -> tuple[list[Cell], set[Node]] | None:
+    """The cells of ``node``'s last ``tail`` dimensions, and the nodes that were looked through; None if they have no few sizes.
 
     Nothing is looked for above ``stops``, nor with ``wide=False`` above a convert.
     """
     walk = _Walk(stops, wide)
-    found = walk.cells(node, 1)
+    found = walk.cells(node, tail)
     return None if found is None else (found, walk.seen)
 
 

@@ -8,7 +8,12 @@
 A rotation is read column by column (`cells`): each column of the result is a column of x times one of cos, plus or minus a
 column of x times one of sin, the products and the sum each in one dtype. How halves, pairs and signs are taken and put together
 again, before or behind the arithmetic, makes no difference then. Tables have R columns, or R/2 that serve both halves, or both
-of a pair.
+of a pair. By pairs one table may have both, [..., R/2, 2], cos and sin in turn.
+
+    complex      view_as_real(view_as_complex(x.float(), as pairs) * table), the table complex: by pairs too
+
+Eager mode's complex product rounds its four products, and its sums, in another way on each device: at most one unit in the last
+place of fp32 apart from what the kernel does, which rounds each.
 
 cos and sin have one number for each position (and batch) and column: they broadcast over the heads, and where they do tells
 which dimension the heads are. Tables in fp32 make the products fp32: the rotation may then begin with a cast to fp32, and its
@@ -26,6 +31,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import CONVERT, aten, is_call, is_convert
 from inductor_ext.graph import call, describe, is_reshape, known_equal, same_sizes, value_of
+from inductor_ext.memory import is_view
 from inductor_ext.miss import DTYPES, Miss, found_or_none, no_other_users
 from inductor_ext.patterns.support import cells, rms_norm
 from inductor_ext.patterns.support.cells import Cell
@@ -39,6 +45,7 @@ ANCHORS = (aten.add.Tensor, aten.cat.default, aten.view_as_real.default)
 
 PART_OF_A_HEAD, FIRST_COLUMNS = "only part of a head is rotated", "the first columns of a head, and the others as they are"
 NOT_A_ROTATION = "the rotation is not by halves nor by pairs"
+COMPLEX, NO_TABLES = "the complex product is not read as a rotation", "cos and sin are not tables of positions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,10 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """cos or sin as [1 or B, S, R or R/2], in the products' dtype: what broadcasts over the heads, less that dimension."""
+    """cos or sin as [1 or B, S, R or R/2], in the products' dtype: what broadcasts over the heads, less that dimension.
+
+    Both in one are [1 or B, S, R/2, 2], of which a complex ``node`` has no last dimension.
+    """
 
     node: Node
     heads_dim: int  # of a node that has as many dimensions as x; -1 where the table has no such dimension
@@ -75,11 +85,15 @@ class Table:
     def value(self) -> torch.Tensor:
         value = value_of(self.node)
         with value.fake_mode:
+            value = torch.view_as_real(value) if value.is_complex() else value
             value = value if self.heads_dim < 0 else value.squeeze(self.heads_dim)
             return (value if self.batched else value.unsqueeze(0)).to(self.dtype)
 
     def put(self, graph: Graph, like: Node) -> Node:
         node = self.node
+        if value_of(node).is_complex():
+            views = (user for user in node.users if is_call(user, aten.view_as_real.default) and user < like)
+            node = next(views, None) or call(graph, aten.view_as_real.default, node, like=like)
         if value_of(node).dtype is not self.dtype:
             made = (user for user in node.users if is_convert(user, self.dtype) and user < like)  # of another layer
             node = next(made, None) or call(graph, CONVERT, node, self.dtype, like=like)
@@ -149,15 +163,12 @@ def trace(anchor: Node) -> Rope | None:
     Of nested concatenations the outermost that is a rotation counts, and what it joins is none by itself.
     """
     if is_call(anchor, aten.view_as_real.default):
-        _check_complex(anchor)
+        read = _complex(anchor)
+    else:
+        read = _real(anchor)
+    if read is None:
         return None
-    end = _whole(anchor)
-    width = _columns(end)
-    if width is None or any(found_or_none(trace, outer) for outer in _joins(anchor)):
-        return None
-    found = _read(end, width)
-    if found is None:
-        return None
+    end, found = read
     x, inner = found.x, found.inner
     dtype = value_of(x).dtype
     if value_of(end).dtype is torch.float32 and dtype is not torch.float32 and len(end.users) == 1:
@@ -165,7 +176,7 @@ def trace(anchor: Node) -> Rope | None:
         if is_convert(user, dtype):
             inner.add(end)
             end = user
-    dtypes = [value_of(each).dtype for each in (found.cos, found.sin)]
+    dtypes = [_numbers_of(each) for each in (found.cos, found.sin)]
     known = found.dtype in (dtype, torch.float32) and value_of(end).dtype in (dtype, found.dtype)
     widened = found.dtype is torch.float32 and dtypes[0] in (torch.bfloat16, torch.float16)  # x is, and takes them along
     if not known or dtypes[0] is not dtypes[1] or not (dtypes[0] is found.dtype or widened):
@@ -186,12 +197,76 @@ def trace(anchor: Node) -> Rope | None:
     return Rope(end, view, norm, *tables, *rotation, to_rows, frozenset(kept - {end}))
 
 
-def _check_complex(real: Node) -> None:
-    """Miss of a product of complex numbers that are pairs of columns; how it is rounded is each device's own affair."""
-    product = real.args[0]
-    if is_call(product, aten.mul.Tensor) and any(is_call(side, aten.view_as_complex.default) for side in product.args[:2]):
-        wanted = "cos and sin as real tensors: eager mode's complex product is rounded in another way on each device"
-        raise Miss("the rotation is a complex product", real, wanted, describe(product))
+def _numbers_of(table: Node) -> torch.dtype:
+    """The dtype of the real numbers in a table."""
+    dtype = value_of(table).dtype
+    return torch.float32 if dtype is torch.complex64 else dtype  # type: ignore[no-any-return]
+
+
+def _real(anchor: Node) -> tuple[Node, _Read] | None:
+    end = _whole(anchor)
+    width = _columns(end)
+    if width is None or any(found_or_none(trace, outer) for outer in _joins(anchor)):
+        return None
+    found = _read(end, width)
+    return None if found is None else (end, found)
+
+
+def _complex(real: Node) -> tuple[Node, _Read] | None:
+    """The rotation of pairs of columns, as complex numbers, by a complex table; None where no such are multiplied."""
+    product: Any = real.args[0]
+    sides = product.args[:2] if is_call(product, aten.mul.Tensor) else ()
+    if not any(is_call(side, aten.view_as_complex.default) for side in sides):
+        return None
+    shape = value_of(product).shape
+    numbers, table = product.args[:2]
+    if not is_call(numbers, aten.view_as_complex.default) or not same_sizes(value_of(numbers).shape, shape):
+        numbers, table = table, numbers
+    if not is_call(numbers, aten.view_as_complex.default) or not same_sizes(value_of(numbers).shape, shape):
+        raise Miss(COMPLEX, product, "heads as complex numbers, of the product's shape", describe(product))
+    half = _columns(numbers)
+    known = isinstance(table, Node) and value_of(table).dtype is torch.complex64 and not _is_conjugated(table)
+    if not known or value_of(product).dtype is not torch.complex64:
+        raise Miss(DTYPES, product, "two tensors of complex64, not conjugated", ", ".join(map(describe, sides)))
+    if half is None or _columns(table) != half:
+        raise Miss(NO_TABLES, product, "one number a position and pair, for all heads", describe(table))
+    flattened = _flattened(real, 2 * half)
+    if flattened is None:
+        wanted = f"its only reader to make rows of {2 * half} columns of it"
+        raise Miss(COMPLEX, real, wanted, describe(next(iter(real.users), real)))
+    end, inner = flattened
+    pairs = x = numbers.args[0]
+    while x is not None and (cells.widens(x) or not same_sizes(value_of(x).shape, value_of(end).shape)):
+        x = cells.above(x)
+    read = None if x is None else cells.trace(pairs, (x,), tail=2)
+    if x is None or read is None or read[0] != [Cell(x, column) for column in range(2 * half)]:
+        raise Miss(COMPLEX, numbers, f"neighbouring columns of one x as pairs, {list(value_of(end).shape)}", describe(pairs))
+    inner |= {real, product, numbers, *read[1]}
+    return end, _Read(x, table, table, True, 2 * half, torch.float32, inner - {end, x}, joined=True)
+
+
+def _is_conjugated(table: Node) -> bool:
+    """Whether what is in memory is the conjugate, which has no view as real numbers; Inductor's graphs have copies of such."""
+    at: Any = table
+    while is_view(at):
+        if is_call(at, aten._conj.default):
+            return True
+        at = at.args[0]
+    return False
+
+
+def _flattened(real: Node, width: int) -> tuple[Node, set[Node]] | None:
+    """The view of pairs as ``width`` columns, and what is between, perhaps a cast; None if ``real`` has other readers."""
+    at, shape, inner = real, [*value_of(real).shape[:-2], width], set[Node]()
+    while len(at.users) == 1:
+        (user,) = at.users
+        if is_reshape(user) and same_sizes(value_of(user).shape, shape) and not is_call(user, aten.permute.default):
+            return user, inner
+        if at is not real or not is_call(user, CONVERT):
+            break
+        inner.add(user)
+        at = user
+    return None
 
 
 def anchor_of(total: Node) -> Node:
@@ -240,6 +315,7 @@ class _Read:
     rotary: int
     dtype: torch.dtype  # of products and sums
     inner: set[Node]  # x and ``end`` excluded
+    joined: bool = False  # cos and sin are one node: complex, or [..., R/2, 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +429,10 @@ def _rotation(end: Node, columns: list[Cell], sums: dict[Node, tuple[_Product, .
             raise _other(end, f"column {column} of x[{one.own}] and x[{two.own}], with signs {one.sign:+} and {two.sign:+}")
         plain.append(one)
         turned.append(two)
-    cos, sin = _table_of(plain, rotary), _table_of(turned, rotary)
+    cos, sin = (_table_of(each, rotary, joined=True) for each in (plain, turned))
+    joined = cos is not None and sin is not None and cos[0] is sin[0] and _in_turn(cos[2], sin[2])
+    if not joined:
+        cos, sin = _table_of(plain, rotary), _table_of(turned, rotary)
     if cos is None or sin is None or _columns(cos[0]) != _columns(sin[0]):
         raise _other(end, "tables of other columns")
     by_sin = [(term.own, term.sign * sign) for term, sign in zip(turned, sin[1])]
@@ -361,9 +440,15 @@ def _rotation(end: Node, columns: list[Cell], sums: dict[Node, tuple[_Product, .
     if (pairs and not _pairing(by_sin, pairs=True)) or any(sign != 1 for sign in cos[1]):
         raise _other(end, f"columns {[term.own for term in turned]} of x times sin, with other signs or in another order")
     whole, half = list(range(rotary)), [column // 2 if pairs else column % (rotary // 2) for column in range(rotary)]
-    if any(table[2] != (whole if _columns(table[0]) == rotary else half) for table in (cos, sin)):
+    of_columns = (table[2] == (whole if _columns(table[0]) == rotary else half) for table in (cos, sin))
+    if not (pairs if joined else all(of_columns)):
         raise _other(end, "columns of cos and sin in another order")
-    return _Read(x, cos[0], sin[0], pairs, rotary, dtypes.pop(), inner)
+    return _Read(x, cos[0], sin[0], pairs, rotary, dtypes.pop(), inner, joined)
+
+
+def _in_turn(cos: list[int], sin: list[int]) -> bool:
+    """Whether these are the numbers of a table of cos and sin in turn, one of each for two columns that are neighbours."""
+    return cos == [column // 2 * 2 for column in range(len(cos))] and sin == [column + 1 for column in cos]
 
 
 def _other(end: Node, found: str) -> Miss:
@@ -397,14 +482,20 @@ def _same_rows(a: Node, b: Node) -> bool:
     return same_sizes(value_of(a).shape[:-1], value_of(b).shape[:-1])
 
 
-def _table_of(terms: list[_Term], rotary: int) -> tuple[Node, list[int], list[int]] | None:
-    """The nearest tensor of ``rotary`` columns or half as many that all terms' tables are of; their signs and columns in it."""
+def _table_of(terms: list[_Term], rotary: int, joined: bool = False) -> tuple[Node, list[int], list[int]] | None:
+    """The nearest tensor of ``rotary`` columns or half as many that all terms' tables are of; their signs and columns in it.
+
+    ``joined``: of [..., R/2, 2] instead, whose columns are counted in one row.
+    """
     at: Node | None = terms[0].table
     while at is not None:
-        if _columns(at) in (rotary, rotary // 2) and not is_call(at, aten.neg.default):
+        shape = value_of(at).shape
+        fits = list(shape[-2:]) == [rotary // 2, 2] if joined else _columns(at) in (rotary, rotary // 2)
+        if fits and not is_call(at, aten.neg.default):
             seen = {table: cells.trace(table, (at,), wide=False) for table in {term.table for term in terms}}
             of_it = all(each is not None and all(cell.node is at for cell in each[0]) for each in seen.values())
-            if of_it and all(_same_rows(table, at) for table in seen):
+            rows = shape[: -2 if joined else -1]
+            if of_it and all(same_sizes(value_of(table).shape[:-1], rows) for table in seen):
                 found = [seen[term.table][0][term.at] for term in terms]  # type: ignore[index]
                 return at, [cell.sign for cell in found], [cell.column for cell in found]
         at = None if is_call(at, CONVERT) else cells.above(at)
@@ -417,19 +508,25 @@ def _table_of(terms: list[_Term], rotary: int) -> tuple[Node, list[int], list[in
 def _layout(end: Node, found: _Read) -> tuple[int, tuple[Table, Table]]:
     """Which dimension of x the heads are, and the tables without it."""
     cos, sin = found.cos, found.sin
-    shape = [*value_of(found.x).shape[:-1], _columns(cos)]
+    shape = [*value_of(found.x).shape[:-1], _table_sizes(found, cos)[-1]]
     if len(shape) not in (3, 4):
         raise Miss("x is not heads of tokens", end, "3 or 4 dimensions", describe(found.x))
     for heads in (1, 2) if len(shape) == 4 else (1, 0):
-        tables = [_table(each, shape, heads, found.dtype) for each in (cos, sin)]
+        tables = [_table(each, _table_sizes(found, each), shape, heads, found.dtype) for each in (cos, sin)]
         if tables[0] is not None and tables[1] is not None and known_equal(tables[0].value.shape[0], tables[1].value.shape[0]):
             return heads, (tables[0], tables[1])
     wanted = "one number a position and column, for all heads"
-    raise Miss("cos and sin are not tables of positions", end, wanted, f"{describe(cos)} and {describe(sin)}")
+    raise Miss(NO_TABLES, end, wanted, f"{describe(cos)} and {describe(sin)}")
 
 
-def _table(node: Node, shape: Sequence[Any], heads: int, dtype: torch.dtype) -> Table | None:
-    sizes, missing = list(value_of(node).shape), len(shape) - value_of(node).dim()
+def _table_sizes(found: _Read, table: Node) -> list[Any]:
+    """Those of a table as far as it has the dimensions of x."""
+    value = value_of(table)
+    return list(value.shape[:-1] if found.joined and not value.is_complex() else value.shape)
+
+
+def _table(node: Node, sizes: list[Any], shape: Sequence[Any], heads: int, dtype: torch.dtype) -> Table | None:
+    missing = len(shape) - len(sizes)
     if missing < 0:
         return None
     padded = [1] * missing + sizes
@@ -441,7 +538,7 @@ def _table(node: Node, shape: Sequence[Any], heads: int, dtype: torch.dtype) -> 
     if batched and not known_equal(padded[0], 1) and not known_equal(padded[0], shape[0]):
         return None
     made = Table(node, heads - missing if heads >= missing else -1, batched and missing == 0, dtype)
-    if is_call(node, aten.unsqueeze.default) and made.batched and node.args[1] % len(shape) == heads:
+    if is_call(node, aten.unsqueeze.default) and made.batched and node.args[1] % value_of(node).dim() == heads:
         return Table(node.args[0], -1, True, dtype)
     return made
 

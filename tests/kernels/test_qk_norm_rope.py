@@ -130,6 +130,27 @@ def test_tables_of_half_as_many_columns(dtype: Any, pairs: bool, rotary: int) ->
         assert_same_bytes(each, other)
 
 
+@pytest.mark.parametrize("rotary", [0, 32, 4])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_one_table_that_has_cos_and_sin(dtype: Any, rotary: int) -> None:
+    q, k, none, cos, sin = operands((2, 5, 4, 2, 80), dtype, "", columns=(rotary or 80) // 2)
+    both = torch.stack((cos, sin), -1)
+    found = call(q, k, none, both, both, "", pairs=True, rotary=rotary)
+    for each, x in zip(found, (q, k), strict=True):
+        assert_same_bytes(each, _vllm(x, cos, sin, pairs=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "turn"),
+    [((1, 3, 32, 2), {}), ((1, 3, 32, 1), {"pairs": True}), ((1, 3, 64, 2), {"pairs": True}), ((3, 3, 32, 2), {"pairs": True})],
+)
+def test_a_table_that_has_not_cos_and_sin(shape: Any, turn: dict[str, Any]) -> None:
+    q, k, none, *_ = operands((2, 3, 4, 2, 64), norm="")
+    wanted = r"cos: wanted shape \[1 or 2, 3, 64 or 32\]" + (r", or \[1 or 2, 3, 32, 2\]" if turn else ", found")
+    with pytest.raises(ValueError, match=wanted):
+        call(q, k, none, torch.zeros(shape).bfloat16(), torch.zeros(shape).bfloat16(), "", **turn)
+
+
 def test_columns_that_are_not_rotated_are_normalised() -> None:
     q, k, weights, cos, sin = operands((2, 5, 4, 2, 64), columns=16)
     partly, _ = call(q, k, weights, cos, sin, "cast mul", rotary=16)
@@ -247,7 +268,7 @@ def kernels(arch: str) -> list[jit.JitSpec]:
 #: Of pairs, half tables, some columns: each once but halves of whole heads.
 TURNS = [
     f"inductor_ext::Turn<{', '.join(str(each).lower() for each in flags)}>"
-    for flags in itertools.product((False, True), repeat=3)
+    for flags in (*itertools.product((False, True), repeat=3), (True, True, False, True), (True, True, True, True))
     if any(flags)
 ]
 gpu = pytest.mark.gpu(kernels=kernels)
@@ -302,6 +323,9 @@ def test_every_way_to_turn(dtype: Any, norm: str) -> None:
             for shape in ((1, 1, 16, 8, d), (3, 37, 5, 1, d), (2, 1500, 7, 3, d)):
                 given = operands(shape, dtype, norm, columns=columns, device="cuda")
                 check(given, norm, pairs=pairs, rotary=rotary)
+                if pairs and halved:
+                    both = torch.stack(given[3:], -1)
+                    check([*given[:3], both, both], norm, pairs=True, rotary=rotary)
 
 
 @gpu

@@ -378,7 +378,8 @@ def on_cpu(library: ctypes.CDLL, case: Case, entry: str, check: bool = False, ke
 def _entry(case: Case) -> str:
     kind = {BF16: "bf16", FP32: "fp32"}[case.dtype] + ("" if case.norm else "_plain")
     columns = case.rotary or case.k.shape[-1]
-    turn = case.pairs, case.cos.shape[-1] != columns, case.rotary not in (0, case.k.shape[-1])
+    joined = case.cos.dim() == 4
+    turn = (case.pairs, joined or case.cos.shape[-1] != columns, case.rotary not in (0, case.k.shape[-1]), *[joined] * joined)
     kind += "_" + "".join(str(int(each)) for each in turn) if any(turn) else ""
     return f"{'fp8' if case.cache_dtype is E4 else 'copy'}_{kind}"
 
@@ -422,8 +423,9 @@ def test_source_at_every_head_dim(library: Any, dtype: Any, norm: str, d: int) -
         check_source(library, made((2, 3, 3, 1, d), dtype, norm, cache_dtype, by_sequence=True, keep_k=True))
 
 
-#: Dtype, norm, and what is turned: pairs, tables of half as many columns, some columns only.
+#: Dtype, norm, and what is turned: pairs, tables of half as many columns, some columns only; one table of cos and sin.
 TURNS = [
+    *((dtype, norm, turn) for dtype, norm, turn in ((BF16, "", "1101"), (FP32, "", "1111"), (BF16, "cast mul", "1111"))),
     *((BF16, "", turn) for turn in ("010", "001", "110", "101")),
     *((FP32, "", turn) for turn in ("011", "100", "110")),
     *((BF16, "cast mul", turn) for turn in ("011", "111")),
@@ -437,11 +439,13 @@ SOME_COLUMNS = [(16, 8), (24, 16), (64, 16), (72, 12), (80, 32), (128, 96), (256
 @pytest.mark.parametrize(("dtype", "norm", "turn"), TURNS, ids=str)
 def test_source_of_other_rotations(library: Any, dtype: Any, norm: str, turn: str, d: int, rotary: int) -> None:
     """The rotation is the reference's; what is stored of it, PyTorch's."""
-    pairs, halved, partial = (flag == "1" for flag in turn)
+    pairs, halved, partial, joined = (flag == "1" for flag in turn.ljust(4, "0"))
     columns = rotary if partial else d
     for cache_dtype, shape in ((E4, (2, 3, 5, 3, d)), (dtype, (1, 9, 3, 1, d))):
         case = made(shape, dtype, norm, cache_dtype, keep_k=True)
         cos, sin = (each[..., : columns // 2 if halved else columns] for each in (case.cos, case.sin))
+        if joined:
+            cos = sin = torch.stack((cos, sin), -1)
         case = dataclasses.replace(case, cos=cos, sin=sin, pairs=pairs, rotary=rotary if partial else 0)
         check_source(library, case)
         q, k = on_cpu(library, case, f"turn_{_entry(case).partition('_')[2]}")

@@ -42,6 +42,10 @@ def _stored(x: Any, y: Any) -> Any:
     return cache
 
 
+def _pairs(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+
+
 FUNCTIONS: dict[str, Function] = {
     "chain": lambda x, y: (x / y).clamp(-448, 448).to(E4),
     "chain_of_a_number": lambda x, y: (x * 0.5).to(E4),
@@ -55,6 +59,7 @@ FUNCTIONS: dict[str, Function] = {
     "gelu": lambda x, y: torch.nn.functional.gelu(x) * y,
     "product": lambda x, y: x * y,
     "complex_turn": lambda x, y: torch.view_as_real(x * y),
+    "complex_heads": lambda x, y: (lambda a, b: torch.view_as_real(a * b).flatten(-2).to(x.dtype))(_pairs(x), _pairs(y)),
     "rotation": lambda x, y: x * y + _turned(x) * y,
     "alpha": lambda x, y: torch.add(x * y, _turned(x) * y, alpha=2),
     "stored": lambda x, y: _stored(x, y),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import inductor_ext
+from inductor_ext.miss import Miss
+from inductor_ext.patterns.support import rope
 from tests.support.nearly import BF16, HALF, N, check, heads, refused, rotated, table
 
 # ---- rotations -------------------------------------------------------------------------------------------------------
@@ -346,3 +348,78 @@ def test_heads_of_a_symbolic_number_of_columns() -> None:
 
     given = heads(2, 3, 5, 16), table(1, 1, 5, 16), table(1, 1, 5, 16)
     check("qk_norm_rope", other, *given, count=0, dynamic=True)
+
+
+# ---- complex products ------------------------------------------------------------------------------------------------
+
+
+def numbers(x: Any) -> Any:
+    return torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+
+
+def columns(number: Any, x: Any) -> Any:
+    return torch.view_as_real(number).flatten(-2).type_as(x)
+
+
+NEARLY_COMPLEX: dict[str, Callable[..., Any]] = {
+    "quotient": lambda x, t: columns(numbers(x) / t, x),
+    "sum": lambda x, t: columns(numbers(x) + t, x),
+    "by_a_number": lambda x, t: columns(numbers(x) * 1j, x),
+    "in_double": lambda x, t: torch.view_as_real(
+        torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * t.to(torch.complex128)
+    ).flatten(-2).type_as(x),
+    "one_number_for_a_head": lambda x, t: columns(numbers(x) * t[..., :1], x),
+    "numbers_of_each_head": lambda x, t: columns(numbers(x) * (t + torch.ones(N, N, N, HALF)), x),
+    "of_two": lambda x, t: columns(
+        torch.view_as_complex(torch.stack((x[..., ::2].float(), x.flip(0)[..., 1::2].float()), -1)) * t, x
+    ),
+    "columns_in_another_order": lambda x, t: columns(
+        torch.view_as_complex(torch.stack((x[..., 1::2].float(), x[..., ::2].float()), -1)) * t, x
+    ),
+    "pairs_put_together_first": lambda x, t: columns(
+        torch.view_as_complex(torch.stack((x[..., ::2].float(), x[..., 1::2].float()), -1)) * t, x
+    ),
+    "product_is_read": lambda x, t: (lambda p: (columns(p, x), p.real * 2))(numbers(x) * t),
+    "numbers_are_read": lambda x, t: (lambda p: (columns(p * t, x), p.imag * 2))(numbers(x)),
+    "real_is_read": lambda x, t: (lambda r: (r.flatten(-2).type_as(x), r[..., 0] * 2))(torch.view_as_real(numbers(x) * t)),
+    "joined_beside_x": lambda x, t: torch.cat((columns(numbers(x) * t, x), x), -1),
+    "flattened_with_heads": lambda x, t: torch.view_as_real(numbers(x.float()) * t).flatten(-3),
+}
+
+
+@pytest.mark.parametrize("name", list(NEARLY_COMPLEX))
+def test_what_is_nearly_a_complex_rotation(name: str) -> None:
+    angles = torch.randn(1, N, 1, HALF)
+    check("qk_norm_rope", NEARLY_COMPLEX[name], heads().transpose(1, 2), torch.complex(angles.cos(), angles.sin()), count=0)
+
+
+SPELLED_COMPLEX: dict[str, Callable[..., Any]] = {
+    "table_first": lambda x, t: columns(t * numbers(x), x),
+    "cast_before_it_is_flat": lambda x, t: torch.view_as_real(numbers(x) * t).type_as(x).flatten(-2),
+    "left_in_fp32": lambda x, t: torch.view_as_real(numbers(x) * t).flatten(-2),
+    "of_fp32": lambda x, t: torch.view_as_real(numbers(x.float() * 2) * t).flatten(-2),
+    "heads_first": lambda x, t: columns(numbers(x.transpose(1, 2)) * t.transpose(1, 2), x).transpose(1, 2),
+    "rounded_twice": lambda x, t: torch.view_as_real(numbers(x) * t).flatten(-2).half().type_as(x),
+}
+
+
+@pytest.mark.parametrize("name", list(SPELLED_COMPLEX))
+def test_complex_rotations(name: str) -> None:
+    angles = torch.randn(1, N, 1, HALF)
+    check("qk_norm_rope", SPELLED_COMPLEX[name], heads().transpose(1, 2), torch.complex(angles.cos(), angles.sin()), count=1)
+
+
+def test_a_conjugate_in_memory_is_no_table() -> None:
+    """Inductor's graphs have copies of such; another pass may have left a view."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, angles = heads(), torch.randn(1, N, 1, HALF)
+    traced = make_fx(lambda x, t: columns(numbers(x) * t, x), tracing_mode="fake")(x, torch.complex(angles.cos(), angles.sin()))
+    product = next(node for node in traced.graph.nodes if node.target is torch.ops.aten.mul.Tensor)
+    with traced.graph.inserting_before(product):
+        turned = traced.graph.call_function(torch.ops.aten._conj.default, (product.args[1],))
+    turned.meta["val"] = product.args[1].meta["val"]
+    product.args = product.args[0], turned
+    (real,) = (node for node in traced.graph.nodes if node.target is torch.ops.aten.view_as_real.default)
+    with pytest.raises(Miss, match="dtypes"):
+        rope.trace(real)

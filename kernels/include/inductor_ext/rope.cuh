@@ -53,9 +53,11 @@ __device__ __forceinline__ Raw<Out, N> rotated(const Raw<In, N>& y, const Raw<In
 //   Pairs       columns 2i and 2i + 1 instead of i and i + half
 //   HalfTables  tables of one number for both columns
 //   Partial     there are columns behind the two halves, which are not turned
-template <bool Pairs, bool HalfTables, bool Partial>
+//   Joined      cos and sin are one table, a number of each in turn; of pairs, and of one number for both columns
+template <bool Pairs, bool HalfTables, bool Partial, bool Joined = false>
 struct Turn {
-  static constexpr bool kPairs = Pairs, kHalfTables = HalfTables, kPartial = Partial;
+  static_assert(!Joined || (Pairs && HalfTables), "joined tables have one cos and sin a pair");
+  static constexpr bool kPairs = Pairs, kHalfTables = HalfTables, kPartial = Partial, kJoined = Joined;
   static constexpr bool kPlain = !Pairs && !HalfTables && !Partial;
 };
 using Halves = Turn<false, false, false>;
@@ -88,6 +90,37 @@ __device__ __forceinline__ void load_table(Raw<T, N>& low, Raw<T, N>& high, cons
     Raw<T, N / 2> each;
     load_half(each, table + i / 2), twice(each, low);
     load_half(each, table + (half + i) / 2), twice(each, high);
+  }
+}
+
+// cos and sin of columns i to i + N from a joined table, whose place for column i is i: what a pair has two of, it has one each of.
+template <typename T, int N>
+__device__ __forceinline__ void load_joined(Raw<T, N>& cos, Raw<T, N>& sin, const T* table, int i) {
+  if constexpr (N == 1) {
+    load_half(cos, table + (i & ~1)), load_half(sin, table + (i | 1));
+  } else {
+    Raw<T, N> both;
+    load_half(both, table + i);
+#pragma unroll
+    for (int w = 0; w < Raw<T, N>::kWords; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        cos.words[w] = both.words[w & ~1], sin.words[w] = both.words[w | 1];
+      } else {
+        const uint32_t one = both.words[w] & 0xffffu, two = both.words[w] >> 16;
+        cos.words[w] = one | one << 16, sin.words[w] = two | two << 16;
+      }
+    }
+  }
+}
+
+// cos and sin for columns i to i + N of both halves.
+template <typename Turn, typename T, int N>
+__device__ __forceinline__ void load_tables(Raw<T, N>& cos_low, Raw<T, N>& cos_high, Raw<T, N>& sin_low, Raw<T, N>& sin_high, const T* cos,
+                                            const T* sin, int i, int half) {
+  if constexpr (Turn::kJoined) {
+    load_joined(cos_low, sin_low, cos, i), load_joined(cos_high, sin_high, cos, half + i);
+  } else {
+    load_table<Turn>(cos_low, cos_high, cos, i, half), load_table<Turn>(sin_low, sin_high, sin, i, half);
   }
 }
 

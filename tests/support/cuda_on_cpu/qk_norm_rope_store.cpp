@@ -73,6 +73,11 @@ using Pairs = Turn<true, false, false>;
 using PairsOfHalfTables = Turn<true, true, false>;
 using PartialPairs = Turn<true, false, true>;
 using PartialPairsOfHalfTables = Turn<true, true, true>;
+using PairsOfOneTable = Turn<true, true, false, true>;
+using PartialPairsOfOneTable = Turn<true, true, true, true>;
+VARIANT(bf16_plain_1101, __nv_bfloat16, NoNorm, PairsOfOneTable)
+VARIANT(fp32_plain_1111, float, NoNorm, PartialPairsOfOneTable)
+VARIANT(bf16_1111, __nv_bfloat16, CastThenWeight, PartialPairsOfOneTable)
 VARIANT(bf16_plain_010, __nv_bfloat16, NoNorm, HalvesOfHalfTables)
 VARIANT(bf16_plain_001, __nv_bfloat16, NoNorm, PartialHalves)
 VARIANT(fp32_plain_011, float, NoNorm, PartialHalvesOfHalfTables)
