@@ -188,7 +188,7 @@ def replace(match: Match) -> None:
         hoist(needed, place, move=True)
     with graph.inserting_before(place):
         x = [each.x.put(graph, each.end) for each in ropes]
-        tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
+        tables = first.put_tables(graph)
         made = call(graph, OP.overload, *rotation_arguments(ropes, x, tables), like=first.end)
         results = []
         for index, each in enumerate(ropes):

@@ -29,7 +29,16 @@ from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
 from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, found_or_none
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
-from inductor_ext.patterns.qk_norm_rope import _by_halves, _by_pairs, _llama_norm, _rope, rotation_arguments, rotations, turned
+from inductor_ext.patterns.qk_norm_rope import (
+    _by_halves,
+    _by_pairs,
+    _llama_norm,
+    _rope,
+    _turned_as_complex,
+    rotation_arguments,
+    rotations,
+    turned,
+)
 from inductor_ext.patterns.support import cache_store, columns, has_run, kv_store
 from inductor_ext.patterns.support.kv_store import Half
 from inductor_ext.patterns.support.rope import ANCHORS, Rope
@@ -137,7 +146,7 @@ class _Plan:
         """`arguments` of nodes, but for the caches."""
         first = self.ropes[0]
         x = [rope.x.put(graph, rope.end) for rope in self.ropes]
-        tables = first.cos.put(graph, first.end), first.sin.put(graph, first.end)
+        tables = first.put_tables(graph)
         named = self.arguments(x, tables, self.insert_v(graph), ())
         return {name: value for name, value in named.items() if name not in kv_store.NAMES}
 
@@ -407,6 +416,15 @@ def _unscaled(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, 
     return q
 
 
+def _complex(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _qkv(qkv.flatten(0, 1))
+    table = torch.complex(cos.float(), sin.float())[..., : D // 2].expand(B, -1, -1).reshape(-1, 1, D // 2)
+    q, k = (_turned_as_complex(x, table) for x in (q, k))
+    kc[slots] = _quantise(k, ks)
+    vc[slots] = _quantise(v, vs)
+    return q
+
+
 def _halves(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
     q, k, v = _turned(qkv, cos, sin)
     kc, vc = kv.unbind(0)
@@ -568,6 +586,7 @@ RULE = Rule(
         _match("v_at_other_rows", _other_rows, _flat),
         _match("divided_in_place", _native, _inputs(SLOTS, KV_HEADS, D, dtype=torch.uint8)),
         _match("unscaled_pairs_of_some_columns", _unscaled, _flat),
+        _match("complex", _complex, _flat),
     ),
     near_misses=(
         Example("heads_before_tokens", _heads_before_tokens, _flat, reason="k is changed on its way to the cache"),

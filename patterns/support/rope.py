@@ -136,6 +136,11 @@ class Rope:
         weight = [] if self.norm is None else [self.norm.weight]
         return [self.x.node, self.cos.node, self.sin.node, *weight]
 
+    def put_tables(self, graph: Graph) -> tuple[Node, Node]:
+        """cos and sin for a call; a table that has both is both."""
+        cos = self.cos.put(graph, self.end)
+        return cos, cos if self.sin == self.cos else self.sin.put(graph, self.end)
+
     def put_result(self, graph: Graph, out: Node) -> Node:
         if len(self.dims) == 3:
             out = call(graph, aten.squeeze.dim, out, 0, like=self.end)
