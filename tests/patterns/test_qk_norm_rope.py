@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inductor_ext
-from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope
+from inductor_ext.patterns.qk_norm_rope import _llama_norm, _rope, _turned_as_complex
 from inductor_ext.report.explain import Explanation
 from tests.patterns.test_scaled_mm_model import Linear
 from tests.support import scaled_tables as tables
@@ -190,3 +190,101 @@ def test_attention_reads_the_planned_buffers(dynamic: bool) -> None:
     for out in outs:
         assert re.search(rf"{out} = empty_strided_cuda\(", body), "Inductor plans both"
         assert re.search(rf"reinterpret_tensor\({out}, |\b{out}\b", attention)
+
+
+# ---- functions of models, at the sizes that their heads have ---------------------------------------------------------
+
+
+def _selected_by_sections(q: Any, k: Any, cos: Any, sin: Any, sections: list[int]) -> Any:
+    """Qwen2-VL's and Qwen2.5-VL's text: each section of a head has the angles of time, height or width."""
+    cos, sin = (
+        torch.cat([part[i % 3] for i, part in enumerate(each.split(sections * 2, dim=-1))], dim=-1) for each in (cos, sin)
+    )
+    return _rope(q, k, cos, sin)
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_tables_selected_by_sections(d: int) -> None:
+    rest = d // 2 - d // 8
+    sections = [d // 8, rest // 2, rest - rest // 2]
+
+    def text(x: Any, cos: Any, sin: Any) -> Any:
+        q, k, _ = x.view(2, 5, -1, d).split([HEADS, KV_HEADS, KV_HEADS], 2)
+        return _selected_by_sections(q.transpose(1, 2), k.transpose(1, 2), cos, sin, sections)
+
+    x = torch.randn(2, 5, (HEADS + 2 * KV_HEADS) * d).bfloat16()
+    cos, sin = (torch.randn(3, 2, 5, d).bfloat16() for _ in range(2))
+    outputs, recorder = run_compiled(text, (x, cos, sin), rules={"qk_norm_rope": "always"})
+    assert recorder.counts() == {"qk_norm_rope": 1}
+    assert_all_same_bytes(outputs[:2], text(x, cos, sin))
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_the_towers_rotation_in_fp32(d: int) -> None:
+    """transformers' vision towers: all patches in one row, fp32 tables."""
+    module = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+
+    def tower(qkv: Any, cos: Any, sin: Any) -> Any:
+        q, k, _ = qkv.view(5, 3, HEADS, d).unbind(1)
+        return module.apply_rotary_pos_emb_vision(q, k, cos, sin)
+
+    given = torch.randn(5, 3 * HEADS * d).bfloat16(), torch.randn(5, d), torch.randn(5, d)
+    outputs, recorder = run_compiled(tower, given, rules={"qk_norm_rope": "always"})
+    assert recorder.counts() == {"qk_norm_rope": 1}
+    assert_all_same_bytes(outputs[:2], tower(*given))
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_llama_4_multiplies_complex_numbers(d: int) -> None:
+    module = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+
+    def turned(qkv: Any, table: Any) -> Any:
+        q, k, _ = qkv.view(2, 5, -1, d).split([HEADS, KV_HEADS, KV_HEADS], 2)
+        return module.apply_rotary_emb(q, k, table)
+
+    angles = torch.randn(1, 5, d // 2)
+    given = torch.randn(2, 5, (HEADS + 2 * KV_HEADS) * d).bfloat16(), torch.polar(torch.ones_like(angles), angles)
+    outputs, recorder = run_compiled(turned, given, rules={"qk_norm_rope": "always"})
+    assert recorder.counts() == {"qk_norm_rope": 1}
+    for found, wanted in zip(outputs, turned(*given), strict=False):
+        apart = (found.float() - wanted.float()).norm() / wanted.float().norm()
+        assert apart <= 5e-4, "more than a rare rounding to bf16 differs"
+
+
+def _complex_table() -> tuple[torch.Tensor, ...]:
+    return (empty(8, D // 2, dtype=torch.complex64),)
+
+
+def _cache_and_positions() -> tuple[torch.Tensor, ...]:
+    return empty(64, D // 2, 2, dtype=torch.float32), empty(8, dtype=torch.int64)
+
+
+def test_no_table_is_copied_that_has_cos_and_sin_in_turn() -> None:
+    """The kernel reads a complex table where it is, and rows of a cache where they are gathered."""
+
+    def projected(x: Any, w: Any) -> Any:
+        q, k = (x @ w).view(2, 8, HEADS + KV_HEADS, D).split([HEADS, KV_HEADS], 2)
+        return q, k
+
+    def of_complex(x: Any, w: Any, table: Any) -> Any:
+        return tuple(_turned_as_complex(each, table.view(1, -1, 1, D // 2)) for each in projected(x, w))
+
+    def of_cache(x: Any, w: Any, cache: Any, positions: Any) -> Any:
+        both = cache[positions].view(-1, 8, 1, D // 2, 2)
+        pairs = [each.float().unflatten(-1, (-1, 2)) for each in projected(x, w)]
+        turned = [
+            torch.stack((a * both[..., 0] - b * both[..., 1], b * both[..., 0] + a * both[..., 1]), -1)
+            for a, b in (each.unbind(-1) for each in pairs)
+        ]
+        return tuple(each.flatten(3).to(x.dtype) for each in turned)
+
+    x, w = (16, HEADS * D), (HEADS * D, (HEADS + KV_HEADS) * D)
+    with fake_gpu() as gpu:
+        for fn, kernels, table in ((of_complex, 0, _complex_table), (of_cache, 1, _cache_and_positions)):
+
+            def make(table: Any = table) -> Any:
+                return empty(*x, dtype=BF16), empty(*w, dtype=BF16), *table()
+
+            source = gpu.source(fn, make, backend=inductor_ext.backend(build="defer"), dynamic=False)
+            assert len(re.findall(r"inductor_ext[._]qk_norm_rope\b\S*\(", source)) == 1
+            assert len(re.findall(r"triton_\w+\.run\(", source)) == kernels
