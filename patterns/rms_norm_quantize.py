@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from inductor_ext.patterns.support import normed, quantisation
+from inductor_ext.patterns.support.normed import GATE
 from inductor_ext.rule import Context, Example, Match, Rule
 
 E4 = torch.float8_e4m3fn
@@ -99,6 +100,22 @@ def _weight_of_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) 
 def _bounded_by_residual(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor) -> Any:
     total = x + r
     return *_bounded(_llama(total, weight), total.float().abs().amax() / 1000.0), total * 2
+
+
+def _gated(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Any:
+    """Qwen3-Next's norm behind linear attention."""
+    h = _llama(x, weight) * F.silu(gate.float())
+    return _quantise(h.to(x.dtype))
+
+
+def _gated_first(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Any:
+    """Mamba 2's, in 16 bits."""
+    return _quantise(_llama(x * F.silu(gate), weight))
+
+
+def _gated_first_in_fp32(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = x.float() * F.silu(gate.float())
+    return _quantise(weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
 
 
 def _static(y: torch.Tensor, *scales: Any) -> Any:
@@ -244,6 +261,12 @@ RULE = Rule(
         ),
         Example("router_reads_it_too", _routed, _router, mode="always"),
         Example("router_reads_it_too_dynamic_shape", _routed, _router, mode="always", dynamic=True),
+        Example("gated_forced", _gated, _with_residual, mode="always"),
+        Example(
+            "gate_in_memory",
+            lambda x, gate, w: _quantise(F.rms_norm(x, (64,), w, 1e-6) * gate),
+            _with_residual,
+        ),
         Example("returned_too", lambda x, w: (lambda y: (*_quantise(y), y))(_llama(x, w)), _inputs, mode="always"),
         Example(
             "static_and_returned_too",
@@ -338,6 +361,9 @@ RULE = Rule(
             _with_scales(1),
             reason="norm dtype",
         ),
+        Example("gated", _gated, _with_residual, reason=GATE),
+        Example("gated_first", _gated_first, _with_residual, reason=GATE),
+        Example("gated_first_in_fp32", _gated_first_in_fp32, _with_residual, reason="norm dtype"),
         Example("bounded_by_the_sum", _bounded_by_residual, _with_residual, reason="the scale is computed too late"),
         Example("static_scale_of_the_sum", _scale_of_the_sum, _with_residual, reason="the scale is computed too late"),
         Example(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
+from inductor_ext.calls import CONVERT, aten, is_call
+from inductor_ext.graph import call, describe, erase_dead, feeds_opaque, is_opaque, is_reshape, known_equal, producer, value_of
 from inductor_ext.kernels.norm_quantize.op import MEASURED, WIDE
 from inductor_ext.kernels.norm_quantize.op import OP as ANY
 from inductor_ext.kernels.rms_norm_quantize.op import OP as RMS
@@ -23,6 +24,8 @@ from inductor_ext.miss import INPUT_LAYOUT, SCALE_LATE, Miss, second_user
 from inductor_ext.op import Op
 from inductor_ext.patterns.support import fp8_chain, has_run, norm, profit, quantisation, rms_norm
 from inductor_ext.rule import Call, Context, Match
+
+GATE = "the gate would be a kernel of its own"
 
 #: Where two launches for a tensor with one scale gain on Inductor's: on an H200 1.05 to 1.5 times from 16 to 7168 rows of 1024;
 #: 0.66 for one row, which Inductor does in one launch, and 0.86 to 1.14 with 30 million elements and more, which miss L2.
@@ -77,6 +80,7 @@ def match(node: Node, context: Context, kind: str) -> Match | None:
             strides = f"{describe(each)} strides {list(value_of(each).stride())}"
             raise Miss(INPUT_LAYOUT, node, "rows of one pitch and unit stride", strides)
     _check_sum(read)
+    _check_gate(read, context)
     if op is ANY:
         has_run.check(node, context, value_of(read.y).device, MEASURED, has_run.NOT_MEASURED)
     residual = ("fp32 residual, " if read.wide else "residual, ") if read.addends else ""
@@ -168,6 +172,31 @@ def _check_sum(read: norm.Norm) -> None:
     for user in read.total.users if read.wide else ():
         if user not in read.inner and user not in read.roundings:
             raise Miss(second_user("the fp32 sum"), read.total, f"only its roundings to {read.dtype} used", describe(user))
+
+
+def _check_gate(read: norm.Norm, context: Context) -> None:
+    """Miss where something of y's size would have to be written for the kernel alone, which computes no gate.
+
+    Of norm(x) * silu(z), or norm(x * silu(z)), Inductor's kernel reads x and z and writes FP8: five bytes an element. Beside a
+    gate in bf16 it is nine, which no launch that is saved makes up for.
+    """
+    if context.forced:
+        return
+    wanted = "what is normalised, and factors of single elements, in memory anyway"
+    for each in (read.node("factor"), read.node("shift")):
+        if each is not None and _is_of_all(each, read) and not is_opaque(each) and not feeds_opaque(each):
+            raise Miss(GATE, each, wanted, describe(each))
+    made = producer(read.total)
+    made = producer(made.args[0]) if is_call(made, CONVERT) else made  # type: ignore[arg-type]
+    gated = is_call(made, aten.mul.Tensor) and all(isinstance(each, Node) and _is_of_all(each, read) for each in made.args[:2])
+    others = [user for user in read.total.users if user is not read.y and user not in read.inner]
+    if gated and not read.addends and not others:
+        raise Miss(GATE, read.total, wanted, describe(made))
+
+
+def _is_of_all(node: Node, read: norm.Norm) -> bool:
+    """Whether ``node`` has a number for each element of y."""
+    return known_equal(value_of(node).numel(), value_of(read.y).numel())
 
 
 def _call(read: norm.Norm, kept: bool) -> tuple[Op, tuple[Any, ...], str]:
