@@ -178,6 +178,15 @@ def test_ops() -> None:
     assert "fp8_downcast/fp8_downcast.cuh" in invoke("ops").stdout
 
 
+def test_ops_show() -> None:
+    for op in registry.ops():
+        found = json.loads(invoke("ops", "show", op.name, "--json").stdout)
+        assert found["schema"] == op.schema and len(found["documentation"]) > 200, op.name
+    shown = invoke("ops", "show", "act_quantize").stdout
+    assert "C up to 32 768" in shown and "compute capability 8.9 or later" in shown and "act_quantize.cuh" in shown
+    assert "no op is called 'nope'" in invoke("ops", "show", "nope", code=1).stderr
+
+
 def test_rules() -> None:
     found = json.loads(invoke("rules", "--json").stdout)
     assert [rule["name"] for rule in found] == [rule.name for rule in registry.rules()]
@@ -207,6 +216,31 @@ def test_build_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no op is called 'nope'" in invoke("build", "nope", code=1).stderr
     assert "--preset: wanted" in invoke("build", "--preset", "nope", code=1).stderr
     assert "name one: --arch" in invoke("build", "fp8_downcast", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--preset", "qwen3", "--arch", "sm_80"), "sm_80 is compute capability 8.0; kernels of these ops need 8.9 or later"),
+        (("fp8_downcast", "--arch", "sm_90a", "--arch", "sm_75"), "sm_75 is compute capability 7.5; kernels of fp8_downcast"),
+        (("scaled_mm", "--arch", "sm_89"), "sm_89 is compute capability 8.9; kernels of scaled_mm need 9.0 or later"),
+    ],
+)
+def test_build_says_at_once_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], message: str) -> None:
+    monkeypatch.setattr("inductor_ext.cli.build.jit.prebuild", lambda *args, **kwargs: pytest.fail("nothing is to be built"))
+    assert message in " ".join(invoke("build", *asked, code=1).stderr.split())
+
+
+def test_build_leaves_out_what_a_gpu_has_no_kernel_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set of ops: on compute capability 8.9 there is no kernel for products."""
+    asked = []
+    monkeypatch.setattr(
+        "inductor_ext.cli.build.jit.prebuild",
+        lambda specs, directory, settings, on_progress: asked.extend(specs) or {spec: directory for spec in specs},
+    )
+    invoke("build", "--preset", "qwen3", "--arch", "sm_89")
+    names = {spec.name for spec in asked}
+    assert "fp8_downcast" in names and not [name for name in names if name.startswith("scaled_mm")]
 
 
 def test_build_with_a_bad_target() -> None:

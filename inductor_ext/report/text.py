@@ -85,8 +85,8 @@ def _ranges(numbers: Iterable[str]) -> str:
 
 
 def folded(lines: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(line, 0, 0) of each of ``lines``. Of a stretch that repeats itself, numbers in nodes' names apart, as equal layers do: its
-    first turn alone, and behind it ("", turns left out, lines of a turn)."""
+    """(line, 0, 0) of each of ``lines``. Of a stretch that repeats itself, numbers in nodes' names apart, as equal layers do,
+    its first turn alone, and behind it ("", turns left out, lines of a turn)."""
     keys = [_NODE_NUMBER.sub("", line) for line in lines]
     nearest: dict[str, int] = {}
     following = [len(lines)] * len(lines)  # where a line comes again
