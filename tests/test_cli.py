@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,7 @@ def invoke(*words: str, code: int = 0) -> Result:
 def test_version_and_help() -> None:
     assert inductor_ext.__version__ in invoke("--version").stdout
     shown = invoke("--help").stdout
-    commands = ("demo", "explain", "doctor", "ops", "rules", "build", "cache", "bench", "clangd")
+    commands = ("demo", "explain", "repro", "doctor", "ops", "rules", "build", "cache", "bench", "clangd")
     assert all(command in shown for command in commands)
     for command in commands:
         assert "Usage" in invoke(command, "--help").stdout
@@ -325,6 +328,39 @@ def test_errors_are_shown_not_obeyed(script: Path, monkeypatch: pytest.MonkeyPat
 
 
 # ---- bench and clangd ------------------------------------------------------------------------------------------------
+
+
+def test_repro_runs_what_pytorch_wrote_of_a_graph(tmp_path: Path) -> None:
+    """The script of TORCH_COMPILE_DEBUG alone compiles as stock does: it holds no pass."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\n"
+        "def f(x, w):\n"
+        "    h = torch.nn.functional.gelu(x @ w)\n"
+        "    scale = (h.abs().amax(-1, keepdim=True) / 448.0).float()\n"
+        "    return (h.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(f, backend='inductor_ext')(torch.randn(32, 64).bfloat16(), torch.randn(64, 128).bfloat16())\n"
+    )
+    environment = {
+        **os.environ, "TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(tmp_path / "debug"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+    subprocess.run([sys.executable, str(program)], env=environment, cwd=tmp_path, check=True, capture_output=True)
+    (script,) = (tmp_path / "debug").rglob("fx_graph_runnable.py")
+    command = [sys.executable, "-m", "inductor_ext.cli", "repro"]
+    for arguments, told in (([], "rewrote act_quantize ×1"), (["--rules", "act_quantize=off"], "rewrote nothing")):
+        done = subprocess.run(
+            [*command, *arguments, str(script)], cwd=tmp_path, check=True, capture_output=True, text=True, encoding="utf-8"
+        )
+        assert told in done.stderr
+
+
+def test_repro_gives_a_script_its_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch\nprint(sys.argv[1:], torch._inductor.config.post_grad_custom_post_pass is not None)\n")
+    assert invoke("repro", str(script), "minify", "--offload").stdout == "['minify', '--offload'] True\n"
+    assert "does not exist" in invoke("repro", str(tmp_path / "absent.py"), code=2).output
 
 
 def test_bench_lists_scripts() -> None:
