@@ -56,16 +56,16 @@ struct DowncastFp8Side {
   int64_t block_stride, head_stride, scale_stride;  // bytes
   Divisor head;                                     // by the vectors of one
 
-  // Where a row of the cache begins, and vector i of E elements in it.
+  // Where a row of the cache begins, and vector first + i of E elements in it; i is known when a kernel is compiled.
   template <bool Blocks>
   __device__ __forceinline__ uint8_t* row_at(const CacheRows& rows, int64_t row) const {
     return cache + place_of<Blocks>(rows, row, cache_stride, block_stride);
   }
   template <bool Blocks, int E>
-  __device__ __forceinline__ uint8_t* vector_at(uint8_t* row, int i) const {
-    if constexpr (!Blocks) return row + i * E;
+  __device__ __forceinline__ uint8_t* vector_at(uint8_t* row, int first, int i = 0) const {
+    if constexpr (!Blocks) return row + first * E + i * E;
     uint32_t within;
-    const uint32_t of_head = head.divide(i, &within);
+    const uint32_t of_head = head.divide(first + i, &within);
     return row + of_head * head_stride + within * E;
   }
   // The chain for vector i, or where there is none for the last one; its head may have a scale of its own.
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kDowncastFp8Threads) downcast_fp8_scan_few_ker
     const Loc* locs = static_cast<const Loc*>(p.rows.loc);
     if (compares_rows<Layout::kBlocks>(p.rows)) {
       for (int other = token + 1 + lane; other < p.rows.tokens; other += blockDim.x) {
-        repeated |= cache_row<Loc, Layout::kBlocks>(p.rows, told<Loc, Layout::kBlocks>(p.rows, other)) == row;
+        repeated |= row_of_listed<Loc, Layout::kBlocks>(p.rows, other) == row;
       }
     } else {  // equal rows are equal locs
 #pragma unroll 8
@@ -148,12 +148,12 @@ struct DowncastFp8Cast {
   __device__ __forceinline__ void prepare(const DowncastFp8Params& p, const DowncastFp8Side& side) {
     if constexpr (!Heads) prepared = side.prepare<false, Chain>(p.consts, 0);
   }
-  // Vector i of the row that begins at `row`.
+  // Vector first + i of the row that begins at `row`.
   __device__ __forceinline__ void store(const DowncastFp8Params& p, const DowncastFp8Side& side, const Raw<In, E>& vector,
-                                        uint8_t* row, int i) const {
-    uint8_t* to = side.vector_at<Blocks, E>(row, i);
+                                        uint8_t* row, int first, int i) const {
+    uint8_t* to = side.vector_at<Blocks, E>(row, first, i);
     if constexpr (Heads) {
-      downcast_vector<In, Fp8, Saturated, Chain>(vector, side.prepare<true, Chain>(p.consts, i), to);
+      downcast_vector<In, Fp8, Saturated, Chain>(vector, side.prepare<true, Chain>(p.consts, first + i), to);
     } else {
       downcast_vector<In, Fp8, Saturated, Chain>(vector, prepared, to);
     }
@@ -176,7 +176,7 @@ struct DowncastFp8Chunk {
   __device__ __forceinline__ void store(const DowncastFp8Params& p, const DowncastFp8Side& side, uint8_t* row, int first) const {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (first + u * Lanes < side.vectors) cast.store(p, side, raw[u], row, first + u * Lanes);
+      if (first + u * Lanes < side.vectors) cast.store(p, side, raw[u], row, first, u * Lanes);
     }
   }
 };
@@ -269,7 +269,7 @@ struct DowncastFp8Stage {
         Raw<In, E> raw;
 #pragma unroll
         for (int w = 0; w < kWide; ++w) *reinterpret_cast<uint4*>(raw.words + 4 * w) = buffer[u * kWide + w][threadIdx.x];
-        cast.store(p, side, raw, row, first + u * Lanes);
+        cast.store(p, side, raw, row, first, u * Lanes);
       }
     }
   }

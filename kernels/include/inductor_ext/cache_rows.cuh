@@ -78,6 +78,14 @@ __device__ __forceinline__ int64_t cache_row(const CacheRows& p, Told told) {
   return block >= 0 && block < p.blocks && row >= 0 && row < rows ? block * rows + row : kOutside;
 }
 
+// The row of a token where there is a loc.
+template <typename Loc, bool Blocks>
+__device__ __forceinline__ int64_t row_of_listed(const CacheRows& p, int64_t token) {
+  const Loc loc = static_cast<const Loc*>(p.loc)[token];
+  if (!Blocks || p.at == nullptr) return cache_row<Loc>(p, loc);
+  return cache_row<Loc, Blocks>(p, Told{loc, static_cast<const Loc*>(p.at)[token]});
+}
+
 // Whether rows have to be compared to know which tokens have the same: without, their locs tell.
 template <bool Blocks>
 __device__ __forceinline__ bool compares_rows(const CacheRows& p) { return p.wrap || (Blocks && p.at != nullptr); }
@@ -102,7 +110,7 @@ constexpr int kTargets = 8;
 // What is compared of a token: the low word of its loc, or that of its row where locs do not tell (`compares_rows`).
 template <typename Loc, bool ByRow, bool Blocks>
 __device__ __forceinline__ uint32_t scan_key(const CacheRows& p, int token) {
-  if constexpr (ByRow) return static_cast<uint32_t>(cache_row<Loc, Blocks>(p, told<Loc, Blocks>(p, token)));
+  if constexpr (ByRow) return static_cast<uint32_t>(row_of_listed<Loc, Blocks>(p, token));
   return static_cast<const uint32_t*>(p.loc)[static_cast<int64_t>(token) * (sizeof(Loc) / 4)];
 }
 
@@ -115,13 +123,12 @@ __device__ __forceinline__ void find_repeated(const CacheRows& p, int first, uns
   uint32_t targets[kTargets];
 #pragma unroll
   for (int i = 0; i < kTargets; ++i) targets[i] = scan_key<Loc, ByRow, Blocks>(p, min(first + i, tokens - 1));
-  const auto row_of = [&](int token) { return cache_row<Loc, Blocks>(p, told<Loc, Blocks>(p, token)); };
   // Mark where the later token `other` goes to the row of one of the targets, comparing all of the rows.
   auto mark = [&](int other) {
-    const int64_t row = row_of(other);
+    const int64_t row = row_of_listed<Loc, Blocks>(p, other);
 #pragma unroll 1
     for (int i = 0; i < kTargets && first + i < other; ++i) {
-      if (row >= 0 && row == row_of(first + i)) atomicOr(repeated, 1u << i);
+      if (row >= 0 && row == row_of_listed<Loc, Blocks>(p, first + i)) atomicOr(repeated, 1u << i);
     }
   };
   if (threadIdx.x < kTargets && first + threadIdx.x < tokens) {  // among the targets themselves
