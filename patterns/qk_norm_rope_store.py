@@ -27,7 +27,7 @@ from inductor_ext import torch_compat
 from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
-from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, found_or_none
+from inductor_ext.miss import OLD_ROWS_READ_LATE, SCALE_LAYOUT, Miss, found_or_none
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
 from inductor_ext.patterns.qk_norm_rope import _by_halves, _by_pairs, _llama_norm, _rope, rotation_arguments, rotations, turned
 from inductor_ext.patterns.support import cache_store, columns, has_run, kv_store
@@ -245,6 +245,11 @@ def _check_k(rope: Rope, k: Half) -> None:
     if k.x is not rope.end:
         wanted = "k through views and the steps of an FP8 cast"
         raise Miss("k is changed on its way to the cache", k.scatter, wanted, describe(k.x))
+    if k.blocks:
+        wanted = "slots that lie at one distance, each one run of memory"
+        raise Miss("the cache lies in blocks or heads", k.scatter, wanted, f"strides {list(k.destination().stride())}")
+    if k.scale_a_head:
+        raise Miss(SCALE_LAYOUT, k.scatter, "one scale of one element", describe(k.scale))
     turned, rows = rope.turned, k.input_value()
     batch, sequence, heads, columns = turned.shape
     same = turned.untyped_storage()._cdata == rows.untyped_storage()._cdata
@@ -274,6 +279,8 @@ def _why_not_v(ropes: tuple[Rope, ...], k: Half, v: Half, forced: bool) -> str:
         return f"v is {value_of(v.x).dtype}, k was {before}"
     if k.by_sequence != v.by_sequence or any(v.x is rope.end for rope in ropes):
         return "v is another result of the rotation"
+    if v.blocks or v.scale_a_head:
+        return "v's cache lies in blocks, or its scale is one a head"
     if not forced and not is_opaque(v.x):
         return f"Inductor fuses v's store into {describe(v.x)} for free"
     return ""
