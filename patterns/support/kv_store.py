@@ -90,7 +90,9 @@ class Half:
 
     def scale_value(self) -> torch.Tensor | None:
         """What the op gets as the scale: one a head is [H]."""
-        scale = None if self.scale is None else value_of(self.scale)
+        if self.scale is None:
+            return None
+        scale: torch.Tensor = value_of(self.scale)
         return scale.reshape(scale.numel()) if self.scale_a_head else scale
 
     def insert_scale(self, graph: Graph) -> Node | None:
