@@ -138,7 +138,7 @@ def _indexed(scatter: Node) -> tuple[Node, Node, Any, Any, Node | None, tuple[in
         if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not packed(index):
             found = f"{index.dtype} {list(index.shape)} strides {list(index.stride())}"
             raise Miss(INDEX_LAYOUT, scatter, "a 1-d int32 or int64 index, contiguous", found)
-        if index.dtype != first.dtype or not known_equal(index.shape[0], first.shape[0]):
+        if index.dtype != first.dtype or not guarded_equal(index.shape[0], first.shape[0]):
             found = ", ".join(map(describe, given))
             raise Miss(INDEX_LAYOUT, scatter, "as many indices of blocks as of rows in them, of one dtype", found)
     count, behind = first.shape[0], dims == (1,)
