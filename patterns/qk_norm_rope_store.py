@@ -4,9 +4,9 @@
         →  q, _ = inductor_ext.qk_norm_rope_store(k, q, v, …, k_cache!, v_cache!, …)
 
 Stores that `downcast_fp8` takes, but for slots that lie in blocks and a scale a head, and the same of rows in the cache's own
-dtype; also along the third dimension of a cache [B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written as
-a tensor only where something else reads it. v comes along if it goes to the same rows and is in memory in the dtype that k has
-before its rotation.
+dtype; also along the third dimension of a cache [B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written
+as a tensor only where something else reads it. v comes along if it goes to the same rows and is in memory in the dtype that k
+has before its rotation.
 
 On an H200 one launch is faster than two, and than stock, for one token into FP8 caches (1.11 to 1.17 times two) and for 16
 and 7168 into caches of k's dtype (1.30, 1.03); not for 16 and 64 into FP8 caches (0.71 to 0.89), and at 7168 for one of two
