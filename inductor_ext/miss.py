@@ -17,6 +17,7 @@ Found = TypeVar("Found")
 
 # One wording for one reason: what more than one reader says stands here, and a test finds what does not.
 CACHE_IS_NO_INPUT = "the cache is not a graph input"
+CACHE_LAYOUT = "cache layout"
 CONTRACTION_DIM = "contraction_dim is given"
 DEVICE = "device"
 DROPOUT = "dropout"

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from inductor_ext import autotune, lowering
 from inductor_ext.errors import SettingError
@@ -95,6 +96,11 @@ def ops() -> tuple[Op, ...]:
     for op in found:
         op.define()
     return found
+
+
+def module_of(op: Op) -> ModuleType:
+    """The module that declares ``op``, whose docstring says all of it."""
+    return import_module(f"inductor_ext.kernels.{op.name}.op")
 
 
 @functools.cache

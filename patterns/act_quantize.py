@@ -6,9 +6,9 @@
 Forms are those of kernels/act_quantize/op.py: GELU (erf, tanh, quick), SiLU and ReLU² alone (BERT, ViT, Whisper, Flux); times
 up with one rounding; gpt-oss's clamped one; gate and up in neighbouring columns. What act_mul_quantize takes is its own.
 
-One pass over memory where Inductor has two: 1.2 to 5 times as fast on an H200 (benchmarks/results/h200/producers_any.json).
-On a GPU on which it was not measured (``MEASURED``) it waits for ``always``. So does a chain whose scale is given everywhere:
-Inductor needs one pass for it as well.
+One pass over memory where Inductor has two. It was measured in models on an H200 (benchmarks/results/h200/suite.json); on a GPU
+on which it was not (``MEASURED``) it waits for ``always``. So does a chain whose scale is given everywhere: Inductor needs one
+pass for it as well.
 """
 
 from __future__ import annotations

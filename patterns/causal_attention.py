@@ -1,4 +1,4 @@
-"""causal_attention: attention whose mask is a band of positions drops the mask, and the repeated heads of K and V.
+"""causal_attention: attention whose mask is a band of positions drops the mask, the repeated heads of K and V, and copies.
 
     bias = where(key <= query, 0, -inf)  [B, 1, S, S];  k = repeat_kv(k_);  v = repeat_kv(v_)
     sdpa(q, k, v, bias)   →   attention of q, k_, v_ by the fastest library that knows causal masks, windows and GQA
@@ -10,22 +10,28 @@ is allowed, so no row is empty. The result lies in memory as [B, S, H, D], which
 A mask of one value a row, which transformers makes for encoders, PyTorch gives to none of its kernels: it computes attention
 step by step in fp32, and the rule reads that too (`math_attention`). With any other mask such steps may be what was asked for.
 
+Q, K and V that are copied into the order [B, H, S, D] (Whisper) are read where the projections left them. A power of two that q
+is multiplied by goes into the scale, which rounds alike.
+
 cuDNN and torch's own flash attention are called as PyTorch's operators; any other library through `varlen_attention`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from inductor_ext.calls import aten, calling, is_call
-from inductor_ext.graph import describe, known_equal, value_of
+from inductor_ext.graph import describe, is_opaque, known_equal, value_of
 from inductor_ext.kernels.varlen_attention import implementations
 from inductor_ext.miss import Miss
 from inductor_ext.patterns.support import attention, attention_mask, attention_plan, math_attention
+from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_examples import (
+    D,
     H,
     S,
     additive,
@@ -35,6 +41,7 @@ from inductor_ext.patterns.support.attention_examples import (
     qkv,
     repeated,
     sdpa,
+    sdpa_scaled,
     split,
 )
 from inductor_ext.patterns.support.attention_mask import Band
@@ -47,6 +54,7 @@ def guard(node: Node, context: Context) -> Match | None:
     if found is None:
         return None
     attention_plan.check(found, (Source(found.k, dtype=found.rounded), Source(found.v, dtype=found.rounded)))
+    found, copied = _where_they_lie(found)
     band = Band(right=0) if found.causal else Band()
     if found.bias is not None:
         try:
@@ -63,16 +71,60 @@ def guard(node: Node, context: Context) -> Match | None:
         or value_of(v).stride(-1) != 1
     ):
         k, v = found.k, found.v  # as they are repeated
-    gains = [gain for gain, there in (("no mask", found.bias is not None), ("K and V as they are", k is not found.k)) if there]
+    known = ("no mask", found.bias is not None), ("K and V as they are", k is not found.k), ("q, k and v as they are", copied)
+    gains = [gain for gain, there in known if there]
     if found.kernel == attention.MATH:
         gains.insert(0, "one kernel")
     if not gains and not context.forced:
-        raise Miss("nothing to gain", node, "a mask, or repeated heads of K and V", describe(node))
+        raise Miss("nothing to gain", node, "a mask, repeated heads of K and V, or copies of products", describe(node))
     sources = Source(k, dtype=found.rounded), Source(v, dtype=found.rounded)
     return attention_plan.match(found, *sources, band, ", ".join(gains) or "forced")
 
 
+def _where_they_lie(found: Attention) -> tuple[Attention, bool]:
+    """``found`` of what Q, K and V are copies of, and whether such a copy is a kernel, of what an opaque one wrote."""
+    plain = attention.before_scaling(found)
+    if plain is found:
+        plain = dataclasses.replace(found, q=attention.before_copy(found.q))
+    plain = dataclasses.replace(plain, k=attention.before_copy(found.k), v=attention.before_copy(found.v))
+    pairs = (found.q, plain.q), (found.k, plain.k), (found.v, plain.v)
+    return plain, any(new is not old and is_opaque(new) for old, new in pairs)
+
+
 # ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _whisper(x: Any, wq: Any, wk: Any, wv: Any) -> torch.Tensor:
+    """transformers' WhisperAttention: q scaled by its projection's caller, all three copied into the order of heads."""
+    q = ((x @ wq) * 0.25).view(*x.shape[:2], H, D).transpose(1, 2).contiguous()
+    k, v = ((x @ w).view(*x.shape[:2], H, D).transpose(1, 2).contiguous() for w in (wk, wv))
+    return sdpa_scaled(q, k, v, 1.0).transpose(1, 2).reshape(x.shape) @ wq
+
+
+def _scaled_alone(x: Any, wq: Any, wk: Any, wv: Any) -> torch.Tensor:
+    q, k, v = ((x @ w).view(*x.shape[:2], H, D).transpose(1, 2) for w in (wq, wk, wv))
+    return sdpa_scaled(q * 0.5, k, v, 0.7)
+
+
+def _copied_alone(x: Any, wq: Any, wk: Any, wv: Any) -> torch.Tensor:
+    q, k, v = ((x @ w).view(*x.shape[:2], H, D).transpose(1, 2) for w in (wq, wk, wv))
+    return sdpa_scaled(q * 0.3, k.contiguous(), v, 0.7)
+
+
+def _scaled_by_thirds(x: Any, wq: Any, wk: Any, wv: Any) -> torch.Tensor:
+    q, k, v = ((x @ w).view(*x.shape[:2], H, D).transpose(1, 2) for w in (wq, wk, wv))
+    return sdpa_scaled(((x @ wq) * 0.3).view(q.shape[0], S, H, D).transpose(1, 2), k, v, 1.0)
+
+
+def _copied_from_sums(x: Any, wq: Any, wk: Any, wv: Any) -> torch.Tensor:
+    """What Inductor computes itself it puts in the order that is asked for."""
+    q, k, v = (((x @ w) + x).view(*x.shape[:2], H, D).transpose(1, 2).contiguous() for w in (wq, wk, wv))
+    return sdpa_scaled(q, k, v, 1.0)
+
+
+def _projections(device: str) -> tuple[torch.Tensor, ...]:
+    x, *weights = torch.randn(2, S, H * D, device=device), *(torch.randn(H * D, H * D, device=device) / 8 for _ in range(3))
+    return tuple(each if device == "cpu" else each.bfloat16() for each in (x, *weights))
 
 
 def _positions(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,8 +248,14 @@ RULE = Rule(
         Example("steps_dynamic_shape", lambda *x: _in_steps(_rows_of_one_value, *x), _halves, dynamic=True),
         Example("steps_forced", lambda *x: _in_steps(_lower, *x), _halves, mode="always"),
         Example("forced", lambda q, k, v: sdpa(q, k, v, causal=True)[0] * 2, equal_heads, mode="always"),
+        Example("whisper", _whisper, _projections),
+        Example("whisper_dynamic_shape", _whisper, _projections, dynamic=True),
+        Example("copied", _copied_alone, _projections),
+        Example("scaled", _scaled_alone, _projections),
     ),
     near_misses=(
+        Example("scaled_by_thirds", _scaled_by_thirds, _projections, reason="nothing to gain"),
+        Example("copied_from_sums", _copied_from_sums, _projections, reason="nothing to gain"),
         Example("nothing_to_gain", lambda q, k, v: sdpa(q, k, v, causal=True)[0] * 2, equal_heads, reason="nothing to gain"),
         Example(
             "packed_sequences_of_an_input",

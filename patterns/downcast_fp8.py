@@ -3,10 +3,11 @@
     k_cache = index_put(k_cache, [slots], cast(k));  v_cache = index_put(v_cache, [slots], cast(v))
         →  inductor_ext.downcast_fp8(k, v, k_cache!, v_cache!, …)
 
-The cast may have a scale before it, a clamp, both or neither. Stores through ``index_put``, ``index_copy``, slice assignment
-and ``copy_``; caches used directly, through ``.view``, as uint8, or as halves of one ``[2, …]`` buffer. The op mutates the
-graph input itself, so no copy of the cache is made. A store without a partner is rewritten on its own. Negative indices count
-from the end, as they do in ``index_put``.
+The cast may have a scale before it, of the tensor or one a head, a clamp, both or neither. Stores through ``index_put``,
+``index_copy``, slice assignment and ``copy_``; caches used directly, through ``.view``, as uint8, or as halves of one
+``[2, …]`` or ``[blocks, 2, …]`` buffer; rows told by a slot or by a block and a row of it; heads behind rows or before them.
+The op mutates the graph input itself, so no copy of the cache is made. A store without a partner is rewritten on its own.
+Negative indices count from the end, as they do in ``index_put``.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def _arguments(halves: list[Half], check: bool) -> tuple[Any, ...]:
         v and v.input_value(),
         k.destination(),
         v and v.destination(),
-        k.scale and value_of(k.scale),
-        v and v.scale and value_of(v.scale),
+        k.scale_value(),
+        v and v.scale_value(),
         k.store.loc and value_of(k.store.loc),
         k.program,
         v.program if v else k.program,
@@ -85,6 +86,7 @@ def _arguments(halves: list[Half], check: bool) -> tuple[Any, ...]:
         value_of(k.store.offset),
         True,
         check,
+        k.store.at and value_of(k.store.at),
     )
 
 
@@ -100,8 +102,8 @@ def replace(match: Match) -> None:
         arguments: dict[str, Any] = {
             "k": inputs[0],
             "v": inputs[1] if len(halves) == 2 else None,
-            "k_scale": halves[0].scale,
-            "v_scale": halves[-1].scale if len(halves) == 2 else None,
+            "k_scale": halves[0].insert_scale(graph),
+            "v_scale": halves[-1].insert_scale(graph) if len(halves) == 2 else None,
             "loc": last.loc,
             "k_program": halves[0].program,
             "v_program": halves[-1].program,
@@ -110,6 +112,7 @@ def replace(match: Match) -> None:
             "offset": last.offset,
             "wrap": True,
             "check": check,
+            "at": last.at,
         }
         kv_store.put(graph, OP.overload, arguments, halves, match.node)
 
@@ -247,6 +250,68 @@ def _qkv_inputs(device: str) -> tuple[Any, ...]:
     return (qkv, s, s * 2, _cache(device, 64, 8, 64), _cache(device, 64, 8, 64), _slots(device))
 
 
+def _blocks_of_both(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
+    """A cache [blocks, 2, block, H, D], as FlashInfer and vLLM's backends have it: a slot's block, and its row in there."""
+    kc, vc = kv.unbind(1)
+    kc[slots // 16, slots % 16] = _quantise(k, ks)
+    vc[slots // 16, slots % 16] = _quantise(v, vs)
+
+
+def _slots_in_two(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
+    """[2, blocks, block, H, D], where the two say again what the slot said."""
+    block, row = torch.div(slots, 16, rounding_mode="floor"), slots % 16
+    kv[0].index_put_((block, row), _quantise(k, ks))
+    kv[1].index_put_((block, row), _quantise(v, vs))
+
+
+def _told_blocks(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
+    """Blocks of a block table."""
+    block, row = slots % 4, (slots + 1) % 16
+    kv[block, 0, row] = _quantise(k, ks)
+    kv[block, 1, row] = _quantise(v, vs)
+
+
+def _heads_of_blocks(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    """[blocks, H, block, D], written through a view and with an index on either side of H."""
+    block, row = slots // 16, slots % 16
+    kc.transpose(1, 2)[block, row] = _quantise(k, ks)
+    vc[block, :, row] = _quantise(v, vs)
+
+
+def _heads_of_both(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
+    """[blocks, 2, H, block, D], blocks of a block table."""
+    block, row = slots % 4, (slots + 1) % 16
+    kv[block, 0, :, row] = _quantise(k, ks)
+    kv[block, 1, :, row] = _quantise(v, vs)
+
+
+def _heads_before_slots(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    """[H, S, D]."""
+    kc.transpose(0, 1)[slots] = _quantise(k, ks)
+    vc[:, slots] = _quantise(v, vs).transpose(0, 1)
+
+
+def _scales_a_head(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    kc[slots] = _quantise(k, ks[:, None])
+    vc[slots] = _quantise(v, vs.view(1, -1, 1))
+
+
+def _scale_a_head_before_rows(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
+    """k of one sequence as [1, H, T, D], scaled there; v with one scale."""
+    scaled = _quantise(k.transpose(0, 1)[None], ks.view(1, -1, 1, 1))
+    kv[:, 0][slots // 16, slots % 16] = scaled.squeeze(0).transpose(0, 1)
+    kv[:, 1][slots // 16, slots % 16] = _quantise(v, vs.sum())
+
+
+def _head_scales(*shape: int, caches: int = 2) -> Any:
+    def make(device: str) -> tuple[Any, ...]:
+        k, v, _, _, *rest = _inputs(*shape, caches=caches)(device)
+        scale = torch.linspace(0.3, 0.9, 8, device=device)
+        return k, v, scale, scale * 2, *rest
+
+    return make
+
+
 MATCHES = (
     Example("direct", _direct, _inputs(64, 8, 64)),
     Example("view", _view, _inputs(4, 16, 8, 64)),
@@ -267,6 +332,15 @@ MATCHES = (
     Example("cast_into_bytes", _cast, _inputs(4, 16, 8, 64, dtype=torch.uint8)),
     Example("k_cast_and_v_scaled", _cast_and_scaled, _inputs(64, 8, 64)),
     Example("cast_of_what_is_read", _cast_of_what_is_read, _inputs(64, 8, 64)),
+    Example("blocks_of_k_and_v", _blocks_of_both, _inputs(4, 2, 16, 8, 64, caches=1)),
+    Example("slots_told_in_two", _slots_in_two, _inputs(2, 4, 16, 8, 64, caches=1)),
+    Example("blocks_and_rows_of_them", _told_blocks, _inputs(4, 2, 16, 8, 64, caches=1)),
+    Example("blocks_and_rows_dynamic_shape", _told_blocks, _inputs(4, 2, 16, 8, 64, caches=1), dynamic=True, count=2),
+    Example("heads_before_rows_of_blocks", _heads_of_blocks, _inputs(4, 8, 16, 64)),
+    Example("heads_before_rows_of_both", _heads_of_both, _inputs(4, 2, 8, 16, 64, caches=1)),
+    Example("heads_before_slots", _heads_before_slots, _inputs(8, 64, 64)),
+    Example("scales_a_head", _scales_a_head, _head_scales(64, 8, 64)),
+    Example("scale_a_head_before_rows", _scale_a_head_before_rows, _head_scales(4, 2, 16, 8, 64, caches=1)),
 )
 
 
@@ -284,16 +358,18 @@ def _accumulate(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) 
     kc.index_put_((slots,), _quantise(k, ks).view(torch.uint8), accumulate=True)
 
 
-def _two_indices(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
-    kc[slots % 4, slots % 16] = _quantise(k, ks)
-
-
 def _strided_slots(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
     kc[slots[::2]] = _quantise(k[:8], ks)
 
 
-def _head_scale(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
-    kc[slots] = _quantise(k, ks * torch.ones(1, 8, 1, device=k.device))
+def _token_scale(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    kc[slots] = _quantise(k, ks * torch.ones(16, 1, 1, device=k.device))
+
+
+def _block_of_two(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    """Two tokens a block and offset: indices of two dimensions."""
+    at = slots.view(8, 2)
+    kc[at // 16, at % 16] = _quantise(k, ks).view(8, 2, 8, 64)
 
 
 def _used_again(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
@@ -308,16 +384,9 @@ def _new_cache(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -
     return fresh
 
 
-def _blocks_of_both(k: Any, v: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> None:
-    """A cache [blocks, 2, block, H, D], as vLLM's backends have it."""
-    kc, vc = kv.unbind(1)
-    kc[slots // 16, slots % 16] = _quantise(k, ks)
-    vc[slots // 16, slots % 16] = _quantise(v, vs)
-
-
-def _heads_first(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
-    kc.transpose(0, 1)[slots] = _quantise(k, ks)
-    vc.transpose(0, 1)[slots] = _quantise(v, vs)
+def _columns_apart(k: Any, v: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> None:
+    """A cache [blocks, H, D, block], whose rows have no run of memory at all."""
+    kc.permute(0, 3, 1, 2)[slots // 16, slots % 16] = _quantise(k, ks)
 
 
 NEAR_MISSES = (
@@ -325,10 +394,9 @@ NEAR_MISSES = (
     Example("rows_that_stock_stores_faster", _direct, _many, reason="stock stores this many rows faster"),
     Example("accumulate", _accumulate, _inputs(64, 8, 64, dtype=torch.uint8), reason="the store accumulates"),
     Example("strided_slots", _strided_slots, _inputs(64, 8, 64), reason="index layout"),
-    Example("two_index_tensors", _two_indices, _inputs(4, 16, 8, 64), reason="index layout"),
-    Example("blocks_of_k_and_v", _blocks_of_both, _inputs(4, 2, 16, 8, 64, caches=1), reason="index layout"),
-    Example("heads_before_slots", _heads_first, _inputs(8, 64, 64), reason="cache layout"),
-    Example("scale_a_head", _head_scale, _inputs(64, 8, 64), reason="scale layout"),
+    Example("indices_of_two_dimensions", _block_of_two, _inputs(4, 16, 8, 64), reason="index layout"),
+    Example("columns_apart", _columns_apart, _inputs(4, 8, 64, 16), reason="cache layout"),
+    Example("scale_a_token", _token_scale, _inputs(64, 8, 64), reason="scale layout"),
     Example("rows_used_again", _used_again, _inputs(64, 8, 64), reason="what is stored in FP8 has a second user"),
     Example("cache_made_in_graph", _new_cache, _inputs(64, 8, 64), reason="the cache is not a graph input"),
 )

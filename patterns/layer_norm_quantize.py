@@ -10,8 +10,8 @@ by vectors of a sample or of a token. Scales are those of rms_norm_quantize: a r
 what becomes of a y that is read elsewhere too.
 
 One pass over memory. The means' order of summation differs from eager's: the scale may differ in its last place, and a value by
-one FP8 step. 1.1 to 3.3 times as fast as Inductor's code on an H200
-(benchmarks/results/h200/producers_any.json); on a GPU on which it was not measured (``MEASURED``) it waits for ``always``.
+one FP8 step. It was measured in models on an H200 (benchmarks/results/h200/suite.json); on a GPU on which it was not
+(``MEASURED``) it waits for ``always``.
 """
 
 from __future__ import annotations

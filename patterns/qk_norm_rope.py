@@ -27,9 +27,10 @@ from inductor_ext.memory import readers
 from inductor_ext.miss import HEAD_DIM, INPUT_LAYOUT, Miss, found_or_none, fused
 from inductor_ext.patterns.support import rope
 from inductor_ext.patterns.support.attention_examples import sdpa
-from inductor_ext.patterns.support.columns import hoist, refresh
+from inductor_ext.patterns.support.columns import hoist
 from inductor_ext.patterns.support.rope import COMPLEX, NO_TABLES, NOT_A_ROTATION, Rope, Table
 from inductor_ext.patterns.support.same import in_order, same_elements
+from inductor_ext.patterns.support.strides import refresh
 from inductor_ext.rule import Call, Context, Example, Match, Rule
 
 

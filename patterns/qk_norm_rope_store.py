@@ -3,9 +3,10 @@
     k = norm(k) * cos + turned(norm(k)) * sin;  q alike;  k_cache = index_put(k_cache, [slots], cast(k));  v_cache = … cast(v)
         →  q, _ = inductor_ext.qk_norm_rope_store(k, q, v, …, k_cache!, v_cache!, …)
 
-Stores that `downcast_fp8` takes, and the same of rows in the cache's own dtype; also along the third dimension of a cache
-[B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written as a tensor only where something else reads it. v
-comes along if it goes to the same rows and is in memory in the dtype that k has before its rotation.
+Stores that `downcast_fp8` takes, but for slots that lie in blocks and a scale a head, and the same of rows in the cache's own
+dtype; also along the third dimension of a cache [B, H, S, D], as Hugging Face's ``StaticCache`` stores its rows. k is written
+as a tensor only where something else reads it. v comes along if it goes to the same rows and is in memory in the dtype that k
+has before its rotation.
 
 On an H200 one launch is faster than two, and than stock, for one token into FP8 caches (1.11 to 1.17 times two) and for 16
 and 7168 into caches of k's dtype (1.30, 1.03); not for 16 and 64 into FP8 caches (0.71 to 0.89), and at 7168 for one of two
@@ -27,7 +28,7 @@ from inductor_ext import torch_compat
 from inductor_ext.calls import CONVERT, aten, calling, is_call
 from inductor_ext.graph import call, describe, erase_dead, is_opaque, is_reshape, known_equal, value_of
 from inductor_ext.kernels.qk_norm_rope_store.op import MEASURED, OP
-from inductor_ext.miss import OLD_ROWS_READ_LATE, Miss, found_or_none
+from inductor_ext.miss import OLD_ROWS_READ_LATE, SCALE_LAYOUT, Miss, found_or_none
 from inductor_ext.patterns.downcast_fp8 import E4, _cache, _quantise
 from inductor_ext.patterns.qk_norm_rope import (
     _by_halves,
@@ -90,6 +91,8 @@ class _Plan:
         rows = half.destination(base)
         if half.by_sequence:
             return rows.permute(0, 2, 1, 3)
+        if half.blocks:  # one
+            return rows
         *_, heads, columns = self.sizes()
         slots, pitch = rows.shape[0], rows.stride(0)
         with base.fake_mode:
@@ -250,10 +253,20 @@ def _with_v(ropes: tuple[Rope, ...], index: int, k: Half, forced: bool) -> _Plan
     return _placed(ropes, index, k, None, why_not)
 
 
+def _in_blocks(half: Half) -> bool:
+    """Whether a cache's slots are not at one distance: those of one block, as [H, S, D] has them, are."""
+    return half.store.at is not None or (half.blocks and not known_equal(half.destination().shape[0], 1))
+
+
 def _check_k(rope: Rope, k: Half) -> None:
     if k.x is not rope.end:
         wanted = "k through views and the steps of an FP8 cast"
         raise Miss("k is changed on its way to the cache", k.scatter, wanted, describe(k.x))
+    if _in_blocks(k):
+        found = f"{list(k.destination().shape)} with strides {list(k.destination().stride())}"
+        raise Miss("the cache lies in blocks", k.scatter, "slots that lie at one distance, told by one index", found)
+    if k.scale_a_head:
+        raise Miss(SCALE_LAYOUT, k.scatter, "one scale of one element", describe(k.scale))
     turned, rows = rope.turned, k.input_value()
     batch, sequence, heads, columns = turned.shape
     same = turned.untyped_storage()._cdata == rows.untyped_storage()._cdata
@@ -283,6 +296,8 @@ def _why_not_v(ropes: tuple[Rope, ...], k: Half, v: Half, forced: bool) -> str:
         return f"v is {value_of(v.x).dtype}, k was {before}"
     if k.by_sequence != v.by_sequence or any(v.x is rope.end for rope in ropes):
         return "v is another result of the rotation"
+    if v.scale_a_head:
+        return "v has a scale a head"
     if not forced and not is_opaque(v.x):
         return f"Inductor fuses v's store into {describe(v.x)} for free"
     return ""
@@ -372,6 +387,22 @@ def _fp8(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots
     q, k, v = _turned(qkv, cos, sin, weights or None)
     kc.view(-1, KV_HEADS, D)[slots] = _quantise(_rows(k), ks)
     vc.view(-1, KV_HEADS, D)[slots] = _quantise(_rows(v), vs)
+    return q
+
+
+def _heads_before_slots(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
+    """Caches [H, S, D]."""
+    q, k, v = _turned(qkv, cos, sin)
+    kc.transpose(0, 1)[slots] = _quantise(_rows(k), ks)
+    vc[:, slots] = _quantise(_rows(v), vs).transpose(0, 1)
+    return q
+
+
+def _slots_of_blocks(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
+    """[2, blocks, block, H, D]: the block of a slot, and its row in there."""
+    q, k, v = _turned(qkv, cos, sin)
+    kv[0, slots // 10, slots % 10] = _quantise(_rows(k), ks)
+    kv[1, slots // 10, slots % 10] = _quantise(_rows(v), vs)
     return q
 
 
@@ -529,6 +560,19 @@ def _a_slot_a_head(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: 
     return q
 
 
+def _blocks_of_both(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
+    q, k, v = _turned(qkv, cos, sin)
+    kv[slots // 10, 0, slots % 10] = _quantise(_rows(k), ks)
+    kv[slots // 10, 1, slots % 10] = _quantise(_rows(v), vs)
+    return q
+
+
+def _told_blocks(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kv: Any, slots: Any) -> torch.Tensor:
+    q, k, _ = _turned(qkv, cos, sin)
+    kv[0, slots % 4, slots % 10] = _quantise(_rows(k), ks)
+    return q
+
+
 def _gated(qkv: Any, cos: Any, sin: Any, ks: Any, vs: Any, kc: Any, vc: Any, slots: Any) -> torch.Tensor:
     q, k, v = _turned(qkv, cos, sin)
     kc[slots] = _quantise(_rows(k * v), ks)
@@ -577,6 +621,8 @@ RULE = Rule(
         _match("llama", _fp8, _inputs(4, 10, KV_HEADS, D)),
         _match("heads_before_positions", _in_order, _flat),
         _match("packed_tokens", _packed, _inputs(SLOTS, KV_HEADS, D, dtype=torch.uint8)),
+        _match("heads_before_slots", _heads_before_slots, _inputs(KV_HEADS, SLOTS, D)),
+        _match("slots_of_blocks", _slots_of_blocks, _inputs(2, 4, 10, KV_HEADS, D, caches=1)),
         _match("halves_of_one_cache", _halves, _inputs(2, SLOTS, KV_HEADS, D, caches=1)),
         _match("v_first", _v_first, _inputs(2, SLOTS, KV_HEADS, D, caches=1)),
         _match("k_is_read", _k_is_read, _flat),
@@ -591,6 +637,18 @@ RULE = Rule(
     near_misses=(
         Example("heads_before_tokens", _heads_before_tokens, _flat, reason="k is changed on its way to the cache"),
         Example("a_slot_a_head", _a_slot_a_head, _flat, reason="the stored rows are not k's tokens"),
+        Example(
+            "blocks_of_k_and_v",
+            _blocks_of_both,
+            _inputs(4, 2, 10, KV_HEADS, D, caches=1),
+            reason="the cache lies in blocks",
+        ),
+        Example(
+            "blocks_and_rows_of_them",
+            _told_blocks,
+            _inputs(2, 4, 10, KV_HEADS, D, caches=1),
+            reason="the cache lies in blocks",
+        ),
         Example("gated", _gated, _flat, reason="k is changed on its way to the cache"),
         Example("scale_a_head", _scale_a_head, _flat, reason="scale layout"),
         Example("slots_of_q", _slots_of_q, _flat, reason="q or k is read before k can be stored"),

@@ -22,6 +22,7 @@ from inductor_ext import memory
 from inductor_ext.calls import arguments, aten, calling, calls, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
 from inductor_ext.miss import Miss
+from inductor_ext.patterns.support.strides import drop_idle_copies
 from inductor_ext.rule import Context, Example, Match, Rule
 
 #: What reads a tensor element by element, however it lies. Beside them: operators that PyTorch tags as pointwise.
@@ -130,11 +131,7 @@ def replace(match: Match) -> None:
             node.target = aten.reshape.default
         node.meta["val"] = value
     for node in plan.values:
-        for user in list(node.users):
-            alike = is_call(user, aten.clone.default) and value_of(user).stride() == value_of(node).stride()
-            if alike and memory.may_be_one(user, node):
-                user.replace_all_uses_with(node)
-                erase_dead(user)
+        drop_idle_copies(node)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from inductor_ext.miss import Miss, found_or_none
 from inductor_ext.patterns import scaled_mm_cat, scaled_mm_siblings
 from inductor_ext.patterns.qk_norm_rope import _gemma_norm, _llama_norm, _rope, rotations
 from inductor_ext.patterns.scaled_mm import fixed, product, rowwise, tensorwise, with_bias
-from inductor_ext.patterns.support import columns, scaled_plan, scaled_product
+from inductor_ext.patterns.support import columns, scaled_plan, scaled_product, strides
 from inductor_ext.patterns.support.attention_examples import sdpa
 from inductor_ext.patterns.support.rope import Rope
 from inductor_ext.patterns.support.same import same_elements, same_tensor
@@ -313,10 +313,10 @@ def replace(match: Match) -> None:
         place.prepend(view)
     if plan.joined is not None:
         plan.joined.replace_all_uses_with(made)
-        columns.refresh(made)
+        strides.refresh(made)
     for old, new in zip(_outputs(plan), parts, strict=True):
         old.replace_all_uses_with(new)
-        columns.refresh(new)
+        strides.refresh(new)
         erase_dead(old)
         erase_dead(new)
     if plan.joined is not None:

@@ -21,7 +21,7 @@ from inductor_ext import memory
 from inductor_ext.calls import aten, calling, calls, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
 from inductor_ext.miss import Miss
-from inductor_ext.patterns.support.columns import refresh
+from inductor_ext.patterns.support.strides import refresh
 from inductor_ext.rule import Context, Example, Match, Rule
 
 #: A reader, the node that it reads columns by, the tensor that has them now, and which of its columns.

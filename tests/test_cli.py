@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,7 @@ def invoke(*words: str, code: int = 0) -> Result:
 def test_version_and_help() -> None:
     assert inductor_ext.__version__ in invoke("--version").stdout
     shown = invoke("--help").stdout
-    commands = ("demo", "explain", "doctor", "ops", "rules", "build", "cache", "bench", "clangd")
+    commands = ("demo", "explain", "repro", "doctor", "ops", "rules", "build", "cache", "bench", "clangd")
     assert all(command in shown for command in commands)
     for command in commands:
         assert "Usage" in invoke(command, "--help").stdout
@@ -178,6 +181,15 @@ def test_ops() -> None:
     assert "fp8_downcast/fp8_downcast.cuh" in invoke("ops").stdout
 
 
+def test_ops_show() -> None:
+    for op in registry.ops():
+        found = json.loads(invoke("ops", "show", op.name, "--json").stdout)
+        assert found["schema"] == op.schema and len(found["documentation"]) > 200, op.name
+    shown = invoke("ops", "show", "act_quantize").stdout
+    assert "C up to 32 768" in shown and "compute capability 8.9 or later" in shown and "act_quantize.cuh" in shown
+    assert "no op is called 'nope'" in invoke("ops", "show", "nope", code=1).stderr
+
+
 def test_rules() -> None:
     found = json.loads(invoke("rules", "--json").stdout)
     assert [rule["name"] for rule in found] == [rule.name for rule in registry.rules()]
@@ -207,6 +219,31 @@ def test_build_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no op is called 'nope'" in invoke("build", "nope", code=1).stderr
     assert "--preset: wanted" in invoke("build", "--preset", "nope", code=1).stderr
     assert "name one: --arch" in invoke("build", "fp8_downcast", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--preset", "qwen3", "--arch", "sm_80"), "sm_80 is compute capability 8.0; kernels of these ops need 8.9 or later"),
+        (("fp8_downcast", "--arch", "sm_90a", "--arch", "sm_75"), "sm_75 is compute capability 7.5; kernels of fp8_downcast"),
+        (("scaled_mm", "--arch", "sm_89"), "sm_89 is compute capability 8.9; kernels of scaled_mm need 9.0 or later"),
+    ],
+)
+def test_build_says_at_once_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], message: str) -> None:
+    monkeypatch.setattr("inductor_ext.cli.build.jit.prebuild", lambda *args, **kwargs: pytest.fail("nothing is to be built"))
+    assert message in " ".join(invoke("build", *asked, code=1).stderr.split())
+
+
+def test_build_leaves_out_what_a_gpu_has_no_kernel_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set of ops: on compute capability 8.9 there is no kernel for products."""
+    asked = []
+    monkeypatch.setattr(
+        "inductor_ext.cli.build.jit.prebuild",
+        lambda specs, directory, settings, on_progress: asked.extend(specs) or {spec: directory for spec in specs},
+    )
+    invoke("build", "--preset", "qwen3", "--arch", "sm_89")
+    names = {spec.name for spec in asked}
+    assert "fp8_downcast" in names and not [name for name in names if name.startswith("scaled_mm")]
 
 
 def test_build_with_a_bad_target() -> None:
@@ -291,6 +328,39 @@ def test_errors_are_shown_not_obeyed(script: Path, monkeypatch: pytest.MonkeyPat
 
 
 # ---- bench and clangd ------------------------------------------------------------------------------------------------
+
+
+def test_repro_runs_what_pytorch_wrote_of_a_graph(tmp_path: Path) -> None:
+    """The script of TORCH_COMPILE_DEBUG alone compiles as stock does: it holds no pass."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\n"
+        "def f(x, w):\n"
+        "    h = torch.nn.functional.gelu(x @ w)\n"
+        "    scale = (h.abs().amax(-1, keepdim=True) / 448.0).float()\n"
+        "    return (h.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(f, backend='inductor_ext')(torch.randn(32, 64).bfloat16(), torch.randn(64, 128).bfloat16())\n"
+    )
+    environment = {
+        **os.environ, "TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(tmp_path / "debug"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+    subprocess.run([sys.executable, str(program)], env=environment, cwd=tmp_path, check=True, capture_output=True)
+    (script,) = (tmp_path / "debug").rglob("fx_graph_runnable.py")
+    command = [sys.executable, "-m", "inductor_ext.cli", "repro"]
+    for arguments, told in (([], "rewrote act_quantize ×1"), (["--rules", "act_quantize=off"], "rewrote nothing")):
+        done = subprocess.run(
+            [*command, *arguments, str(script)], cwd=tmp_path, check=True, capture_output=True, text=True, encoding="utf-8"
+        )
+        assert told in done.stderr
+
+
+def test_repro_gives_a_script_its_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch\nprint(sys.argv[1:], torch._inductor.config.post_grad_custom_post_pass is not None)\n")
+    assert invoke("repro", str(script), "minify", "--offload").stdout == "['minify', '--offload'] True\n"
+    assert "does not exist" in invoke("repro", str(tmp_path / "absent.py"), code=2).output
 
 
 def test_bench_lists_scripts() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import inductor_ext
 from inductor_ext import registry, settings
 from inductor_ext.cli import app
 
@@ -29,7 +30,8 @@ def test_every_rule_is_listed() -> None:
 
 def test_commands_exist() -> None:
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    for page in (README, *(path.read_text() for path in ROOT.glob("docs/*.md"))):
+    templates = ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")
+    for page in (README, *(path.read_text() for path in (*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *templates))):
         assert set(re.findall(r"`?inductor-ext ([a-z]+)", page)) <= names
 
 
@@ -37,7 +39,14 @@ def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1500
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/*.md"))])
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {inductor_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):

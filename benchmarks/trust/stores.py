@@ -61,6 +61,38 @@ def _downcast_fp8() -> Iterator[Call]:
         caches, scales = (m.cache(128, 131), m.cache(128, 131)), (m.rand(), m.rand())
         return odd[:, 1:132], odd[:, 132:263], *caches, *scales, m.slots(100, 128), STATIC, STATIC, E4, 1, 0, False
 
+    def in_blocks(
+        tokens: int, heads: int, dim: int, *, heads_first: bool = False, told: bool = True, a_head: bool = False,
+        index: torch.dtype = I64, wrap: bool = False,
+    ) -> Callable[[Maker], Args]:  # fmt: skip
+        def make(m: Maker) -> Args:
+            blocks = tokens // 16 + 3
+            sizes = (blocks, 2, heads, 16, dim) if heads_first else (blocks, 2, 16, heads, dim)
+            both = m.cache(*sizes)
+            caches = [each.transpose(1, 2) if heads_first else each for each in both.unbind(1)]
+            slots = m.slots(tokens, blocks * 16, index)
+            loc, at = (slots // 16, slots % 16) if told else (slots, None)
+            x = [m.randn(tokens, heads, dim, size=90) for _ in "kv"]
+            scales = [m.rand(heads) if a_head else m.rand() for _ in "kv"]
+            return (*x, *caches, *scales, loc, STATIC, STATIC, E4, 1, 0, wrap, False, at)
+
+        return make
+
+    for tokens in (1, 127, 1025, 5000):
+        yield Call("downcast_fp8", f"{tokens} tokens into [blocks, 2, 16, 8, 128]", in_blocks(tokens, 8, 128))
+        yield Call("downcast_fp8", f"{tokens} tokens, heads first", in_blocks(tokens, 8, 128, heads_first=True))
+    yield Call("downcast_fp8", "slots of blocks, int32", in_blocks(300, 3, 5, told=False, index=I32))
+    yield Call("downcast_fp8", "blocks from the end", in_blocks(300, 2, 64, heads_first=True, wrap=True))
+    for tokens in (5, 1025, 5000):
+        yield Call("downcast_fp8", f"{tokens} tokens, a scale a head, in blocks", in_blocks(tokens, 8, 128, a_head=True))
+
+    def a_head(m: Maker) -> Args:
+        x, caches, scales = ([make() for _ in "kv"] for make in (
+            lambda: m.randn(90, 4, 24, size=90), lambda: m.cache(128, 4, 24), lambda: m.rand(4),
+        ))  # fmt: skip
+        return *x, *caches, scales[0], m.rand(), m.slots(90, 128), STATIC, STATIC, E4, *_store_options()
+
+    yield Call("downcast_fp8", "K's scale one a head", a_head)
     yield Call("downcast_fp8", "slices of qkv into one buffer", slices)
     yield Call("downcast_fp8", "odd slices", odd_slices)
 

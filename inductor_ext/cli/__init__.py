@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from inductor_ext.cli import bench, build, cache, demo, doctor, explain, ops, rules
+from inductor_ext.cli import bench, build, cache, demo, doctor, explain, ops, repro, rules
 from inductor_ext.cli.common import Group, version_option
 
 app = typer.Typer(
@@ -18,8 +18,9 @@ app = typer.Typer(
 app.callback()(version_option)
 app.command("demo")(demo.demo)
 app.command("explain")(explain.explain)
+app.command("repro", context_settings=repro.CONTEXT)(repro.repro)
 app.command("doctor")(doctor.doctor)
-app.command("ops")(ops.ops)
+app.add_typer(ops.app, name="ops")
 app.add_typer(rules.app, name="rules")
 app.command("build")(build.build)
 app.add_typer(cache.app, name="cache")

@@ -35,7 +35,11 @@ def build(
     chosen = settings.current()
     wanted = _ops(names or [], preset)
     targets = _targets(arch, chosen)
-    specs = {target: [spec for op in wanted for spec in op.examples(target, preset)] for target in targets}
+    for target in targets:
+        _check_capability(wanted, names or [], target)
+    specs = {
+        target: [spec for op in wanted if _runs_on(op, target) for spec in op.examples(target, preset)] for target in targets
+    }
     if not any(specs.values()):
         raise SettingError("none of these ops declares a kernel to build ahead")
     if wheel is None:
@@ -45,6 +49,26 @@ def build(
         with _folder(out, target, len(targets)) as directory:
             _fill(directory, specs[target], chosen)
             stdout().print(f"made {line(jit.pack(directory, target, wheel))}", soft_wrap=True)
+
+
+def _capability(target: str) -> tuple[int, int]:
+    digits = "".join(character for character in target if character.isdigit())
+    return int(digits[:-1]), int(digits[-1])
+
+
+def _runs_on(op: Op, target: str) -> bool:
+    return op.kernel is None or _capability(target) >= op.kernel.min_capability
+
+
+def _check_capability(wanted: list[Op], named: list[str], target: str) -> None:
+    """SettingError, before a minute of nvcc's errors, where an op that was named, or every op, has no kernel for ``target``."""
+    lacking = {op.name: op.kernel.min_capability for op in wanted if op.kernel is not None and not _runs_on(op, target)}
+    asked = [name for name in lacking if name in named]
+    if not asked and len(lacking) < sum(op.kernel is not None for op in wanted):
+        return
+    have, need = ("{}.{}".format(*each) for each in (_capability(target), min(lacking[name] for name in asked or lacking)))
+    what = ", ".join(asked) if asked else "these ops"
+    raise SettingError(f"--arch {target} is compute capability {have}; kernels of {what} need {need} or later")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""``inductor-ext demo``: the whole road on a Qwen3 model, with a progress display, tables and the HTML report."""
+"""``inductor-ext demo``: the whole road on a Qwen3 model, or a trained one's answers; progress, tables and the HTML report."""
 
 from __future__ import annotations
 
@@ -37,16 +37,21 @@ def demo(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model, instead of its own number.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    model: Annotated[str, typer.Option(help="qwen3, or a trained model: smollm2 (answers), minilm (searches).")] = "qwen3",
 ) -> None:
     """Compile an FP8 Qwen3 model stock and through inductor_ext: what is rewritten, is it right, is it faster.
 
-    Random weights, nothing downloaded: the 0.6B shape on a GPU, a small one on a CPU.
+    Random weights, nothing downloaded: the 0.6B shape on a GPU, a small one on a CPU. With --model a small trained model, which
+    is a package of its own, says what FP8 costs its answers.
     """
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise work.DemoError(f"--device: wanted cpu, or cuda with a GPU that torch sees; found {device!r}")
+    if model != "qwen3":
+        _trained(model, device, layers, html, json_path)
+        return
     shape = work.QWEN3_06B if device == "cuda" else work.SMALL
     if layers:
         shape = dataclasses.replace(shape, layers=layers)
@@ -71,6 +76,41 @@ def demo(
     console.print(Text.assemble("Report: ", (line(path), "bold")), soft_wrap=True)
     if not result.ok:
         raise typer.Exit(1)
+
+
+def _trained(name: str, device: str, layers: int | None, html: Path, json_path: Path | None) -> None:
+    """``--model``: a trained model's answers in bf16 and in FP8, eager and compiled."""
+    from inductor_ext import trained
+
+    console = stdout()
+    with stages(console, trained.STAGES) as stage:
+        result = trained.run(name, device, layers, stage)
+        with stage("Writing the report"):
+            columns, rows = answer_rows(result)
+            section = Section("What the trained model answers", result.quantisation, columns, rows)
+            path = report_html.write(result.explanation, html, [section])
+    console.print(f"Linear layers: {result.quantisation}", soft_wrap=True)
+    console.print("\n".join(graph.summary() for graph in result.explanation.graphs), soft_wrap=True)
+    shown = table(*columns)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    if device == "cpu":
+        console.print(CPU_NOTE, style="yellow")
+    if json_path:
+        json_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    console.print(Text.assemble("Report: ", (line(path), "bold")), soft_wrap=True)
+
+
+def answer_rows(result: Any) -> TableData:
+    """A line a side, a column a measure, and what it wrote."""
+    measures = [name for name in result.answers[0].measures]
+    columns = ("side", *measures, *(["what it writes"] if result.answers[0].text else []))
+    rows = []
+    for answer in result.answers:
+        numbers = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in answer.measures.values()]
+        rows.append((answer.side, *numbers, *([answer.text] if answer.text else [])))
+    return columns, rows
 
 
 @contextlib.contextmanager

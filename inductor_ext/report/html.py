@@ -52,6 +52,8 @@ def page(explanation: Explanation, extra: Sequence[Section] = ()) -> str:
         ops=Counter(name for event in explanation.rewrites for name in event.kernel.split("+") if name),
         kernels=_kernels(explanation.graphs),
         diffs=[(graph, diff_lines(graph)) for graph in explanation.graphs],
+        folded=folded,
+        whole=lambda graph: [("same", line) for line in graph.after.splitlines()],
         extra=extra,
         versions=versions(),
         settings=_settings(),
@@ -100,6 +102,20 @@ def diff_lines(graph: GraphReport) -> list[tuple[str, str]]:
     lines = list(difflib.unified_diff(before, after, lineterm=""))[2:]
     kinds = {"+": "add", "-": "del", "@": "at"}
     return [(kinds.get(line[:1], "same"), line) for line in lines]
+
+
+def folded(lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same lines, equal layers once, and behind them a line of the kind "at" that says how many more there are."""
+    found, at = [], 0
+    for line, turns, period in text.folded([line for _, line in lines]):
+        if turns:
+            times = f"{turns} more time{'s'[: turns != 1]}"
+            found.append(("at", f"⋯ {times}, {period} lines each, which differ in nodes' numbers alone"))
+            at += turns * period
+        else:
+            found.append((lines[at][0], line))
+            at += 1
+    return found
 
 
 def versions() -> dict[str, str]:

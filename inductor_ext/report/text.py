@@ -1,6 +1,6 @@
 """Reports as text: tables for a terminal (`renderable`, `verification`) and the same as plain text (`render`).
 
-Events that differ only in the numbers inside node names, as those of 28 equal layers do, share one row.
+Events that differ only in the numbers inside node names and of layers, as those of 28 equal layers do, share one row.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -30,12 +30,17 @@ WIDTH = 140
 _NODE_NUMBER = re.compile(r"(?<=[a-z])\d*_\d+\b")
 
 
+#: Fewer lines are not worth a line that says how often they come.
+_WORTH_FOLDING = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Equal events: the first of them, and the nodes of all."""
+    """Equal events: the first of them, and the nodes and modules of all."""
 
     event: Any
     nodes: tuple[str, ...]
+    modules: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -47,14 +52,69 @@ class Row:
         return line(self.nodes[0]) + (f" +{self.count - 1}" if self.count > 1 else "")
 
 
+    @property
+    def module(self) -> str:
+        """The modules' path, the layers' numbers in one: ``layers.0–27.mlp``. "" where PyTorch kept none."""
+        paths = [path.split(".") for path in dict.fromkeys(self.modules)]
+        parts = [list(dict.fromkeys(part)) for part in zip(*paths)]
+        several = sum(len(part) > 1 for part in parts) > 1
+        return ".".join(part[0] if len(part) == 1 else "*" if several else _ranges(part) for part in parts)
+
+
 def rows(events: Iterable[Rewrite | Refusal]) -> list[Row]:
     """Events in order of first appearance, equal ones together."""
-    found: dict[tuple[str, ...], list[Any]] = {}
+    found: dict[tuple[Any, ...], list[Any]] = {}
     for event in events:
         fields = dataclasses.asdict(event)
         del fields["node"]
-        found.setdefault(tuple(_NODE_NUMBER.sub("", value) for value in fields.values()), []).append(event)
-    return [Row(same[0], tuple(event.node for event in same)) for same in found.values()]
+        module = tuple("*" if part.isdigit() else part for part in fields.pop("module").split("."))
+        key = module, *(_NODE_NUMBER.sub("", value) for value in fields.values())
+        found.setdefault(key, []).append(event)
+    return [Row(same[0], tuple(each.node for each in same), tuple(each.module for each in same)) for same in found.values()]
+
+
+def _ranges(numbers: Iterable[str]) -> str:
+    """``0–3, 5`` of 0, 1, 2, 3 and 5."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
+
+
+def folded(lines: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(line, 0, 0) of each of ``lines``. Of a stretch that repeats itself, numbers in nodes' names apart, as equal layers do,
+    its first turn alone, and behind it ("", turns left out, lines of a turn)."""
+    keys = [_NODE_NUMBER.sub("", line) for line in lines]
+    nearest: dict[str, int] = {}
+    following = [len(lines)] * len(lines)  # where a line comes again
+    for index in reversed(range(len(lines))):
+        following[index] = nearest.get(keys[index], len(lines))
+        nearest[keys[index]] = index
+    found: list[tuple[str, int, int]] = []
+    index = 0
+    while index < len(lines):
+        turns, period = _turns(keys, following, index)
+        found += [(line, 0, 0) for line in lines[index : index + period]]
+        if turns > 1:
+            found.append(("", turns - 1, period))
+        index += turns * period
+    return found
+
+
+def _turns(keys: Sequence[str], following: Sequence[int], index: int) -> tuple[int, int]:
+    """How often the lines from ``index`` on come one after the other, and how many they are; (1, 1): they do not."""
+    again = following[index]
+    while again < len(keys):
+        period, turns = again - index, 1
+        while keys[index : index + period] == keys[index + turns * period : index + (turns + 1) * period]:
+            turns += 1
+        if turns > 1 and period >= _WORTH_FOLDING:
+            return turns, period
+        again = following[again]
+    return 1, 1
 
 
 def render(report: Any, width: int = WIDTH) -> str:
@@ -123,6 +183,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def _where(row: Row) -> Text:
     place = Text(line(row.event.source) or "no source line known")
+    if row.module:
+        place.append(f"\nin {line(row.module)}")
     return place.append(f"\nnode {row.where}", "dim")
 
 

@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(Threads == kWholeBlock ? 1024 : kRowsBlock)
 // stay in registers, and the next row is on its way while one is normalised. Only rows that are all vectors of their threads: no
 // vector is then asked whether it is there.
 template <typename Row, int E, int U>
-constexpr bool kNormWalks = E == 8 && U == 4 && (Row::kCentred || Row::Norm::reads(kBias) || Row::Norm::reads(kFactor) || Row::Norm::reads(kShift));
+constexpr bool kWalksRow = E == 8 && U == 4 && (Row::kCentred || Row::Norm::reads(kBias) || Row::Norm::reads(kFactor) || Row::Norm::reads(kShift));
 template <typename Row>
 constexpr int kWalkThreads = Row::kResidual ? 512 : 640;  // of an SM: 128 and 96 registers each
 
@@ -514,7 +514,7 @@ struct NormQuantize {
     }
     template <int Threads, int E, int U>
     bool walk(unsigned grid, unsigned block) const {
-      if constexpr (kNormWalks<Row, E, U>) {
+      if constexpr (kWalksRow<Row, E, U>) {
         const unsigned resident = kWalkThreads<Row> / block * static_cast<unsigned>(sm_count(device));
         const int threads = Threads == kWholeBlock ? block : Threads;
         if (grid <= resident || resident == 0 || p.cols != threads * U || p.rows >> 31) return false;

@@ -42,9 +42,12 @@ class Attention:
     output: Node | None
     others: tuple[Node, ...]  # users of its other results
     rounded: torch.dtype | None = None  # 16 bits that q, k and v have to be rounded to first
+    unscaled: tuple[Node, ...] = ()  # a product of q with a number that ``scale`` has taken over, and the views behind it
 
 
 calls = calling(*KERNELS)
+
+VIEWS = aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default
 
 
 def parse(node: Node) -> Attention:
@@ -66,6 +69,35 @@ def parse(node: Node) -> Attention:
         results.get(0),  # type: ignore[call-overload]
         tuple(user for user in node.users if user is not results.get(0)),  # type: ignore[call-overload]
     )
+
+
+def before_copy(node: Node) -> Node:
+    """What ``node`` copies, where that is rows too: heads [B, H, S, D] whose columns lie side by side need not lie in order."""
+    source = node.args[0] if is_call(node, aten.clone.default) else None
+    if not isinstance(source, Node) or value_of(node).dim() != 4 or value_of(source).stride(-1) != 1:
+        return node
+    return source
+
+
+def before_scaling(found: Attention) -> Attention:
+    """Takes over what q is multiplied by where that is a power of two: with it or without, products round alike."""
+    node, views = before_copy(found.q), list[Node]()
+    while is_call(node, *VIEWS):
+        views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    if not is_call(node, aten.mul.Tensor) or not isinstance(found.scale, float):
+        return found
+    x, factor = node.args
+    if not isinstance(x, Node) or not isinstance(factor, (int, float)) or not _is_power_of_two(factor):
+        return found
+    same = value_of(x).dtype is value_of(node).dtype and value_of(x).stride() == value_of(node).stride()
+    if not same or len(node.users) > 1:
+        return found
+    return dataclasses.replace(found, q=x, scale=found.scale * factor, unscaled=(node, *reversed(views)))
+
+
+def _is_power_of_two(factor: float) -> bool:
+    return 2.0**-16 <= factor <= 2.0**16 and math.frexp(factor)[0] == 0.5
 
 
 def before_repeat(node: Node) -> Node:

@@ -18,6 +18,12 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any = None, ca
     return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, 0.0, causal)[:2]
 
 
+def sdpa_scaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
+
+
 def heads(device: str, count: int, width: int = D, tokens: int = S) -> torch.Tensor:
     """[B, count, S, D] as a projection leaves it. A CPU's fp32 shows any error; a GPU's kernels take 16 bits."""
     x = torch.randn(2, tokens, count, width, device=device).transpose(1, 2)

@@ -22,6 +22,7 @@ from inductor_ext.kernels.varlen_attention.op import OP, problem_of
 from inductor_ext.miss import DROPOUT, DTYPES, INPUT_LAYOUT, LOG_SUM_EXP, Miss
 from inductor_ext.patterns.support.attention import Attention
 from inductor_ext.patterns.support.attention_mask import Band
+from inductor_ext.patterns.support.strides import drop_idle_copies, refresh
 from inductor_ext.rule import Call, Match
 
 
@@ -82,6 +83,8 @@ class Plan:
 
 
 def queries(found: Attention) -> Source:
+    if found.unscaled:
+        return Source(found.q, found.unscaled[0], found.unscaled[1:], found.rounded)
     return Source(found.q, dtype=found.rounded)
 
 
@@ -177,6 +180,8 @@ def replace(match: Match) -> None:
             made = call(graph, OP.overload, *_arguments(plan, *heads), like=match.node)
             made = call(graph, aten.permute.default, made, [0, 2, 1, 3], like=match.node)
     found.output.replace_all_uses_with(made)
+    refresh(made)
+    drop_idle_copies(made)
     inputs = found.node.all_input_nodes
     erase_dead(found.output)
     if not found.node._erased:

@@ -14,9 +14,10 @@ from torch.fx import Graph, Node
 
 from inductor_ext.calls import aten, is_call
 from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
-from inductor_ext.memory import is_returned, is_view, readers
+from inductor_ext.memory import is_returned, readers
 from inductor_ext.miss import Miss
 from inductor_ext.patterns.support.same import PURE, in_order
+from inductor_ext.patterns.support.strides import refresh
 
 #: Higher-order operators that take any strides. The others may hold what was traced with the strides of eager: a user's Triton
 #: kernel was given them as numbers.
@@ -160,17 +161,3 @@ def is_cat_of_columns(node: Any) -> bool:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return isinstance(dim, int) and dim in (-1, value_of(node).dim() - 1)
-
-
-def refresh(node: Node, fake_mode: Any = None) -> None:
-    """Fake values of the views below ``node``, whose strides have changed: later rules read them."""
-    fake_mode = fake_mode or value_of(node).fake_mode
-    for user in list(node.users):
-        if not is_view(user):
-            continue
-        if is_call(user, aten.view.default):
-            user.target = aten.reshape.default  # Inductor makes this change too, but before our pass
-        arguments, keywords = torch.fx.map_arg((user.args, user.kwargs), value_of)
-        with fake_mode:
-            user.meta["val"] = user.target(*arguments, **keywords)
-        refresh(user, fake_mode)

@@ -52,6 +52,7 @@ class Chain:
     operands: list[Node]
     post_views: list[Node]
     inner: list[Node]  # every node strictly between x and the cast
+    head: tuple[int, list[Node]] | None = None  # a scale a head: of which dimension, and the views behind it
 
     @property
     def program(self) -> str:
@@ -95,12 +96,13 @@ def casts(graph: Graph) -> list[Node]:
     return [node for node in calling(CONVERT)(graph) if is_fp8_cast(node)]
 
 
-def trace(cast: Node, unscaled: bool = False) -> Chain:
+def trace(cast: Node, unscaled: bool = False, heads: bool = False) -> Chain:
     """The chain that ends in ``cast``, as long as it can be made, or the first condition that failed.
 
-    ``unscaled`` takes a cast without a scale too: a clamp and a cast, or a cast alone.
+    ``unscaled`` takes a cast without a scale too: a clamp and a cast, or a cast alone. ``heads`` takes a scale that has several
+    values along one dimension, not the last, as ``s0`` too, and says in `Chain.head` along which.
     """
-    walk = _Walk(cast, unscaled)
+    walk = _Walk(cast, unscaled, heads)
     walk.run()
     return walk.chain()
 
@@ -108,9 +110,11 @@ def trace(cast: Node, unscaled: bool = False) -> Chain:
 class _Walk:
     """State of one walk upwards. Steps and views are collected last first."""
 
-    def __init__(self, cast: Node, unscaled: bool = False) -> None:
+    def __init__(self, cast: Node, unscaled: bool = False, heads: bool = False) -> None:
         self.cast = cast
         self.unscaled = unscaled
+        self.heads = heads
+        self.head: tuple[int, int] | None = None  # its dimension, and how many views are below the step
         self.node: Node = cast.args[0]
         self.steps: list[steps.Step] = []
         self.operands: list[Node] = []
@@ -159,6 +163,7 @@ class _Walk:
             operands=list(reversed(self.operands)),
             post_views=list(reversed(self.views[:keep])),
             inner=self.inner,
+            head=None if self.head is None else (self.head[0], list(reversed(self.views[: self.head[1]]))),
         )
 
     def _renumbered(self) -> list[steps.Step]:
@@ -261,7 +266,10 @@ class _Walk:
         if tensor.dtype not in FLOATS:
             return self._stop(node, SCALE_DTYPE, "float32, bfloat16 or float16", str(tensor.dtype))
         kind = "s"
-        if not all(known_equal(size, 1) for size in tensor.shape):
+        head = self._head(tensor.shape, shape) if self.heads and op in ("mul", "div") and not self.scaled else None
+        if head is not None:
+            self.head = head, len(self.views)
+        elif not all(known_equal(size, 1) for size in tensor.shape):
             kind = "r"
             if not self._rows(tensor.shape, shape):
                 columns = known_equal(tensor.shape[-1], shape[-1])
@@ -278,6 +286,14 @@ class _Walk:
         """How many constants the kernel takes so far: numbers, and operands on the host, which it gets as numbers."""
         hosted = sum(value_of(operand).device != value_of(node).device for operand in self.operands)
         return hosted + sum(isinstance(step.operand, float) for step in self.steps)
+
+    def _head(self, scale: Any, shape: Any) -> int | None:
+        """The one dimension of several along which a scale has more than one value, if it is not the last one."""
+        padded = (1,) * (len(shape) - len(scale)) + tuple(scale)
+        several = [dim for dim, size in enumerate(padded) if not known_equal(size, 1)]
+        if len(scale) > len(shape) or len(several) != 1 or several[0] == len(shape) - 1:
+            return None
+        return several[0] if known_equal(padded[several[0]], shape[several[0]]) else None
 
     def _rows(self, scale: Any, shape: Any) -> bool:
         """Whether a scale broadcasts one value a row, and the rows are those of every other row operand."""

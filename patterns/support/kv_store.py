@@ -24,6 +24,7 @@ from inductor_ext.graph import RESHAPES, call, describe, erase_dead, fake_replay
 from inductor_ext.kernels import steps
 from inductor_ext.miss import (
     CACHE_IS_NO_INPUT,
+    CACHE_LAYOUT,
     DEVICE,
     INDEX_LAYOUT,
     INPUT_LAYOUT,
@@ -55,6 +56,7 @@ class Half:
     dtype: torch.dtype  # of what is stored
     input_views: list[Node]  # from x to the stored rows: the chain's own, and those between cast and store
     by_sequence: bool = False  # rows [B, H, T, D] of a cache [B, H, S, D], each sequence's into its own
+    scale_a_head: bool = False
 
     @property
     def program(self) -> str:
@@ -71,20 +73,55 @@ class Half:
     def input_value(self) -> torch.Tensor:
         """What the op reads: ``x`` in the shape of the stored rows."""
         value = fake_replay(self.input_views, value_of(self.x))
-        return value.unsqueeze(0) if self.store.one_row else value
+        if self.store.one_row:
+            return value.unsqueeze(0)
+        return value.permute(1, 0, 2) if self.store.dims == (1,) else value
 
     @property
     def inputs(self) -> list[Node]:
         """What the op reads of tensors."""
-        return [node for node in (self.x, self.scale, self.store.loc) if node is not None]
+        return [node for node in (self.x, self.scale, self.store.loc, self.store.at) if node is not None]
 
     def insert_input(self, graph: Graph) -> Node:
         node = replay(graph, self.input_views, self.x)
-        return call(graph, aten.unsqueeze.default, node, 0) if self.store.one_row else node
+        if self.store.one_row:
+            return call(graph, aten.unsqueeze.default, node, 0)
+        return call(graph, aten.permute.default, node, [1, 0, 2]) if self.store.dims == (1,) else node
+
+    def scale_value(self) -> torch.Tensor | None:
+        """What the op gets as the scale: one a head is [H]."""
+        if self.scale is None:
+            return None
+        scale: torch.Tensor = value_of(self.scale)
+        return scale.reshape(scale.numel()) if self.scale_a_head else scale
+
+    def insert_scale(self, graph: Graph) -> Node | None:
+        if self.scale is None or not self.scale_a_head:
+            return self.scale
+        size = torch_compat.symbolic(graph, [value_of(self.scale).numel()])
+        return call(graph, aten.reshape.default, self.scale, size, like=self.scale)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the op gets the cache as [blocks, block, …]."""
+        return not self.by_sequence and self.destination().dim() > self.input_value().dim()
 
     def destination(self, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The rows that are written as a fake view of ``base``, or of the version of the buffer that is there."""
-        return cache_store.geometry(self.store, value_of(self.store.root) if base is None else base)
+        """The rows that are written as a fake view of ``base``, or of the version of the buffer that is there: [S, …] where
+        each is one run of memory and they lie at one distance, else [blocks, block, …]."""
+        store, base = self.store, value_of(self.store.root) if base is None else base
+        with base.fake_mode:
+            rows = cache_store.geometry(store, base)
+            if store.dims in ((1,), (0, 2)):
+                order = [*store.dims, *(dim for dim in range(rows.dim()) if dim not in store.dims)]
+                rows = rows.permute(order)
+            if len(store.dims) == 1:
+                heads_apart = rows.dim() == 3 and not self.by_sequence and not rows_contiguous(rows)
+                return rows.unsqueeze(0) if heads_apart and known_equal(rows.stride(2), 1) else rows
+            (blocks, block, *rest), (above, pitch, *strides) = rows.shape, rows.stride()
+            if store.at is None and rows_contiguous(rows, 2) and known_equal(above, block * pitch):
+                return rows.as_strided((blocks * block, *rest), (pitch, *strides), rows.storage_offset())
+            return rows
 
 
 def stored_value(scatter: Node) -> Any:
@@ -102,7 +139,8 @@ def trace_any(scatter: Node) -> Half | None:
     if not isinstance(value_of(stored_value(scatter)), torch.Tensor):
         return None
     source = _source(stored_value(scatter))
-    return _traced(scatter, source, _store_by_sequence if is_call(scatter, *_PUTS) and len(scatter.args[1]) == 3 else _store)
+    by_sequence = is_call(scatter, *_PUTS) and len(scatter.args[1]) == 3 and scatter.args[1][0] is scatter.args[1][1] is None
+    return _traced(scatter, source, _store_by_sequence if by_sequence else _store)
 
 
 def _stores_fp8(scatter: Node) -> bool:
@@ -118,13 +156,15 @@ def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node
         half = Half(store, None, x, value_of(x).dtype, views, by_sequence)
         _check(half, value)
         return half
-    cast, chain = x, fp8_chain.trace(x, unscaled=True)
-    if len(chain.operands) > 1 or any(value_of(operand).numel() != 1 for operand in chain.operands):
+    cast, chain = x, fp8_chain.trace(x, unscaled=True, heads=True)
+    scale_a_head = _is_a_head(chain, views, store)
+    if len(chain.operands) > 1 or (chain.operands and not scale_a_head and value_of(chain.operands[0]).numel() != 1):
         found = ", ".join(map(describe, chain.operands))
-        raise Miss(SCALE_LAYOUT, cast, "one scale of one element", found)
+        raise Miss(SCALE_LAYOUT, cast, "one scale of one element, or of one for each head of [T, H, D]", found)
     if any(value_of(o).device != value_of(chain.x).device for o in chain.operands):
         raise Miss("scale device", cast, str(value_of(chain.x).device), describe(chain.operands[0]))
-    half = Half(store, chain, chain.x, chain.dtype, [*chain.pre_views, *chain.post_views, *views], by_sequence)
+    input_views = [*chain.pre_views, *chain.post_views, *views]
+    half = Half(store, chain, chain.x, chain.dtype, input_views, by_sequence, scale_a_head)
     _check(half, value)
     below = scatter
     while True:
@@ -134,6 +174,33 @@ def _traced(scatter: Node, source: tuple[Node, list[Node]], find: Callable[[Node
         if value is cast:
             return half
         value, below = value.args[0], value
+
+
+def _is_a_head(chain: Chain, views: list[Node], store: Store) -> bool:
+    """Whether the chain's scale has a value for each head of the stored rows [T, H, D], which are ``views`` of the cast."""
+    if chain.head is None:
+        return False
+    dim: int | None
+    dim, behind = chain.head
+    for view in (*behind, *views):
+        dim = _followed(view, dim)
+        if dim is None:
+            return False
+    if value_of(store.value).dim() + store.one_row != 3:
+        return False
+    return dim == (0 if store.one_row or store.dims == (1,) else 1)
+
+
+def _followed(view: Node, dim: int) -> int | None:
+    """Which dimension of a reshape's result is dimension ``dim`` of what it reshapes."""
+    before, after = value_of(view.args[0]).shape, value_of(view).shape
+    if is_call(view, aten.permute.default):
+        return [each % len(before) for each in view.args[1]].index(dim)
+    inner = math.prod(before[dim + 1 :])
+    for each, size in enumerate(after):
+        if known_equal(size, before[dim]) and known_equal(math.prod(after[each + 1 :]), inner):
+            return each
+    return None
 
 
 def _store(scatter: Node) -> Store:
@@ -186,7 +253,7 @@ def _check(half: Half, value: Node) -> None:
             raise Miss("cache dtype", scatter, " or ".join(map(str, allowed)).replace("torch.uint8", "uint8"), str(found))
     if value_of(value).dtype is not stored:  # copy_ converts, and a number is not its byte
         raise Miss("the store converts", scatter, f"rows of the cache's dtype {stored}", describe(value))
-    devices = [value_of(node).device for node in (half.x, half.store.loc) if node is not None]
+    devices = [value_of(node).device for node in (half.x, half.store.loc, half.store.at) if node is not None]
     if any(device != buffer.device for device in devices):
         found_devices = ", ".join(map(str, devices))
         raise Miss(DEVICE, scatter, f"rows and indices on the cache's device {buffer.device}", found_devices)
@@ -195,13 +262,17 @@ def _check(half: Half, value: Node) -> None:
         wanted = "rows that only the cache keeps: the op writes them into it, and the next store would change the result"
         raise Miss("the caller gets the cache as it is between two stores", scatter, wanted, describe(half.store.top))
     if half.by_sequence:
-        for name, tensor in (("cache layout", half.destination()), (INPUT_LAYOUT, half.input_value())):
+        for name, tensor in ((CACHE_LAYOUT, half.destination()), (INPUT_LAYOUT, half.input_value())):
             if not known_equal(tensor.stride(3), 1):
                 raise Miss(name, scatter, "columns of unit stride", f"strides {list(tensor.stride())}")
         return None
-    if not rows_contiguous(half.destination()):
+    if half.blocks:
+        stride = half.destination().stride(-1)
+        if not known_equal(stride, 1) and not known_equal(half.destination().shape[-1], 1):
+            raise Miss(CACHE_LAYOUT, scatter, "columns of unit stride", f"strides {list(half.destination().stride())}")
+    elif not rows_contiguous(half.destination()):
         strides = f"strides {list(half.store.destination().stride())}"
-        raise Miss("cache layout", scatter, "rows that are contiguous in memory", strides)
+        raise Miss(CACHE_LAYOUT, scatter, "rows that are contiguous in memory, or whose heads are", strides)
     if not rows_contiguous(half.input_value()):
         strides = f"{describe(half.x)} strides {list(half.input_value().stride())}"
         at = scatter if half.chain is None else half.chain.cast
@@ -214,9 +285,10 @@ def checked(half: Half, context: Context) -> bool:
     return context.options.checks or value_of(half.x).device.type == "cpu"
 
 
-def rows_contiguous(cache: torch.Tensor) -> bool:
+def rows_contiguous(cache: torch.Tensor, first: int = 1) -> bool:
+    """Whether the dimensions from ``first`` on are one run of memory."""
     expected: Any = 1
-    for size, stride in reversed(list(zip(cache.shape[1:], cache.stride()[1:]))):
+    for size, stride in reversed(list(zip(cache.shape[first:], cache.stride()[first:]))):
         if not known_equal(size, 1) and not known_equal(stride, expected):
             return False
         expected = expected * size
@@ -255,7 +327,8 @@ def insertion_point(
     With ``waiting``, views and copies of the new rows do not count as long as what reads them comes later: they are added to
     it, to be moved behind the op."""
     inputs = [*others, *(half.x for half in halves if half.x not in made), halves[0].store.root]
-    inputs += [node for half in halves for node in (half.scale, half.store.loc, half.store.mult, half.store.offset)]
+    for half in halves:
+        inputs += [half.scale, half.store.loc, half.store.at, half.store.mult, half.store.offset]
     for half in halves:  # symbolic sizes may be computed where they are used
         inputs += [node for view in half.input_views for node in view.all_input_nodes[1:]]
     own = set().union(*(_between(half) for half in halves))
@@ -325,20 +398,14 @@ def neighbour(scatter: Node, direction: str, tracer: Tracer = trace) -> Half | N
 
 def _between(half: Half) -> set[Node]:
     """The nodes that only take ``half``'s view of its cache or put it back: they go when the store is rewritten."""
-    nodes = {*half.store.views, half.store.top, half.scatter}
-    for view in half.store.views:
-        if is_call(view, operator.getitem):
-            nodes.add(view.args[0])
-    node: Node = half.scatter
-    while node is not half.store.top:
-        node = next(user for user in node.users if user is half.store.top or user.target in cache_store.INVERSES)
-        nodes.add(node)
-    return nodes
+    nodes = {*half.store.views, *half.store.way, half.store.top, half.scatter}
+    return nodes | {view.args[0] for view in half.store.views if is_call(view, operator.getitem)}
 
 
 def _joins(first: Half, second: Half) -> bool:
     a, b = first.store, second.store
-    if a.scatter.target != b.scatter.target or a.loc is not b.loc or (a.mult, a.offset) != (b.mult, b.offset):
+    told = [(store.scatter.target, store.loc, store.at, store.mult, store.offset) for store in (a, b)]
+    if told[0] != told[1]:
         return False
     if first.dtype != second.dtype or not same_sizes(first.input_value().shape[:1], second.input_value().shape[:1]):
         return False
@@ -347,7 +414,7 @@ def _joins(first: Half, second: Half) -> bool:
     if len(steps.constants(first.program, second.program)) > steps.MAX_CONSTS or _aliased([first, second]) is not None:
         return False
     # One kernel has one number of slots and one size of row for both.
-    if not same_sizes(a.destination().shape, b.destination().shape):
+    if not same_sizes(first.destination().shape, second.destination().shape) or first.blocks != second.blocks:
         return False
     one, two = memory.written_input(a.root), memory.written_input(b.root)
     if one is two:  # halves of one buffer: the second store must build on the first, and write other memory
@@ -361,6 +428,8 @@ def _disjoint(a: Half, b: Half) -> bool:
     one, two = a.destination(base), b.destination(base)
     if not same_sizes(one.stride(), two.stride()):
         return False
+    if a.blocks:
+        return any(_between_blocks(one, high.storage_offset() - low.storage_offset()) for low, high in ((one, two), (two, one)))
     row = math.prod(one.shape[1:])
     pitch, slots = one.stride(0), one.shape[0]
     for low, high in ((one, two), (two, one)):
@@ -368,6 +437,25 @@ def _disjoint(a: Half, b: Half) -> bool:
         if statically_known_true(gap >= (slots - 1) * pitch + row):
             return True
         if statically_known_true(gap >= row) and statically_known_true(gap + row <= pitch):
+            return True
+    return False
+
+
+def _between_blocks(view: torch.Tensor, gap: Any) -> bool:
+    """Whether what lies ``gap`` behind a view, of its sizes and strides, shares no memory with it.
+
+    Some dimensions are steps from one run of memory to the next, all multiples of the smallest; the others are in a run, and
+    the gap leads from a run into the space before the next. Without any steps, it leads past the one run.
+    """
+    dims = [(stride, size) for stride, size in zip(view.stride(), view.shape) if not known_equal(size, 1)]
+    for step in (None, *(stride for stride, _ in dims)):
+        run, apart = 1, True
+        for stride, size in dims:
+            if step is None or not statically_known_true(stride >= step):
+                run = run + (size - 1) * stride
+            else:
+                apart = apart and statically_known_true(stride % step == 0)
+        if apart and statically_known_true(gap >= run) and (step is None or statically_known_true(gap + run <= step)):
             return True
     return False
 
@@ -398,7 +486,7 @@ def put(
     ``halves`` are K's and V's. ``view(half, base)`` is what the op gets of a buffer, as a fake; None for the buffer itself.
     """
     ordered = sorted(halves, key=lambda half: half.scatter)
-    view = view or (lambda half, base: half.destination(base) if half.store.views else None)
+    view = view or (lambda half, base: None if half.store.whole and not half.blocks else half.destination(base))
     # Two halves of one buffer share a base: the first store's root is the version that both build on.
     roots = [memory.written_input(half.store.root) for half in ordered]
     shared = len(halves) == 2 and roots[0] is roots[1]
@@ -440,7 +528,8 @@ def _publish(graph: Graph, half: Half, top: Node) -> None:
     """Every reader of the store's result reads the new version of the buffer, or a view of it."""
     store = half.store
     if store.scatter is not store.top and len(store.scatter.users) > 0:
-        outside = [user for user in store.scatter.users if user.target not in cache_store.INVERSES]
+        way = (*store.way, store.top)
+        outside = [user for user in store.scatter.users if user not in way]
         if outside:
             with graph.inserting_before(min(outside)):
                 view = cache_store.view_of(graph, store, top)

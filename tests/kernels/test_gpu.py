@@ -73,6 +73,10 @@ def _special_calls() -> Iterator[tuple[Any, ...]]:
     yield "downcast_fp8", k, k, cache, cache, s, s, at, STORE, STATIC.format(57344.0), E4, 1, 0, False
     yield "downcast_fp8", k, None, cache, None, s, None, None, STORE, STORE, E4, 3, 2, False
     yield "downcast_fp8", k, k, cache, cache, None, None, at, "max:0.0", "max:0.0", E4, 1, 0, False
+    blocks, a_head = cache.view(2, 2, 2, 8), torch.empty(2, device="cuda")
+    for scales in ((s, s), (a_head, a_head)):
+        yield "downcast_fp8", k, k, blocks, blocks, *scales, at, STORE, STORE, E4, 1, 0, True, False, at
+    yield "downcast_fp8", k, k, cache, cache, a_head, s, at, STORE, STORE, E4, 1, 0, False
 
 
 pytestmark = pytest.mark.gpu(kernels=kernels)
@@ -227,6 +231,40 @@ def test_store_options_and_strides() -> None:
     _check_store(torch.arange(9, device="cuda") * 5, k, v, both[:, :2], both[:, 2:])
     odd = torch.randn(9, 65, device="cuda").bfloat16()[:, 1:].view(9, 2, 32)
     _check_store(torch.arange(9, device="cuda"), odd, None, _cache(64, 2, 32), None)
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 1100, 5000])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("a_head", [False, True])
+def test_store_in_blocks(tokens: int, heads_first: bool, a_head: bool) -> None:
+    """[blocks, 2, block, H, D] and [blocks, 2, H, block, D], told blocks and rows of them."""
+    blocks, block, heads, dim = tokens // 16 + 3, 16, 8, 128
+    sizes = (2, heads, block) if heads_first else (2, block, heads)
+    both = torch.randint(1, 120, (blocks, *sizes, dim), dtype=U8, device="cuda").view(E4)
+    copy = both.clone()
+    slots = torch.randperm(blocks * block, device="cuda")[:tokens]
+    loc, at = slots // block, slots % block
+    loc[::7] -= blocks
+    at[3::7] -= block
+    loc[5::11], at[6::11] = blocks, block
+    k, v, program = _rows(tokens), _rows(tokens), STORE
+    scales = [torch.rand(heads, device="cuda") + 0.3 if a_head else torch.tensor(0.5, device="cuda") for _ in "kv"]
+    for run, into in ((ops.downcast_fp8, both), (op_named("downcast_fp8").reference, copy)):
+        caches = [each.transpose(1, 2) if heads_first else each for each in into.unbind(1)]
+        run(k, v, *caches, *scales, loc, program, program, E4, 1, 0, True, False, at)
+    assert_same_bytes(both, copy)
+
+
+def test_store_of_a_scale_a_head() -> None:
+    k, v, kc, vc, copies = _rows(40), _rows(40), _cache(64), _cache(64), (_cache(64), _cache(64))
+    scales = torch.rand(16, device="cuda")[::2] + 0.3, torch.tensor(0.5, device="cuda")
+    for copy, cache in zip(copies, (kc, vc)):
+        copy.copy_(cache)
+    args = (*scales, torch.arange(40, device="cuda") * 7 % 61, STORE, STORE, E4, 1, 0, False)
+    ops.downcast_fp8(k, v, kc, vc, *args)
+    op_named("downcast_fp8").reference(k, v, *copies, *args)
+    assert_same_bytes(kc, copies[0], "k_cache")
+    assert_same_bytes(vc, copies[1], "v_cache")
 
 
 @pytest.mark.parametrize("tokens", [64, 5000])

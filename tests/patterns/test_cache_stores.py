@@ -193,6 +193,82 @@ def test_layers_of_one_cache() -> None:
     assert_all_same_bytes(found, run_copies(store, given))
 
 
+# ---- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def told(k: Any, v: Any, kv: Any, b: Any, r: Any) -> None:
+    kv[b, 0, r] = quantise(k)
+    kv[b, 1, r] = quantise(v, 0.25)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_blocks_and_rows_count_from_their_own_ends(tokens: int, index: torch.dtype) -> None:
+    block, row = torch.arange(tokens, dtype=index) % 8 - 4, torch.arange(tokens, dtype=index) % 16 - 8
+    check(told, rows(tokens), rows(tokens), cache(4, 2, 16, 8, 64), block, row)
+
+
+@pytest.mark.parametrize(("block", "row"), [(4, 0), (0, 16), (-5, 0), (0, -17)])
+def test_a_block_or_row_out_of_range_is_an_error_as_in_eager_mode(block: int, row: int) -> None:
+    given = rows(1), rows(1), cache(4, 2, 16, 8, 64), torch.tensor([block]), torch.tensor([row])
+    with pytest.raises((IndexError, RuntimeError)):
+        run_copies(told, given)
+    with pytest.raises(IndexError, match="downcast_fp8: loc, at: wanted blocks"):
+        run_compiled(told, given)
+
+
+@pytest.mark.parametrize("slot", [64, -65])
+def test_a_slot_of_blocks_out_of_range_is_an_error_as_in_eager_mode(slot: int) -> None:
+    def store(k: Any, kv: Any, s: Any) -> None:
+        kv[:, 0][s // 16, s % 16] = quantise(k)
+
+    given = rows(1), cache(4, 2, 16, 8, 64), torch.tensor([slot])
+    with pytest.raises((IndexError, RuntimeError)):
+        run_copies(store, given)
+    with pytest.raises(IndexError, match="downcast_fp8: loc: wanted rows in"):
+        run_compiled(store, given)
+
+
+def test_blocks_with_symbolic_sizes() -> None:
+    def store(k: Any, kv: Any, b: Any, r: Any) -> Any:
+        kc, vc = kv.unbind(1)
+        kc[b, r] = quantise(k)
+        vc.transpose(1, 2)[b, :, r] = quantise(k, 2.0)
+        return kv.float().amax()
+
+    recorder = Recorder()
+    compiled = torch.compile(store, backend=recorder, dynamic=True)
+    for tokens, blocks, size in ((16, 4, 16), (7, 5, 16), (24, 3, 8)):
+        block, row = torch.arange(tokens) % blocks, torch.arange(tokens) % size
+        given = (rows(tokens), cache(blocks, 2, size, 8, 64), block, row)
+        assert_all_same_bytes(run_copies(compiled, given), run_copies(store, given))
+    assert recorder.counts()["downcast_fp8"] >= 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_slots_of_blocks_of_a_symbolic_size(dynamic: bool) -> None:
+    def store(k: Any, kv: Any, s: Any) -> None:
+        kv[:, 0][s // kv.shape[2], s % kv.shape[2]] = quantise(k)
+
+    check(store, rows(), cache(4, 2, 16, 8, 64), slots() - 20, dynamic=dynamic)
+
+
+def test_heads_first_is_read_after_the_store() -> None:
+    """Attention reads the new rows through its own view of the cache."""
+
+    def store(k: Any, v: Any, kc: Any, vc: Any, b: Any, r: Any) -> Any:
+        before = kc.float().amax()
+        by_rows = kc.transpose(1, 2)
+        by_rows[b, r] = quantise(k)
+        vc[b, :, r] = quantise(v)
+        return before, by_rows.float().amax((0, 1)), kc[1].float(), vc.transpose(2, 3).float().amax()
+
+    given = rows(), rows(), cache(4, 8, 16, 64), cache(4, 8, 16, 64), torch.arange(16) % 4, torch.arange(16)
+    found, recorder = run_compiled(store, given, rules={"downcast_fp8": "always"})
+    assert recorder.counts()["downcast_fp8"] >= 1
+    assert_all_same_bytes(found, run_copies(store, given))
+
+
 # ---- reads around the store ------------------------------------------------------------------------------------------
 
 

@@ -237,6 +237,249 @@ def test_rows_of_a_cache_of_one_dimension() -> None:
     refused("downcast_fp8", store, rows()[:, 0, 0].contiguous(), cache(64), SLOTS, reason="the stored rows broadcast")
 
 
+BLOCKS, ROWS_OF = torch.tensor([1, 0, 3, 2] * 4), torch.arange(16)
+
+
+def in_blocks(k: Any, kc: Any, b: Any, r: Any) -> None:
+    kc[b, r] = quantise(k)
+
+
+def test_blocks_and_rows_of_them() -> None:
+    check("downcast_fp8", in_blocks, rows(), cache(4, 16, 2, 64), BLOCKS, ROWS_OF, count=1)
+    check("downcast_fp8", in_blocks, rows()[:, 0].contiguous(), cache(4, 16, 64), BLOCKS, ROWS_OF, count=1)
+
+
+def masked(k: Any, kc: Any, mask: Any) -> None:
+    kc[mask] = quantise(k)
+
+
+@pytest.mark.parametrize(
+    ("block", "row"),
+    [
+        (BLOCKS[:, None], ROWS_OF[:, None]),
+        (BLOCKS.int(), ROWS_OF),
+        (BLOCKS[:1], ROWS_OF),
+        (BLOCKS, ROWS_OF[:1]),
+        (BLOCKS.repeat_interleave(2)[::2], ROWS_OF),
+        (BLOCKS, ROWS_OF.repeat_interleave(2)[::2]),
+        (BLOCKS > 1, ROWS_OF[:4]),
+    ],
+    ids=["two_dimensions", "two_dtypes", "one_block", "one_row", "strided_blocks", "strided_rows", "mask"],
+)
+def test_indices_of_blocks_and_rows_that_are_none(block: torch.Tensor, row: torch.Tensor) -> None:
+    k = rows(1)[0] if block.dim() == 2 or block.dtype is torch.bool else rows()
+    if block.dtype is torch.bool:
+        refused("downcast_fp8", masked, k, cache(16, 2, 64), block, reason="index layout")
+    else:
+        refused("downcast_fp8", in_blocks, k, cache(4, 16, 2, 64), block, row, reason="index layout")
+
+
+ALL = slice(None)
+
+STORES_ELSEWHERE: dict[str, tuple[tuple[int, ...], Callable[..., Any], Callable[..., Any]]] = {
+    "three_indices": ((4, 16, 2, 64), lambda b, r: (b, r, r % 2), lambda k: k[:, 0]),
+    "behind_another_dimension": ((2, 4, 16, 64), lambda b, r: (ALL, b, r), lambda k: k.transpose(0, 1)),
+    "on_the_last_dimensions": ((2, 64, 4, 16), lambda b, r: (ALL, ALL, b, r), lambda k: k.permute(1, 2, 0)),
+    "of_five_dimensions": ((4, 16, 2, 8, 8), lambda b, r: (b, r), lambda k: k.view(16, 2, 8, 8)),
+    "columns_second": ((4, 64, 2, 16), lambda b, r: (b, ALL, ALL, r), lambda k: k.transpose(1, 2)),
+    "k_and_v_in_one": ((2, 64, 2, 64), lambda b, r: (ALL, r), lambda k: k.view(2, 8, 2, 64).repeat(1, 2, 1, 1)),
+    "of_two_dimensions": ((2, 64), lambda b, r: (ALL, r), lambda k: k[:, :, 0].t()),
+}
+
+
+@pytest.mark.parametrize("name", list(STORES_ELSEWHERE))
+def test_other_dimensions_that_are_indexed(name: str) -> None:
+    shape, at, stored = STORES_ELSEWHERE[name]
+
+    def store(kc: Any, k: Any, b: Any, r: Any) -> None:
+        kc[at(b, r)] = quantise(stored(k))
+
+    refused("downcast_fp8", store, cache(*shape), rows(), BLOCKS, ROWS_OF, reason="index layout")
+
+
+def test_rows_that_blocks_broadcast() -> None:
+    refused("downcast_fp8", in_blocks, rows(1), cache(4, 16, 2, 64), BLOCKS, ROWS_OF, reason="the stored rows broadcast")
+    refused("downcast_fp8", in_blocks, rows(16, 1), cache(4, 16, 2, 64), BLOCKS, ROWS_OF, reason="the stored rows broadcast")
+
+    def heads(k: Any, kc: Any, s: Any) -> None:
+        kc[:, s] = quantise(k).transpose(0, 1)
+
+    refused("downcast_fp8", heads, rows(16, 1), cache(2, 64, 64), SLOTS, reason="the stored rows broadcast")
+
+
+def test_a_block_that_accumulates() -> None:
+    def store(k: Any, kc: Any, b: Any, r: Any) -> None:
+        kc.index_put_((b, r), quantise(k).view(U8), accumulate=True)
+
+    refused("downcast_fp8", store, rows(), cache(4, 16, 2, 64, dtype=U8), BLOCKS, ROWS_OF, reason="the store accumulates")
+
+
+#: Of a slot, what is not its block and its row of a cache of blocks of 16: read as the two that they are.
+NOT_THE_SLOT: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "blocks_of_another_size": lambda s: (s // 32, s % 16),
+    "rows_of_another_size": lambda s: (s // 16, s % 8),
+    "both_of_another_size": lambda s: (s // 32, s % 32),
+    "another_slot": lambda s: (s // 16, (s + 1) % 16),
+    "truncated": lambda s: (torch.div(s - 16, 16, rounding_mode="trunc"), (s - 16) % 16),
+    "remainder_of_the_dividend": lambda s: (torch.div(s - 16, 16, rounding_mode="floor"), torch.fmod(s - 16, 16)),
+    "of_another_dtype": lambda s: (s.int() // 16, s.int() % 16),
+    "strided": lambda s: (s.repeat_interleave(2)[::2] // 16, s.repeat_interleave(2)[::2] % 16),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_THE_SLOT))
+def test_a_slot_and_what_is_not_its_block_and_row(name: str) -> None:
+    def store(k: Any, kc: Any, s: Any) -> None:
+        block, row = NOT_THE_SLOT[name](s)
+        kc[block, row] = quantise(k)
+
+    # Rows 0 to 31, so that blocks of 32 have them too.
+    check("downcast_fp8", store, rows(), cache(4, 16, 2, 64), torch.arange(16) if "both" in name else SLOTS, count=1)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_slots_from_the_end_are_blocks_and_rows_from_the_end(size: int) -> None:
+    def store(k: Any, v: Any, kv: Any, s: Any) -> None:
+        kv[:, 0][s // size, s % size] = quantise(k)
+        kv[:, 1][s // size, s % size] = quantise(v)
+
+    found = check("downcast_fp8", store, rows(), rows(), cache(64 // size, 2, size, 2, 64), SLOTS - 20, count=1)
+    assert ", loc=arg" in found.graphs[0].after and "at=None" in found.graphs[0].after
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 16, 2, 64), (4, 16, 2, 2, 64), (2, 4, 16, 2, 64)], ids=["blocks", "rows", "first"])
+def test_halves_in_blocks_are_one_launch(shape: tuple[int, ...]) -> None:
+    def store(k: Any, v: Any, kv: Any, b: Any, r: Any) -> None:
+        kc, vc = kv.unbind(shape.index(2))
+        kc[b, r] = quantise(k)
+        vc[b, r] = quantise(v)
+
+    check("downcast_fp8", store, rows(), rows(), cache(*shape), BLOCKS, ROWS_OF, count=1)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_blocks_that_overlap_are_stored_one_after_the_other(first: int) -> None:
+    def store(k: Any, v: Any, kv: Any, b: Any, r: Any) -> None:
+        kv[first : first + 4][b, r] = quantise(k)
+        kv[3 - first : 7 - first][b, r] = quantise(v)
+
+    check("downcast_fp8", store, rows(), rows(), cache(8, 16, 2, 64), BLOCKS, ROWS_OF, count=2)
+
+
+@pytest.mark.parametrize("apart", [(slice(0, 2), slice(1, 3)), (slice(0, 2), slice(2, 4))], ids=["overlapping", "apart"])
+def test_heads_of_one_cache_in_blocks(apart: tuple[slice, slice]) -> None:
+    def store(k: Any, v: Any, kv: Any, b: Any, r: Any) -> None:
+        kv[:, :, apart[0]][b, r] = quantise(k)
+        kv[:, :, apart[1]][b, r] = quantise(v)
+
+    count = 1 if apart[1].start == 2 else 2
+    check("downcast_fp8", store, rows(), rows(), cache(4, 16, 4, 64), BLOCKS, ROWS_OF, count=count)
+
+
+def test_k_in_other_blocks_or_rows_than_v_is_stored_on_its_own() -> None:
+    def store(k: Any, v: Any, kc: Any, vc: Any, b: Any, r: Any, other: Any, of_b: bool) -> None:
+        kc[b, r] = quantise(k)
+        vc[other if of_b else b, r if of_b else other] = quantise(v)
+
+    caches = cache(4, 16, 2, 64), cache(4, 16, 2, 64)
+    for of_b in (False, True):
+        check("downcast_fp8", store, rows(), rows(), *caches, BLOCKS, ROWS_OF, BLOCKS.flip(0), of_b, count=2)
+
+
+def test_heads_before_rows_of_k_alone_are_stored_on_their_own() -> None:
+    """K's rows lie at one distance, V's heads apart: two kernels."""
+
+    def store(k: Any, v: Any, kc: Any, vc: Any, s: Any) -> None:
+        kc[s] = quantise(k)
+        vc.transpose(0, 1)[s] = quantise(v)
+
+    check("downcast_fp8", store, rows(), rows(), cache(64, 2, 64), cache(2, 64, 64), SLOTS, count=2)
+
+
+@pytest.mark.parametrize("order", [[0, 3, 1, 2], [3, 0, 2, 1]], ids=["columns_apart", "all_apart"])
+def test_blocks_whose_columns_lie_apart(order: list[int]) -> None:
+    def store(k: Any, kc: Any, b: Any, r: Any) -> None:
+        kc.permute(order)[b, r] = quantise(k)
+
+    sizes = (4, 16, 2, 64)
+    shape = [sizes[order.index(dim)] for dim in range(4)]
+    refused("downcast_fp8", store, rows(), cache(*shape), BLOCKS, ROWS_OF, reason="cache layout")
+
+
+def test_rows_that_are_put_back_permuted_otherwise() -> None:
+    def store(b: Any, k: Any, s: Any) -> Any:
+        return put(b.permute(1, 2, 0), k.view(4, 2, 64), s).permute(1, 0, 2).contiguous()
+
+    refused("downcast_fp8", store, cache(64, 64, 2), rows(4), FEW, reason="the view is not written back")
+
+
+# ---- a scale a head --------------------------------------------------------------------------------------------------
+
+A_HEAD = torch.tensor([0.5, 0.75])
+
+OF_HEADS: dict[str, Callable[[Any, Any], Any]] = {
+    "rows": lambda k, a: quantise(k, a[:, None]),
+    "all_dimensions": lambda k, a: quantise(k, a.view(1, 2, 1)),
+    "sequences": lambda k, a: quantise(k.view(2, 8, 2, 64), a.view(1, 1, 2, 1)).view(16, 2, 64),
+    "heads_first": lambda k, a: quantise(k.transpose(0, 1), a.view(2, 1, 1)).transpose(0, 1),
+    "multiplied": lambda k, a: (k.float() * a[:, None]).to(E4),
+    "unclamped": lambda k, a: (k / a[:, None]).to(E4),
+    "strided": lambda k, a: quantise(k, a.repeat_interleave(3)[::3].view(2, 1)),
+    "bf16": lambda k, a: quantise(k.bfloat16(), a.bfloat16()[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", list(OF_HEADS))
+def test_a_scale_a_head(name: str) -> None:
+    def store(k: Any, a: Any, kc: Any, s: Any) -> None:
+        kc[s] = OF_HEADS[name](k, a)
+
+    check("downcast_fp8", store, rows(), A_HEAD, cache(64, 2, 64), SLOTS, count=1)
+
+
+def test_a_scale_a_head_of_one_token_and_of_rows_behind_heads() -> None:
+    def store(k: Any, a: Any, kc: Any, s: Any) -> None:
+        kc[s] = quantise(k, a[:, None])
+
+    def heads_first(k: Any, a: Any, kc: Any, s: Any) -> None:
+        kc[:, s] = quantise(k.transpose(0, 1), a.view(2, 1, 1))
+
+    check("downcast_fp8", store, rows(1), A_HEAD, cache(64, 2, 64), SLOTS[:1], count=1)
+    check("downcast_fp8", heads_first, rows(), A_HEAD, cache(2, 64, 64), SLOTS, count=1)
+
+
+NOT_OF_HEADS: dict[str, tuple[tuple[int, ...], Callable[[Any, Any], Any]]] = {
+    "a_token": ((64, 2, 2), lambda k, a: quantise(k[:2, :, :2], a.view(2, 1, 1))),
+    "a_column": ((64, 2, 2), lambda k, a: quantise(k[:2, :, :2], a)),
+    "half_of_a_head": ((64, 2, 4), lambda k, a: quantise(k[:2, :, :4].reshape(2, 2, 2, 2), a.view(2, 1)).view(2, 2, 4)),
+    "pairs_of_heads": ((64, 4, 2), lambda k, a: quantise(k[:2, :, :4].reshape(2, 2, 2, 2), a.view(2, 1, 1)).view(2, 4, 2)),
+    "a_flat_row": ((64, 8), lambda k, a: quantise(k[:2, :, :4], a[:, None]).reshape(2, 8)),
+    "tokens_and_heads": ((64, 2, 4), lambda k, a: quantise(k[:2, :, :4], a.view(2, 1, 1) * a.view(1, 2, 1))),
+    "tokens_moved": ((64, 2, 4), lambda k, a: quantise(k[:2, :, :4], a[:, None]).transpose(0, 1)),
+    "twice": ((64, 2, 4), lambda k, a: quantise(k[:2, :, :4].float() / a.sum(), a[:, None])),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_OF_HEADS))
+def test_scales_that_are_not_one_a_head(name: str) -> None:
+    shape, scaled = NOT_OF_HEADS[name]
+
+    def store(k: Any, a: Any, kc: Any, s: Any) -> None:
+        kc[s] = scaled(k, a)
+
+    refused("downcast_fp8", store, rows(), A_HEAD, cache(*shape), SLOTS[:2], reason="scale layout")
+
+
+def test_a_bound_a_head_is_no_scale() -> None:
+    def store(k: Any, a: Any, kc: Any, s: Any) -> None:
+        kc[s] = torch.minimum(k.float(), a[:, None]).to(E4)
+
+    refused("downcast_fp8", store, rows(), A_HEAD, cache(64, 2, 64), SLOTS, reason="scale layout")
+
+
+# ---- slices and steps ------------------------------------------------------------------------------------------------
+
+
 def test_a_slice_of_the_second_dimension() -> None:
     def store(k: Any, kc: Any) -> Any:
         return torch.slice_scatter(kc, quantise(k), 1, 3, 5)

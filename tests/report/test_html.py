@@ -83,6 +83,14 @@ def test_shows_counts_events_kernels_and_diff() -> None:
     assert "graph 1: unchanged" in page
 
 
+def test_equal_layers_are_shown_once() -> None:
+    layers = [f"mul_{number} = aten.mul.Tensor(x_{number}, {number % 10})" for number in range(28 * 10)]
+    graph = GraphReport("graph 0", before="\n".join(layers), after="x = input()")
+    shown = html.page(Explanation([graph]))
+    assert "⋯ 27 more times, 10 lines each" in shown
+    assert shown.count("aten.mul.Tensor") == 10
+
+
 def test_nothing_rewritten_says_what_to_try() -> None:
     page = html.page(Explanation([GraphReport("graph 0")]))
     parsed(page)

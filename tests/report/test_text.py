@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from expecttest import TestCase
 
 from inductor_ext.report import text
@@ -24,6 +27,56 @@ def refusal(number: int, found: str) -> Refusal:
 def ascii_of(report: object, width: int) -> str:
     """The rendered report in ASCII, which is all that expecttest can write into this file."""
     return text.render(report, width).translate(str.maketrans("│─╭╮╰╯├┤┬┴┼×", "|-+++++++++x"))
+
+
+def in_layers(*paths: str, **changes: str) -> list[Rewrite]:
+    made = [rewrite(number, why="opaque producer", **changes) for number in range(len(paths))]
+    return [dataclasses.replace(each, module=path) for each, path in zip(made, paths)]
+
+
+def test_equal_layers_share_a_row_and_others_do_not() -> None:
+    events = in_layers(*(f"layers.{index}.mlp.up" for index in range(28)))
+    events += in_layers("layers.3.mlp.up", detail="f32 div:s1") + in_layers("layers.4.mlp.down", "head")
+    assert [(row.count, row.module) for row in text.rows(events)] == [
+        (28, "layers.0–27.mlp.up"),
+        (1, "layers.3.mlp.up"),
+        (1, "layers.4.mlp.down"),
+        (1, "head"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "module"),
+    [
+        (["layers.0.a", "layers.2.a", "layers.3.a", "layers.9.a", "layers.10.a"], "layers.0, 2–3, 9–10.a"),
+        (["layers.1.a", "layers.1.a"], "layers.1.a"),
+        (["blocks.0.experts.1", "blocks.1.experts.0"], "blocks.*.experts.*"),
+        (["blocks.0.experts.1", "blocks.0.experts.2"], "blocks.0.experts.1–2"),
+        ([""], ""),
+    ],
+)
+def test_the_modules_of_a_row(paths: list[str], module: str) -> None:
+    (row,) = text.rows(in_layers(*paths))
+    assert (row.count, row.module) == (len(paths), module)
+
+
+def layer(index: int, steps: int = 9, scale: float = 2.0) -> list[str]:
+    numbers = range(index * steps, (index + 1) * steps)
+    return [f"mul_{number} = aten.mul.Tensor(x_{number}, {scale}) + {number % steps}" for number in numbers]
+
+
+def test_equal_layers_of_a_graph_are_shown_once() -> None:
+    before, after = ["x = input()"], ["return mul_1"]
+    lines = [*before, *(line for index in range(5) for line in layer(index)), *after]
+    assert text.folded(lines) == [(line, 0, 0) for line in [*before, *layer(0)]] + [("", 4, 9), (after[0], 0, 0)]
+    other = [*layer(0), *layer(1), *layer(2, scale=3.0), *layer(3)]
+    assert text.folded(other) == [(line, 0, 0) for line in layer(0)] + [("", 1, 9)] + [
+        (line, 0, 0) for index, scale in ((2, 3.0), (3, 2.0)) for line in layer(index, scale=scale)
+    ], "a constant is no node's number"
+    few = [line for index in range(5) for line in layer(index, steps=3)]
+    shown = text.folded(few)
+    assert sum(1 + turns * period - (turns > 0) for _, turns, period in shown) == len(few), "every line is there or counted"
+    assert text.folded([]) == []
 
 
 class Text(TestCase):

@@ -2,6 +2,9 @@
 //
 //   row = loc[t] * mult + offset        loc [T] int32 or int64; without it row = t * mult + offset
 //   wrap                                a negative row counts from the end (index_put); otherwise a negative loc[t] is padding
+// BLOCKS: a cache whose rows lie in blocks, each at its own place. Row r is row r % block of block r / block.
+//   at [T]                              like loc, which then is a block: the token's row is row at[t] of block loc[t]. Each counts
+//                                       from its own end with `wrap`, and must be inside its own range
 // Rows outside [0, S) are never written. `check` has the first such token noted, for `throw_if_outside` to read back.
 //
 // REPEATED ROWS: a row holds one token whole, so that two must not write it at the same time. Either a token whose row a later one
@@ -12,6 +15,7 @@
 #include <mutex>
 
 #include "inductor_ext/claim.cuh"
+#include "inductor_ext/divisor.cuh"
 #include "inductor_ext/launch.cuh"
 #include "inductor_ext/tensor.h"
 
@@ -28,6 +32,10 @@ struct CacheRows {
   int64_t tokens, slots, mult, offset;
   bool wrap, check;
   bool may_repeat;
+  // Of a cache in blocks alone:
+  const void* at;  // or null
+  int64_t blocks;
+  Divisor block;  // by the rows of one
 };
 
 constexpr int64_t kSkip = -1;     // padding
@@ -46,6 +54,51 @@ __device__ __forceinline__ int64_t loc_of(const CacheRows& p, int64_t token) {
   return p.loc == nullptr ? token : static_cast<int64_t>(static_cast<const Loc*>(p.loc)[token]);
 }
 
+// What a token was told: a row, or a block and a row of it.
+struct Told {
+  int64_t loc, at;
+};
+
+template <typename Loc, bool Blocks>
+__device__ __forceinline__ Told told(const CacheRows& p, int64_t token) {
+  Told result{loc_of<Loc>(p, token), 0};
+  if constexpr (Blocks) {
+    if (p.at != nullptr) result.at = static_cast<const Loc*>(p.at)[token];
+  }
+  return result;
+}
+
+template <typename Loc, bool Blocks>
+__device__ __forceinline__ int64_t cache_row(const CacheRows& p, Told told) {
+  if (!Blocks || p.at == nullptr) return cache_row<Loc>(p, told.loc);
+  if (!p.wrap && (told.loc < 0 || told.at < 0)) return kSkip;
+  const int64_t rows = p.block.divisor;
+  const int64_t block = told.loc < 0 ? told.loc + p.blocks : told.loc;
+  const int64_t row = told.at < 0 ? told.at + rows : told.at;
+  return block >= 0 && block < p.blocks && row >= 0 && row < rows ? block * rows + row : kOutside;
+}
+
+// The row of a token where there is a loc.
+template <typename Loc, bool Blocks>
+__device__ __forceinline__ int64_t row_of_listed(const CacheRows& p, int64_t token) {
+  const Loc loc = static_cast<const Loc*>(p.loc)[token];
+  if (!Blocks || p.at == nullptr) return cache_row<Loc>(p, loc);
+  return cache_row<Loc, Blocks>(p, Told{loc, static_cast<const Loc*>(p.at)[token]});
+}
+
+// Whether rows have to be compared to know which tokens have the same: without, their locs tell.
+template <bool Blocks>
+__device__ __forceinline__ bool compares_rows(const CacheRows& p) { return p.wrap || (Blocks && p.at != nullptr); }
+
+// Where a row that is there begins, behind the first of a cache whose rows are `pitch` apart, and whose blocks `block_pitch`.
+template <bool Blocks>
+__device__ __forceinline__ int64_t place_of(const CacheRows& p, int64_t row, int64_t pitch, int64_t block_pitch) {
+  if constexpr (!Blocks) return row * pitch;
+  uint32_t within;
+  const uint32_t block = p.block.divide(static_cast<uint32_t>(row), &within);
+  return block * block_pitch + within * pitch;
+}
+
 __device__ __forceinline__ void note_outside(int64_t token) {
   atomicMin(&cache_row_outside, static_cast<unsigned long long>(token));
 }
@@ -54,33 +107,32 @@ __device__ __forceinline__ void note_outside(int64_t token) {
 
 constexpr int kTargets = 8;
 
-// What is compared of a loc: its low word, or that of its row where negative rows count from the end.
-template <typename Loc, bool Wrap>
+// What is compared of a token: the low word of its loc, or that of its row where locs do not tell (`compares_rows`).
+template <typename Loc, bool ByRow, bool Blocks>
 __device__ __forceinline__ uint32_t scan_key(const CacheRows& p, int token) {
-  if constexpr (Wrap) return static_cast<uint32_t>(cache_row<Loc>(p, static_cast<const Loc*>(p.loc)[token]));
+  if constexpr (ByRow) return static_cast<uint32_t>(row_of_listed<Loc, Blocks>(p, token));
   return static_cast<const uint32_t*>(p.loc)[static_cast<int64_t>(token) * (sizeof(Loc) / 4)];
 }
 
 // Sets bit i of `repeated` where the row of token first + i is also that of a later token, for kTargets tokens. All `Threads`
 // threads of the block take part.
-template <typename Loc, bool Wrap, int Threads>
+template <typename Loc, bool ByRow, int Threads, bool Blocks = false>
 __device__ __forceinline__ void find_repeated(const CacheRows& p, int first, unsigned* repeated) {
   constexpr int kBatch = 8;
   const int tokens = static_cast<int>(p.tokens);
   uint32_t targets[kTargets];
 #pragma unroll
-  for (int i = 0; i < kTargets; ++i) targets[i] = scan_key<Loc, Wrap>(p, min(first + i, tokens - 1));
-  const Loc* locs = static_cast<const Loc*>(p.loc);
+  for (int i = 0; i < kTargets; ++i) targets[i] = scan_key<Loc, ByRow, Blocks>(p, min(first + i, tokens - 1));
   // Mark where the later token `other` goes to the row of one of the targets, comparing all of the rows.
   auto mark = [&](int other) {
-    const int64_t row = cache_row<Loc>(p, locs[other]);
+    const int64_t row = row_of_listed<Loc, Blocks>(p, other);
 #pragma unroll 1
     for (int i = 0; i < kTargets && first + i < other; ++i) {
-      if (row >= 0 && row == cache_row<Loc>(p, locs[first + i])) atomicOr(repeated, 1u << i);
+      if (row >= 0 && row == row_of_listed<Loc, Blocks>(p, first + i)) atomicOr(repeated, 1u << i);
     }
   };
   if (threadIdx.x < kTargets && first + threadIdx.x < tokens) {  // among the targets themselves
-    const uint32_t key = scan_key<Loc, Wrap>(p, first + threadIdx.x);
+    const uint32_t key = scan_key<Loc, ByRow, Blocks>(p, first + threadIdx.x);
     bool some = false;
 #pragma unroll
     for (int i = 0; i < kTargets; ++i) some |= i < threadIdx.x && key == targets[i];
@@ -89,7 +141,7 @@ __device__ __forceinline__ void find_repeated(const CacheRows& p, int first, uns
   for (int begin = first + kTargets + threadIdx.x; begin < tokens; begin += kBatch * Threads) {
     uint32_t keys[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) keys[j] = scan_key<Loc, Wrap>(p, min(begin + j * Threads, tokens - 1));
+    for (int j = 0; j < kBatch; ++j) keys[j] = scan_key<Loc, ByRow, Blocks>(p, min(begin + j * Threads, tokens - 1));
     bool some = false;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -134,12 +186,20 @@ void throw_if_outside(const CacheRows& rows, cudaStream_t stream) {
   check_cuda(cudaStreamSynchronize(stream), "check of loc");
   if (token == kNoToken) return;
   check_cuda(cudaMemcpyToSymbolAsync(cache_row_outside, &kNoToken, 8, 0, cudaMemcpyHostToDevice, stream), "check of loc");
-  Loc value = static_cast<Loc>(token);
-  if (rows.loc != nullptr) {
-    check_cuda(cudaMemcpyAsync(&value, static_cast<const Loc*>(rows.loc) + token, sizeof(Loc), cudaMemcpyDeviceToHost, stream),
+  Loc value = static_cast<Loc>(token), at = 0;
+  const auto read = [&](Loc& into, const void* from) {
+    if (from == nullptr) return;
+    check_cuda(cudaMemcpyAsync(&into, static_cast<const Loc*>(from) + token, sizeof(Loc), cudaMemcpyDeviceToHost, stream),
                "check of loc");
-  }
+  };
+  read(value, rows.loc), read(at, rows.at);
   check_cuda(cudaStreamSynchronize(stream), "check of loc");
+  if (rows.at != nullptr) {
+    const int64_t block = rows.block.divisor;
+    TVM_FFI_THROW(IndexError) << "loc, at: wanted blocks in [" << (rows.wrap ? -rows.blocks : 0) << ", " << rows.blocks
+                              << ") and rows of them in [" << (rows.wrap ? -block : 0) << ", " << block << "), found block " << value
+                              << " and row " << at << " for token " << token;
+  }
   const int64_t row = static_cast<int64_t>(value) * rows.mult + rows.offset;
   TVM_FFI_THROW(IndexError) << "loc: wanted rows in [" << (rows.wrap ? -rows.slots : 0) << ", " << rows.slots << "), found row "
                             << row << " for token " << token << " (loc = " << value << ")";

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "inductor_ext/divisor.cuh"
 #include "inductor_ext/fp8.cuh"
 #include "inductor_ext/grid_barrier.cuh"
 #include "inductor_ext/launch.cuh"
@@ -109,23 +110,6 @@ __device__ __forceinline__ void quantize_once(const OnceParams& p, Aligned<In, E
   }
   work.cast_rest(cast);
 }
-
-// i / divisor and what is left of i, for i and divisor below 2^31.
-struct Divisor {
-  uint32_t divisor, multiplier, shift;
-
-  static Divisor of(int64_t divisor) {
-    uint32_t shift = 0;
-    while (int64_t{1} << shift < divisor) ++shift;
-    const uint64_t multiplier = ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1;
-    return {static_cast<uint32_t>(divisor), static_cast<uint32_t>(multiplier), shift};
-  }
-  __device__ __forceinline__ uint32_t divide(uint32_t i, uint32_t* left) const {
-    const uint32_t quotient = (__umulhi(i, multiplier) + i) >> shift;
-    *left = i - quotient * divisor;
-    return quotient;
-  }
-};
 
 // ---- host -------------------------------------------------------------------------------------------------------------------
 

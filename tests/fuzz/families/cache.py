@@ -64,7 +64,44 @@ def _store(b: Builder, cache: str, kind: str, rows: str, at: str, d: int, tokens
         b.do(f"{target}[{at}] = {rows}")
 
 
+def _in_blocks(b: Builder) -> None:
+    """Stores into caches in blocks: halves of one or two buffers, heads behind rows or before them, a scale a head."""
+    tokens, d, blocks, block = b.pick(5, 16, 1), b.pick(16, 8), 4, b.pick(8, 16)
+    kinds = {
+        "blocks": (f"{blocks}, 2, {block}, {H}, {d}", 1, None),
+        "heads": (f"{blocks}, 2, {H}, {block}, {d}", 1, 1),
+        "first": (f"2, {blocks}, {block}, {H}, {d}", 0, None),
+        "rows": (f"{blocks}, {block}, 2, {H}, {d}", 2, None),
+    }
+    size, dim, heads = kinds[b.pick("blocks", "blocks", "heads", "heads", "first", "rows")]
+    kc, vc = b.several(f"{b.given('kv', f'codes({size})')}.unbind({dim})", "kc", "vc")
+    told = b.pick("slot", "slot", "two", "other")
+    if told == "two":
+        block_of = b.given("b", f"torch.randint(-{blocks}, {blocks}, ({tokens},))")
+        row_of = b.given("r", f"torch.randint(-{block}, {block}, ({tokens},))")
+    else:
+        slot, by = _slots(b, tokens, blocks * block), block if told == "slot" else block // 2
+        block_of, row_of = b.let(f"{slot} // {block}"), b.let(f"{slot} % {by}")
+    dtype = b.dtype()
+    for name, cache in (("k", kc), ("v", vc)):
+        x = b.activation(name, tokens, H, d, dtype=dtype, by=30.0)
+        of = f"{name}s"
+        scale = b.given(of, f"torch.rand({H}) + 0.3") + "[:, None]" if b.chance(40) else b.scale(of)
+        rows = b.let(f"({x}.float() / {scale}).clamp(-448.0, 448.0).to(E4)")
+        if heads is None:
+            b.do(f"{cache}[{block_of}, {row_of}] = {rows}")
+        elif b.chance(50):
+            b.do(f"{cache}[{block_of}, :, {row_of}] = {rows}")
+        else:
+            b.do(f"{cache}.transpose(1, 2)[{block_of}, {row_of}] = {rows}")
+        if b.chance(15):
+            b.give(b.let(f"{kc}.float().amax()"))
+    b.force("downcast_fp8")
+
+
 def downcast_fp8(b: Builder) -> None:
+    if b.chance(30):
+        return _in_blocks(b)
     tokens, slots, d = b.pick(5, 16, 1, 3), 64, b.pick(16, 64, 8)
     dtype = b.dtype()
     k, v = (b.activation(name, tokens, H, d, dtype=dtype, by=30.0) for name in "kv")

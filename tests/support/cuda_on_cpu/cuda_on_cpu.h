@@ -173,6 +173,15 @@ T exchange(T value, unsigned from) {
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::end_turn(); }
+inline void __syncwarp() { cuda_on_cpu::end_turn(); }
+inline int __syncthreads_or(int value) {  // all threads of the block are there
+  auto& given = cuda_on_cpu::current->given;
+  given[cuda_on_cpu::current->running] = value != 0;
+  cuda_on_cpu::end_turn();
+  const int found = std::count(given.begin(), given.end(), 1u) > 0;
+  cuda_on_cpu::end_turn();
+  return found;
+}
 template <typename T> T __shfl_sync(unsigned, T value, int lane) { return cuda_on_cpu::exchange(value, lane); }
 template <typename T> T __shfl_xor_sync(unsigned, T value, int step) { return cuda_on_cpu::exchange(value, threadIdx.x % 32 ^ step); }
 template <typename T> T __shfl_up_sync(unsigned, T value, int step) {

@@ -1,24 +1,11 @@
 // qk_norm_rope and qk_norm_rope_store behind C functions, for tests/kernels/test_qk_norm_rope_store.py.
 #include "qk_norm_rope_store/qk_norm_rope_store.cuh"
 
+#include "by_scale.h"
 #include "entry.h"
 
 namespace {
 
-// (v.float() / scale).clamp(-448, 448): operand 0 is an fp32 scale. What is left to the cast to FP8 is its saturation.
-struct ByScale {
-  static constexpr bool kRow = false;
-  struct Prepared {
-    float scale;
-  };
-  static Prepared prepare(const Env& env) { return {*static_cast<const float*>(env.operands[0])}; }
-  template <int N>
-  static void apply(const Prepared& prepared, float (&v)[N]) {
-    for (float& each : v) each = each / prepared.scale;
-  }
-  template <typename F>
-  static void visit(F&& visit) { visit(0, false, 0.0f); }
-};
 struct NoSteps {
   static constexpr bool kRow = false;
   struct Prepared {};

@@ -53,6 +53,10 @@ struct Launch {
 template <typename T>
 T* dynamic_shared_memory() { return reinterpret_cast<T*>(cuda_on_cpu::dynamic_shared); }
 
+struct OncePerDevice {
+  template <typename F>
+  void run(int, F&& f) { f(); }
+};
 inline void check_cuda(int, const char*) {}
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
@@ -66,7 +70,8 @@ enum cudaDeviceAttr {
   cudaDevAttrReservedSharedMemoryPerBlock,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 struct cudaFuncAttributes {
   size_t sharedSizeBytes = 128;
 };

@@ -50,6 +50,12 @@ struct Symbol {
   int64_t value() const { return size; }
   int64_t size = 0;
 };
+struct Dim {
+  explicit Dim(Symbol& symbol) : symbol(symbol) {}
+  bool matches(int64_t found, const char*) { return symbol.size = found, true; }
+  std::string text() const { return "…"; }
+  Symbol& symbol;
+};
 constexpr int kAny = 0;
 struct Step {  // the stride of a dimension
   Step(int) {}

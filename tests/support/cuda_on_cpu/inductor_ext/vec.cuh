@@ -79,6 +79,15 @@ struct Raw {
   }
 };
 
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline void stage_16(uint4* shared, const void* p) {
+  check_access(p, 16, 16);
+  std::memcpy(shared, p, 16);
+}
+inline void wait_staged() {}
+
 template <int N>
 struct Bytes {
   uint8_t bytes[N];
