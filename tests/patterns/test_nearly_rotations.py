@@ -290,8 +290,6 @@ def test_heads_of_an_odd_number_of_columns(columns: int) -> None:
     [
         (BF16, torch.float32, BF16),
         (BF16, BF16, torch.float32),
-        (BF16, torch.float16, torch.float16),
-        (torch.float32, BF16, BF16),
         (torch.float32, torch.float64, torch.float64),
         (BF16, torch.float64, torch.float64),
     ],
@@ -300,6 +298,14 @@ def test_heads_of_an_odd_number_of_columns(columns: int) -> None:
 def test_rotations_in_mixed_dtypes(x: torch.dtype, cos: torch.dtype, sin: torch.dtype) -> None:
     given = heads(2, 3, dtype=x), table(1, 1, N, N, dtype=cos), table(1, 1, N, N, dtype=sin)
     refused("qk_norm_rope", rotated, *given, reason="dtypes")
+
+
+@pytest.mark.parametrize(
+    ("x", "tables"), [(BF16, torch.float16), (torch.float32, BF16), (torch.float16, torch.float32)], ids=str
+)
+def test_rotations_that_make_all_of_it_fp32(x: torch.dtype, tables: torch.dtype) -> None:
+    given = heads(2, 3, dtype=x), table(1, 1, N, N, dtype=tables), table(1, 1, N, N, dtype=tables)
+    check("qk_norm_rope", rotated, *given, count=1)
 
 
 @pytest.mark.parametrize("end", ["read_wide_too", "of_another_dtype", "narrow"])

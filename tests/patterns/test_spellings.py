@@ -168,7 +168,7 @@ def test_spelling(fn: Any, inputs: Any, wanted: dict[str, int], dynamic: bool) -
 def test_spelling_on_fake_cuda(fn: Any, inputs: Any, wanted: dict[str, int], dynamic: bool) -> None:
     with fake_cuda_inputs(), FakeTensorMode(shape_env=ShapeEnv()):
         found = inductor_ext.explain(fn, *inputs("cuda"), dynamic=dynamic)
-    assert found.counts() == ({} if fn is norm_then_static else wanted)  # whose kernel is not measured yet
+    assert found.counts() == wanted
 
 
 def test_bounds_that_are_float64_graph_inputs() -> None:
