@@ -134,6 +134,7 @@ NEARLY: dict[str, dict[str, Step]] = {
     "minimum": {"most": lambda x: x.amin(-1, keepdim=True)},
     "in_fp64": {"wide": lambda x: x.double()},
     "into_fp64": {"rounded": lambda o: o.double()},
+    "of_fp32_into_fp64": {"wide": lambda x: x.float().sin(), "rounded": lambda o: o.double()},
     "read_in_fp32_too": {"rounded": lambda o: (o.to(BF16), o)},
 }
 
