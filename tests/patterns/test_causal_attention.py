@@ -195,6 +195,18 @@ def test_a_scale_that_is_given() -> None:
     assert refusals(explained(attend, *QKV, dynamic=True)) == ["head size is not known"]
 
 
+def test_heads_of_any_size() -> None:
+    """Whether a scale is given or follows from the size."""
+    attend = banded(lambda i, j: j <= i)
+    assert refusals(explained(attend, *QKV, dynamic=True)) == ["head size is not known"]
+
+
+def test_a_window_is_never_left_to_an_operator_without_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "torch")
+    (graph,) = explained(banded(lambda i, j: (j <= i) & (j > i - 8)), *QKV).graphs
+    assert ", 7, 0, 0.0, False, torch)" in graph.after and "attention_forward" not in graph.after
+
+
 def test_weighted_repetitions_are_none() -> None:
     def attend(q: Any, k: Any, v: Any, w: Any) -> Any:
         k, v = ((x[:, :, None] * w[:, None, None]).reshape(q.shape) for x in (k, v))
@@ -280,7 +292,10 @@ def test_refusals_on_a_gpu() -> None:
     assert refusals(explained(one(0.0, True), (2, 4, 24, 64), (2, 4, 24, 64), (2, 4, 24, 32))) == ["head size of V (MLA)"]
     strided = lambda q, k, v: FLASH(q[..., ::2], k, v, 0.0, True)[0] * 2  # noqa: E731
     shapes = [(2, 4, 24, 128), (2, 4, 24, 64), (2, 4, 24, 64)]
-    assert refusals(explained(strided, *shapes, rules={"causal_attention": "always"})) == ["input layout"]
+    found = explained(strided, *shapes, rules={"causal_attention": "always"})
+    assert refusals(found) == ["input layout"]
+    read = "[6144, 1536, 64, 1]"
+    assert [each.found for each in found.refusals] == [f"[12288, 3072, 128, 2], {read}, {read}"]
 
 
 def test_heads_that_only_their_repetition_makes_readable_stay_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
