@@ -182,7 +182,7 @@ class _Walk:
         return at
 
 
-def _is_zero(base: Node | None) -> bool:
+def _is_zero(base: Any) -> bool:
     """Whether every element is: a rule of Inductor's has made full of zeros and zeros_like."""
     return is_call(base, aten.full.default) and base.args[1] == 0
 
