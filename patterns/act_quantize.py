@@ -81,8 +81,7 @@ def trace(y: Node) -> Activated | None:
         if found is None:
             continue
         gate, *rest = found.tensors
-        values = [value_of(each) for each in found.tensors]
-        if any(each.dtype is not value_of(y).dtype or not same_sizes(each.shape, value_of(y).shape) for each in values):
+        if not all(same_sizes(value_of(each).shape, value_of(y).shape) for each in found.tensors):
             continue
         if any(is_convert(each, torch.float32) for each in found.tensors):  # the inside of the same in 16 bits
             continue

@@ -82,7 +82,7 @@ def _added(node: Node) -> Scatter | None:
     elif given["dim"] not in (0, -2):
         return None
     one, two = value_of(base), value_of(rows)
-    if not isinstance(index, Node) or one.dim() != 2 or not same_sizes(one.shape[1:], two.shape[1:]):
+    if one.dim() != 2 or not same_sizes(one.shape[1:], two.shape[1:]):
         return None
     tokens = _column(index) if is_call(node, aten.scatter_add.default) else index
     divided = None if tokens is None else in_order(tokens)
@@ -119,7 +119,7 @@ class _Walk:
     def scattered(self, at: Node) -> Scatter | None:
         """``at`` [T, k, H] is a view of rows in the tokens' order."""
         at = self._steps(at, False)
-        if not is_reshape(at) or value_of(at).dim() != 3 or is_call(at, aten.permute.default):
+        if not is_reshape(at) or value_of(at).dim() != 3:
             return None
         if not known_equal(value_of(at).shape[2], value_of(at.args[0]).shape[-1]):
             return None
@@ -156,11 +156,11 @@ class _Walk:
             found.ids, found.experts = mask.ids, mask.experts
         for each in self.inner:
             kept = torch.float32, value_of(at).dtype
-            if is_call(each, CONVERT) and value_of(each).dtype not in kept:
+            if value_of(each).dtype not in kept:
                 wanted = f"converts to {kept[0]} or {kept[1]} only"
                 raise Miss("a value is rounded between the rows and their sum", each, wanted, describe(each))
         no_other_users(self.inner, {node, *self.inner}, _STEP, "the sum only")
-        base = None if self.base is None or _is_zero(self.base) else self.base
+        base = None if _is_zero(self.base) else self.base
         return Scatter(found, base, tuple(value_of(result).shape))
 
     def _steps(self, at: Node, is_sorted: bool) -> Node:
@@ -182,7 +182,7 @@ class _Walk:
         return at
 
 
-def _is_zero(base: Node) -> bool:
+def _is_zero(base: Any) -> bool:
     """Whether every element is: a rule of Inductor's has made full of zeros and zeros_like."""
     return is_call(base, aten.full.default) and base.args[1] == 0
 

@@ -205,8 +205,6 @@ class _Reader:
     def integer(self, node: Any) -> Affine:
         if isinstance(node, (int, float)) and not isinstance(node, bool) and float(node).is_integer():
             return Affine((), int(node))
-        if not isinstance(node, Node):
-            raise _Unknown(self._current)
         found = self._value(node)
         if isinstance(found, Allowed):
             if found.known is None:
@@ -225,7 +223,7 @@ class _Reader:
     def _follow(self, node: Node) -> Affine | Allowed:
         """One node; raises `_Unknown` for what is not understood."""
         value = value_of(node)
-        if node.op != "call_function" or not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
             raise _Unknown(node)
         rank = value.dim()
         if is_call(node, *_COPIES):

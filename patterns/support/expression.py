@@ -64,7 +64,7 @@ class Expression:
         return None if found is None else (found.tensors[0], found.nodes)
 
     def match(self, node: Any) -> Bound | None:
-        if not isinstance(node, Node) or not isinstance(value_of(node), torch.Tensor) or value_of(node).dtype not in FLOATS:
+        if not isinstance(value_of(node), torch.Tensor) or value_of(node).dtype not in FLOATS:
             return None
         template = _template(self.fn, self.tensors, self.numbers, value_of(node).dtype)
         (made,) = (each.args[0] for each in template.nodes if each.op == "output")
@@ -117,7 +117,7 @@ class _Matching:
             return None
         if theirs.op == "placeholder":
             return self._with(theirs, mine)
-        if mine.op != "call_function" or mine.target != theirs.target:
+        if mine.target != theirs.target:
             return None
         for given in _orders(mine):
             found: _Matching | None = self
@@ -148,7 +148,7 @@ class _Matching:
         for index, number in (*enumerate(_NUMBERS), (_COLUMNS, _COLUMNS)):
             if math.isclose(theirs, number, rel_tol=1e-6):  # torch rounds an eps to fp32
                 known = self.numbers.get(index, mine)
-                if known is not mine and known != mine:
+                if known != mine:
                     return None
                 return dataclasses.replace(self, numbers={**self.numbers, index: mine})
         return self if constant_of(mine) == theirs else None

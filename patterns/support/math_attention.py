@@ -63,10 +63,7 @@ def read(product: Node) -> Attention | None:
 
 def had_no_choice(bias: Node) -> bool:
     """Whether no kernel of PyTorch's takes the mask: its last stride is not 1."""
-    given = bias
-    if is_call(bias, aten.where.self) and value_of(bias.args[0]).dtype is torch.bool:
-        given = bias.args[0]  # which the dispatcher was given
-    value = value_of(given)
+    value = value_of(bias.args[0] if is_call(bias, aten.where.self) else bias)  # the dispatcher was given the condition
     return value.dim() > 0 and not known_equal(value.shape[-1], 1) and value.stride(-1) != 1
 
 
@@ -97,9 +94,9 @@ def _heads(node: Any) -> Node | None:
     return found if len(shape) == 4 and same_sizes(value_of(node).shape, (shape[0] * shape[1], *shape[2:])) else None
 
 
-def _softmax(node: Node | None) -> tuple[Node, ...] | None:
+def _softmax(node: Any) -> tuple[Node, ...] | None:
     """The nodes of ``_safe_softmax(x, -1)`` whose result ``node`` is, that first and x last; rows of -inf alone give zeros."""
-    if node is None or not is_call(node, aten.where.self) or uniform(node.args[1]) != 0:
+    if not is_call(node, aten.where.self) or uniform(node.args[1]) != 0:
         return None
     empty, _, shares = node.args
     if not is_call(shares, aten.div.Tensor) or not is_call(shares.args[0], aten.exp.default):

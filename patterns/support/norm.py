@@ -114,18 +114,18 @@ class _Core:
 def trace(y: Node, kind: str = "") -> Norm | None:
     """The norm that ends in ``y``; None where there is nothing like one, or it is none of ``kind``, if that is given."""
     value = value_of(y)
-    if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or value.dim() < 2:
+    if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS:
         return None
     found = _steps(y, y, _DEEPEST)
     if found is None or kind not in ("", found[0].kind):
         return None
     core, tokens, operands, nodes = found
-    inner = [node for node in (*nodes, *core.nodes) if node is not y]
+    inner = [node for node in (*core.nodes, *nodes) if node is not y]
     total, addends, wide = _summed(core.h, value.dtype)
     if total is not core.h:
         inner.append(core.h)
     dtype = value_of(total).dtype
-    if not wide and (dtype not in _FLOATS or value.dtype is not dtype):
+    if not wide and value.dtype is not dtype:
         raise Miss("norm dtype", y, "the same dtype before and after the norm", f"{dtype} and {value.dtype}")
     _check_operands(y, operands)
     no_other_users([node for node in inner if node is not core.h], {y, *inner}, "a step of the norm", "the norm only")
@@ -146,7 +146,7 @@ _Found = tuple[_Core, list[str], dict[str, Operand], list[Node]]
 
 def _steps(node: Any, y: Node, deepest: int) -> _Found | None:
     """The core above ``node``, the steps from it, what they read, and the nodes between, ``node`` included."""
-    if not isinstance(node, Node) or deepest == 0 or not isinstance(value_of(node), torch.Tensor):
+    if deepest == 0 or not isinstance(value_of(node), torch.Tensor):
         return None
     dtype, own = value_of(y).dtype, value_of(node).dtype
     if not same_sizes(value_of(node).shape, value_of(y).shape):
@@ -157,13 +157,13 @@ def _steps(node: Any, y: Node, deepest: int) -> _Found | None:
     if is_call(node, aten.clone.default):  # torch's rms_norm makes a permuted result contiguous
         found = _steps(node.args[0], y, deepest - 1)
         return found and _and(found, node, [])
-    if is_convert(node, dtype, torch.float32) and value_of(node.args[0]).dtype in (dtype, torch.float32):
+    if is_convert(node, dtype, torch.float32):
         found = _steps(node.args[0], y, deepest - 1)
         return found and _and(found, node, ["cast"] if own is not torch.float32 else [])
     if own not in (dtype, torch.float32) or not is_call(node, aten.mul.Tensor, aten.add.Tensor):
         return None
     for operand, other in (node.args[:2], node.args[1::-1]):
-        if not _may_be_operand(operand, node):
+        if not _may_be_operand(operand):
             continue
         found = _steps(other, y, deepest - 1)
         if found is None:
@@ -178,16 +178,15 @@ def _steps(node: Any, y: Node, deepest: int) -> _Found | None:
 
 def _and(found: _Found, node: Node, tokens: list[str]) -> _Found:
     core, before, operands, nodes = found
-    core_node = [core.nodes[0]] if not nodes else []
-    return core, [*before, *tokens], operands, [*nodes, *[each for each in core_node if each not in nodes], node]
+    return core, [*before, *tokens], operands, [*nodes, node]
 
 
-def _may_be_operand(operand: Any, step: Node) -> bool:
-    """Whether ``operand`` is a floating-point tensor of rows like those of ``step``, of which it has as many or fewer."""
+def _may_be_operand(operand: Any) -> bool:
+    """Whether ``operand`` is a tensor that has columns, of floats or for each column one integer."""
     value = value_of(operand)
-    if not isinstance(operand, Node) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-        return isinstance(operand, Node) and isinstance(value, torch.Tensor) and value.dim() == 1  # named by _check_operands
-    return 0 < value.dim() <= value_of(step).dim()
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.dim() > 0 if value.dtype.is_floating_point else value.dim() == 1  # of integers: named by _check_operands
 
 
 def _operand(operand: Node, step: Node) -> tuple[str, str, Operand]:
@@ -199,7 +198,7 @@ def _operand(operand: Node, step: Node) -> tuple[str, str, Operand]:
     if times and is_call(node, aten.add.Tensor) and constant_of(node.args[1]) == 1.0 and isinstance(node.args[0], Node):
         wide = value_of(node).dtype is torch.float32
         token, node = ("+1" if wide else "+1r"), node.args[0]
-        if wide and is_convert(node, torch.float32) and value_of(node.args[0]).dtype in _FLOATS:
+        if is_convert(node, torch.float32) and value_of(node.args[0]).dtype in _FLOATS:
             node = node.args[0]
     if value_of(through_reshapes(node)).dim() == 1:
         node = _vector(node)
@@ -225,7 +224,7 @@ def _check_operands(y: Node, operands: dict[str, Operand]) -> None:
     for one, two in (("weight", "bias"), ("factor", "shift")):
         if one in operands and two in operands:
             a, b = (value_of(operands[each].node) for each in (one, two))
-            if a.dtype is not b.dtype or (one == "factor" and samples(a.shape, shape) != samples(b.shape, shape)):
+            if a.dtype is not b.dtype or samples(a.shape, shape) != samples(b.shape, shape):
                 both = f"{describe(operands[one].node)} and {describe(operands[two].node)}"
                 raise Miss("norm operands", y, f"{one} and {two} of one dtype, for the same rows", both)
 
@@ -269,7 +268,7 @@ def _core(node: Node) -> _Core | None:
 
 def _one_a_row(node: Any) -> bool:
     value = value_of(node)
-    return isinstance(node, Node) and isinstance(value, torch.Tensor) and value.dim() > 1 and known_equal(value.shape[-1], 1)
+    return isinstance(value, torch.Tensor) and value.dim() > 1 and known_equal(value.shape[-1], 1)
 
 
 def _under(c: Node, v: Node) -> Iterator[tuple[str, Node, Any, list[Node]]]:
@@ -306,7 +305,7 @@ def _addends(total: Node) -> tuple[Node, Node] | None:
     if is_call(total, aten.add.Tensor):
         one, two = total.args[:2]
         return (one, two) if _like(one, total, value.dtype) and _like(two, total, value.dtype) else None
-    if is_convert(total, torch.bfloat16, torch.float16) and value_of(total.args[0]).dtype is torch.float32:
+    if is_convert(total, torch.bfloat16, torch.float16):
         return _narrow_addends(total.args[0], value.dtype)
     return None
 
@@ -324,9 +323,4 @@ def _narrow_addends(total: Node, dtype: torch.dtype) -> tuple[Node, Node] | None
 
 def _like(node: Any, total: Node, dtype: torch.dtype) -> bool:
     value = value_of(node)
-    return (
-        isinstance(node, Node)
-        and isinstance(value, torch.Tensor)
-        and value.dtype is dtype
-        and same_sizes(value.shape, value_of(total).shape)
-    )
+    return isinstance(value, torch.Tensor) and value.dtype is dtype and same_sizes(value.shape, value_of(total).shape)

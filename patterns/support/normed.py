@@ -126,7 +126,7 @@ def _has_to_be_in_memory(y: Node, own: Sequence[Node]) -> bool:
     router, which is opaque, or the next residual's sum, which waits for what opaque kernels make of ``own``.
     """
     for user in y.users:
-        if user.op == "output" or (user not in own and not is_reshape(user) and (is_opaque(user) or _waits(user, own))):
+        if user.op == "output" or (user not in own and (is_opaque(user) or _waits(user, own))):
             return True
         if is_reshape(user) and _has_to_be_in_memory(user, own):
             return True

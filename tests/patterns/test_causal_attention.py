@@ -78,6 +78,8 @@ def banded(allowed: Any, op: Any = CUDNN) -> Any:
         (lambda i, j: (2 * i + 1 - i) > j, -1, 0),
         (lambda i, j: (i == i) & (j == j), -1, -1),
         (lambda i, j: i == j, 0, 0),
+        (lambda i, j: torch.where(j <= i, j > i - 8, torch.zeros_like(i + j, dtype=torch.bool)), 7, 0),
+        (lambda i, j: j < torch.arange(i.shape[0] + 1, device=i.device)[1:, None], -1, 0),
     ],
 )
 def test_bands_are_read(monkeypatch: pytest.MonkeyPatch, allowed: Any, left: int, right: int, dynamic: bool) -> None:
@@ -102,6 +104,12 @@ def test_bands_are_read(monkeypatch: pytest.MonkeyPatch, allowed: Any, left: int
         (lambda i, j: j // 8 <= i // 8, "the bias is not a mask of positions"),
         (lambda i, j: j.to(torch.uint8) <= i.to(torch.uint8), "the bias is not a mask of positions"),
         (lambda i, j: j.float() * 0.99 <= i.float(), "the bias is not a mask of positions"),
+        (lambda i, j: j - i < 2.5, "the bias is not a mask of positions"),
+        (lambda i, j: j - i < torch.full((1,), 2.5, device=i.device), "the bias is not a mask of positions"),
+        (lambda i, j: i // 8 == j // 8, "the bias is not a mask of positions"),
+        (lambda i, j: (i - j).abs() >= 0, "the bias is not a mask of positions"),
+        (lambda i, j: j <= torch.cat((i[:1] - 3, i[:-1])) + 1, "the bias is not a mask of positions"),
+        (lambda i, j: ~((j <= i) & (i - j < 8)) & torch.zeros_like(i + j, dtype=torch.bool), "the mask is no band"),
     ],
 )
 def test_other_masks_are_not(monkeypatch: pytest.MonkeyPatch, allowed: Any, reason: str) -> None:
@@ -121,6 +129,91 @@ def test_every_band_is_the_mask_that_it_was_read_from() -> None:
         found = inductor_ext.verify(attend, *inputs, end_to_end=False, dynamic=False)
         (check,) = [each for each in found.checks if each.rule == "causal_attention"]
         assert check.rewrites == 1 and check.distance < 1e-5
+
+
+BIASES: dict[str, Any] = {
+    "ones_where_shown": lambda i, j: torch.where(j > i, float("-inf"), 1.0),
+    "exponentials": lambda i, j: torch.where(j <= i, 0.0, float("-inf")).exp(),
+    "integers": lambda i, j: torch.where(j <= i, 0, -(2**40)),
+    "columns_of_a_padded_one_turned": lambda i, j: torch.nn.functional.pad(torch.where(j <= i, 0.0, float("-inf")), [0, 1])[
+        :, j[0].flip(0)
+    ],
+}
+
+
+@pytest.mark.parametrize("what", list(BIASES))
+def test_what_is_nearly_a_mask(what: str) -> None:
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        at = torch.arange(24, device=q.device)
+        bias = BIASES[what](at[:, None], at[None, :]).to(q.dtype).expand(2, 1, -1, -1)
+        return CUDNN(q, k, v, bias, False)[0] * 2
+
+    assert refusals(explained(attend, *QKV)) == ["the bias is not a mask of positions"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reason"),
+    [
+        (lambda ids: ids[:, None] == ids[None, :], "the mask tells packed sequences of a graph input apart"),
+        (lambda ids: ids[:, None] <= ids[None, :], "the mask depends on a graph input"),
+        (lambda ids: (ids == 3).expand(24, -1), "the mask depends on a graph input"),
+        (None, "the mask depends on a graph input"),
+    ],
+)
+def test_masks_of_graph_inputs(allowed: Any, reason: str) -> None:
+    def attend(q: Any, k: Any, v: Any, given: Any) -> Any:
+        bias = given if allowed is None else torch.where(allowed(given), 0.0, float("-inf")).to(q.dtype).expand(2, 1, -1, -1)
+        return CUDNN(q, k, v, bias, False)[0] * 2
+
+    assert refusals(explained(attend, *QKV, (24,) if allowed else (2, 1, 24, 24))) == [reason]
+
+
+def test_a_mask_that_is_no_band_is_named() -> None:
+    found = explained(banded(lambda i, j: j <= 2 * i), *QKV)
+    assert [each.found for each in found.refusals] == ["-2·query + 1·key + 0 <= 0"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda q, k, v: CUDNN(q, k.half(), v, None, False)[0] * 2, "dtypes"),
+        (
+            lambda q, k, v: CUDNN(q, k, v, bias_of(q, lambda i, j: j <= i)[..., :12], False)[0] * 2,
+            "the bias is not of the scores' shape",
+        ),
+    ],
+)
+def test_what_no_kernel_takes(fn: Any, reason: str) -> None:
+    assert refusals(explained(fn, *QKV)) == [reason]
+
+
+def test_a_scale_that_is_given() -> None:
+    def attend(q: Any, k: Any, v: Any, scale: float = 0.3) -> Any:
+        return CUDNN(q, k, v, bias_of(q, lambda i, j: j <= i), False, scale=scale)[0] * 2
+
+    assert ", 0.3, " in explained(attend, *QKV).graphs[0].after
+    assert refusals(explained(attend, *QKV, dynamic=True)) == ["head size is not known"]
+
+
+def test_heads_of_any_size() -> None:
+    """Whether a scale is given or follows from the size."""
+    attend = banded(lambda i, j: j <= i)
+    assert refusals(explained(attend, *QKV, dynamic=True)) == ["head size is not known"]
+
+
+def test_a_window_is_never_left_to_an_operator_without_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "torch")
+    (graph,) = explained(banded(lambda i, j: (j <= i) & (j > i - 8)), *QKV).graphs
+    assert ", 7, 0, 0.0, False, torch)" in graph.after and "attention_forward" not in graph.after
+
+
+def test_weighted_repetitions_are_none() -> None:
+    def attend(q: Any, k: Any, v: Any, w: Any) -> Any:
+        k, v = ((x[:, :, None] * w[:, None, None]).reshape(q.shape) for x in (k, v))
+        return CUDNN(q, k, v, bias_of(q, lambda i, j: j <= i), False)[0] * 2
+
+    (graph,) = explained(attend, QKV[0], (2, 2, 24, 64), (2, 2, 24, 64), (2,)).graphs
+    assert graph.after.count("aten.mul.Tensor") == 3
 
 
 def test_a_small_bias_is_no_mask() -> None:
@@ -199,7 +292,10 @@ def test_refusals_on_a_gpu() -> None:
     assert refusals(explained(one(0.0, True), (2, 4, 24, 64), (2, 4, 24, 64), (2, 4, 24, 32))) == ["head size of V (MLA)"]
     strided = lambda q, k, v: FLASH(q[..., ::2], k, v, 0.0, True)[0] * 2  # noqa: E731
     shapes = [(2, 4, 24, 128), (2, 4, 24, 64), (2, 4, 24, 64)]
-    assert refusals(explained(strided, *shapes, rules={"causal_attention": "always"})) == ["input layout"]
+    found = explained(strided, *shapes, rules={"causal_attention": "always"})
+    assert refusals(found) == ["input layout"]
+    read = "[6144, 1536, 64, 1]"
+    assert [each.found for each in found.refusals] == [f"[12288, 3072, 128, 2], {read}, {read}"]
 
 
 def test_heads_that_only_their_repetition_makes_readable_stay_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +364,7 @@ def explained_qwen3(attention: str, dynamic: bool | None, length: int = 48, **op
 
 @pytest.mark.parametrize("library", ["this package's kernel", "cuDNN"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_both_layers_of_a_qwen3(
-    monkeypatch: pytest.MonkeyPatch, sent_to_cudnn: str, dynamic: bool, library: str
-) -> None:
+def test_both_layers_of_a_qwen3(monkeypatch: pytest.MonkeyPatch, sent_to_cudnn: str, dynamic: bool, library: str) -> None:
     if library == "cuDNN":
         installed(monkeypatch, "cudnn")
     found = explained_qwen3(sent_to_cudnn, dynamic)

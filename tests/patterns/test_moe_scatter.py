@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+import inductor_ext
 from inductor_ext.patterns.moe_combine import H, K, T
 from inductor_ext.patterns.moe_scatter import RULE, _inputs, _unsorted, _weighted, _zeros
 from tests.support.compiled import run_compiled
+from tests.support.nearly import check, reasons, refused
 
 N = T * K
 
@@ -128,3 +130,80 @@ def test_weights_of_the_tokens_order_are_taken_as_they_are() -> None:
     (report,) = _run(fn).reports
     assert report.counts() == {RULE.name: 1}
     assert "aten.index.Tensor" not in report.after and "aten.add.Tensor" not in report.after
+
+
+# ---- each guard by itself --------------------------------------------------------------------------------------------
+
+
+def _square(y: torch.Tensor) -> torch.Tensor:
+    return y[:, :N]
+
+
+def _buffer(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def _some(ids: torch.Tensor) -> torch.Tensor:
+    """The permutation of fewer rows than there are."""
+    return _perm(ids.reshape(-1)[:-K])
+
+
+NEARLY: dict[str, Any] = {
+    "columns_of_one_row_a_token": lambda y, w, ids: _buffer(N, N).index_add(
+        1, torch.div(_perm(ids), 1, rounding_mode="floor"), _square(y)
+    ),
+    "written_over": lambda y, w, ids: _zeros(y).index_put((_perm(ids) // K,), y, accumulate=False),
+    "tokens_of_some_columns": lambda y, w, ids: _zeros(y).scatter_add(0, (_perm(ids) // K)[:, None] * (torch.arange(H) % 2), y),
+    "tokens_of_columns": lambda y, w, ids: _buffer(T, N).scatter_add(0, (_perm(ids) // K).expand(N, N), _square(y)),
+    "rows_of_nothing_scattered": lambda y, w, ids: w.view(T, K, 1).sum(1) + torch.cat((w, w)).view(2, T, K).sum(1).sum(),
+    "columns_split": lambda y, w, ids: _unsorted(y, ids).view(T, 2 * K, H // 2).sum(1),
+    "places_that_no_sort_gives": lambda y, w, ids: (
+        torch.zeros_like(y).index_put(((torch.arange(N) * 5) % N,), y).view(T, K, H).sum(1)
+    ),
+    "along_columns": lambda y, w, ids: (
+        _buffer(N, N)
+        .scatter(1, _perm(ids)[:, None].expand(N, N), y[:, :1] * w.sign().bfloat16().view(1, N))
+        .view(T, K, N)
+        .sum(1)
+    ),
+}
+
+NOT_WHOLE: dict[str, Any] = {
+    "some_rows_added": lambda y, w, ids: _zeros(y).scatter_add(0, _columns(_some(ids) // K), y),
+    "some_rows_written": lambda y, w, ids: torch.zeros_like(y).scatter(0, _columns(_some(ids)), y).view(T, K, H).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_what_is_nearly_a_sum_of_scattered_rows(name: str) -> None:
+    torch.manual_seed(0)
+    found = check(RULE.name, NEARLY[name], *_inputs("cpu"), count=0)
+    assert reasons(found, RULE.name) == []
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+def test_rows_that_are_not_all(name: str) -> None:
+    refused(RULE.name, NOT_WHOLE[name], *_inputs("cpu"), reason="the rows are not those of all tokens")
+
+
+def test_a_sum_of_three_dimensions_that_are_given() -> None:
+    check(RULE.name, lambda x: x.sum(1), torch.randn(T, K, H), count=0)
+
+
+def test_rows_in_fp64_are_no_input_of_the_kernel() -> None:
+    def added(y: Any, w: Any, ids: Any) -> Any:
+        return _zeros(y).double().index_add(0, _perm(ids) // K, y.double())
+
+    refused(RULE.name, added, *_inputs("cpu"), reason="input dtype")
+
+
+def test_the_convert_behind_a_sum_goes_unless_something_else_is_in_it() -> None:
+    def added(base: Any, y: Any, ids: Any) -> Any:
+        return base.index_add(0, _perm(ids) // K, y.float()).to(torch.bfloat16)
+
+    y, _, ids = _inputs("cpu")
+    shared = torch.randn(T, H)
+    for fn, left in ((lambda y, i: added(torch.zeros(T, H), y, i), False), (lambda y, i: added(shared, y, i), True)):
+        check(RULE.name, fn, y, ids, count=1)
+        found = inductor_ext.explain(fn, y, ids, rules={RULE.name: "always"})
+        assert ("convert_element_type.default" in found.graphs[0].after) is left

@@ -63,6 +63,9 @@ COMBINED: dict[str, Callable[..., Any]] = {
     "places_added_up": lambda y, w, i, j: weighted(
         y, w, p := order(i)[1], placed(p // 2, torch.arange(ROWS), accumulate=True) % ROWS
     ),
+    "places_added_to_others": lambda y, w, i, j: weighted(
+        y, w, p := order(i)[1], torch.full((ROWS,), -1).index_put((p,), torch.arange(ROWS), accumulate=True)
+    ),
     "places_by_scatter": lambda y, w, i, j: weighted(y, w, p := order(i)[1], scattered(p)),
     "places_by_sorting": lambda y, w, i, j: weighted(y, w, p := order(i)[1], torch.argsort(p)),
     "places_of_pairs": lambda y, w, i, j: weighted(y, w, p := order(i)[1] // 2, placed(p, torch.arange(ROWS))),
@@ -109,6 +112,10 @@ COMBINED: dict[str, Callable[..., Any]] = {
     ),
     "hidden_by_sorts_of_tokens": lambda y, w, i, j: summed(hidden(y, torch.sort(i, -1)[0].view(-1) >= EXPERTS)[order(i)[2]]),
     "hidden_all_by_the_first": lambda y, w, i, j: summed(hidden(y, order(i)[0][:1] >= 1)[order(i)[2]]),
+    "hidden_where_one_row_is_for_all": lambda y, w, i, j: summed(hidden(y[:1], order(i)[0] >= EXPERTS)[order(i)[2]]),
+    "hidden_by_elements": lambda y, w, i, j: summed(
+        torch.where(order(i)[0][:, None] + torch.arange(N) >= EXPERTS, y.new_zeros(()), y)[order(i)[2]]
+    ),
     "hidden_by_a_fraction": lambda y, w, i, j: summed(hidden(y, order(i)[0].float() >= 2.5)[order(i)[2]]),
     "hidden_by_another_sort": lambda y, w, i, j: summed(hidden(y, order(j)[0] >= EXPERTS)[order(i)[2]]),
     "hidden_in_the_tokens_order": lambda y, w, i, j: summed(hidden(y[order(i)[2]], i.view(-1) >= EXPERTS)),

@@ -391,3 +391,128 @@ def test_a_static_scale_that_is_made_of_what_it_scales() -> None:
     x = torch.randn(6, 64).bfloat16() * 3
     found = check("layer_norm_quantize", fn, x, *(torch.rand(64).bfloat16() + 0.5 for _ in range(2)), count=0)
     assert "the scale is computed too late" in reasons(found, "layer_norm_quantize")
+
+
+# ---- what is read, and when it is made -------------------------------------------------------------------------------
+
+
+def rms(h: Any) -> Any:
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+#: What no reason is given for: there is no norm in it whose kernel lacks something.
+NO_NORMS: dict[str, Callable[..., Any]] = {
+    "times_one_number": lambda x, w: rms(x.float()) * w.float().amax(),
+    "times_integers_of_rows": lambda x, w: rms(x.float()) * torch.arange(32 * 32).view(32, 32),
+    "times_fp64": lambda x, w: rms(x.float()) * w.double(),
+    "in_bf16": lambda x, w: rms(x) * w,
+    "in_fp64": lambda x, w: rms(x.double()) * w,
+}
+
+
+@pytest.mark.parametrize("what", list(NO_NORMS))
+def test_what_is_no_norm_is_no_near_miss_of_one(what: str) -> None:
+    found = check("rms_norm_quantize", lambda x, w: quantise_rows(NO_NORMS[what](x, w).to(BF16)), square(), WEIGHT, count=0)
+    assert reasons(found, "rms_norm_quantize") == []
+
+
+def test_a_weight_of_fp64_is_read_as_the_fp32_that_it_is_made() -> None:
+    for shift in (0, 1):
+
+        def weighted(x: Any, w: Any, shift: int = shift) -> Any:
+            return quantise_rows((rms(x.float()) * (shift + w.float() if shift else w.float())).to(BF16))
+
+        check("rms_norm_quantize", weighted, square(), WEIGHT.double(), count=1)
+
+
+def test_one_that_is_added_to_a_bias_is_added() -> None:
+    def biased(x: Any, b: Any) -> Any:
+        return quantise_rows((rms(x.float()) + (1 + b.float())).to(BF16))
+
+    check("rms_norm_quantize", biased, square(), WEIGHT - 1, count=1)
+
+
+def test_a_row_for_all_is_no_residual_on_either_side() -> None:
+    def summed(r: Any, x: Any, w: Any) -> Any:
+        total = r + x
+        return *quantise_rows(w * rms(total.float()).to(BF16)), total * 2
+
+    check("rms_norm_quantize", summed, square(1)[:1], square(), WEIGHT, count=1)
+
+
+def test_a_weight_that_is_made_behind_the_sum() -> None:
+    """The kernel is called behind both, and before whatever reads the sum: what is returned first comes first."""
+
+    def late(x: Any, r: Any, w: Any, first: bool) -> Any:
+        total = x + r
+        made = quantise_rows(rms(total.float()).to(BF16) * w.sin())
+        return (total * 2, *made) if first else (*made, total * 2)
+
+    check("rms_norm_quantize", lambda *given: late(*given, False), square(), square(1), WEIGHT, count=1)
+    late_weight = "the weight is computed too late"
+    refused("rms_norm_quantize", lambda *given: late(*given, True), square(), square(1), WEIGHT, reason=late_weight)
+
+
+def modulated(x: Any, scale: Any, shift: Any) -> Any:
+    return quantise_rows((torch.nn.functional.layer_norm(x, (32,), None, None, 1e-5) * (1 + scale) + shift).to(BF16))
+
+
+def test_layouts_that_are_not_the_kernels() -> None:
+    def summed(r: Any, x: Any, w: Any) -> Any:
+        total = r + x.t()
+        return *quantise_rows(w * rms(total.float()).to(BF16)), total * 2
+
+    refused("rms_norm_quantize", summed, square(1), square(), WEIGHT, reason="input layout")
+    columns = [square(seed).t()[:4, None] for seed in (3, 4)]
+    refused("layer_norm_quantize", modulated, square().view(4, 8, 32), *columns, reason="input layout")
+
+
+def test_operands_that_are_not_read_alike() -> None:
+    """Weight and bias of two dtypes; a factor of each sample's and a shift for all."""
+    layers = layer, square(), WEIGHT, WEIGHT.float() - 1
+    refused("layer_norm_quantize", *layers, reason="norm operands")
+    rows = square(3)[:4, None], square(4)[:1, None]
+    refused("layer_norm_quantize", modulated, square().view(4, 8, 32), *rows, reason="norm operands")
+
+
+def test_a_weight_of_one_number_is_none_of_each_column() -> None:
+    given = square(), WEIGHT[:1].clone()
+    refused("rms_norm_quantize", lambda x, w: quantise_rows(w * rms(x.float()).to(BF16)), *given, reason="norm weight")
+
+
+def test_a_normalised_value_in_channels_last_is_not_written() -> None:
+    def other(x: Any, w: Any) -> Any:
+        y = (w * rms(x.float()).to(BF16)).contiguous(memory_format=torch.channels_last)
+        return *quantise_rows(y), y
+
+    reason = "what is quantised has a second user"
+    refused("rms_norm_quantize", other, square().view(2, 4, 4, 32), WEIGHT, reason=reason)
+
+
+@pytest.mark.parametrize("product", ["of_others", "of_what_is_dequantised"])
+def test_a_sum_that_waits_for_a_product(product: str) -> None:
+    """Only one that is made of what is quantised keeps Inductor from adding y where it is made."""
+
+    def other(x: Any, w: Any, v: Any) -> Any:
+        y = norm(x, w, MEANS_OF_SQUARES)
+        q, s = quantise_rows(y)
+        made = v if product == "of_others" else (q.float() * s).to(BF16)
+        return q, s, y + (made @ v).sin()  # without the sine the sum would be the product's own, which reads y
+
+    found = inductor_ext.explain(other, square(), WEIGHT, square(2))
+    assert found.counts().get("rms_norm_quantize", 0) == (product != "of_others")
+
+
+def test_few_rows() -> None:
+    """With a scale for each row they gain; with one for all only who asks gets the kernel."""
+    given = square()[:4], WEIGHT
+    found = inductor_ext.explain(lambda x, w: quantise_rows(norm(x, w, MEANS_OF_SQUARES)), *given)
+    assert found.counts() == {"rms_norm_quantize": 1}
+
+    def one_scale(x: Any, w: Any) -> Any:
+        y = norm(x, w, MEANS_OF_SQUARES)
+        s = (y.abs().amax() / 448.0).float()
+        return (y.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), s
+
+    check("rms_norm_quantize", one_scale, *given, count=1)
+    assert inductor_ext.explain(one_scale, *given).counts() == {}
