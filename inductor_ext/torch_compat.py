@@ -12,6 +12,9 @@ from torch.fx import Graph, Node
 
 from inductor_ext.errors import InductorExtError
 
+#: Whether Inductor makes a rounding to 16 bits that is widened again, as of a rotation in fp32, no rounding at all: 2.11 alone.
+LEAVES_ROUNDINGS_OUT = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+
 
 def fresh_base(value: torch.Tensor) -> torch.Tensor:
     """A fake tensor like ``value`` with storage of its own, for the result of ``auto_functionalized_v2``.

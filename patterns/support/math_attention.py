@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from inductor_ext import torch_compat
 from inductor_ext.calls import CONVERT, aten, is_call, is_convert, prims
 from inductor_ext.graph import constant_of, known_equal, same_sizes, value_of
 from inductor_ext.miss import no_other_users
@@ -48,7 +49,8 @@ def read(product: Node) -> Attention | None:
     q, of_q = _scaled(_heads(first.args[0]))
     k, of_k = _scaled(_heads(first.args[1]))
     dtype = result.args[1]
-    q, k, v = (_before_cast(each, dtype) for each in (q, _transposed(k), _heads(product.args[1])))
+    q, k = (_before_cast(each, dtype, torch_compat.LEAVES_ROUNDINGS_OUT) for each in (q, _transposed(k)))
+    v = _before_cast(_heads(product.args[1]), dtype)
     if q is None or k is None or v is None or of_q is None or of_q <= 0 or of_q != of_k:
         return None
     b, h, s, d = value_of(q).shape
@@ -151,13 +153,13 @@ def _transposed(node: Node | None) -> Node | None:
     return node.args[0] if list(node.args[1]) in ([0, 1, 3, 2], [0, 1, -1, -2]) else None  # type: ignore[union-attr]
 
 
-def _before_cast(node: Any, dtype: Any) -> Node | None:
-    """[B, H, S, D] of 16-bit ``dtype`` where ``node`` is that in fp32; or ``node``, whose rounding Inductor has left out.
+def _before_cast(node: Any, dtype: Any, or_not_rounded: bool = False) -> Node | None:
+    """[B, H, S, D] of 16-bit ``dtype`` where ``node`` is that in fp32; or ``node``, whose rounding may be left out.
 
-    Before torch 2.12 Inductor makes a rounding to 16 bits that is widened again, as of a rotation in fp32, no rounding at all.
+    V says that attention was asked for in 16 bits: PyTorch takes q, k and v of one dtype.
     """
     if dtype not in _HALVES or node is None or value_of(node).dtype is not torch.float32 or value_of(node).dim() != 4:
         return None
     if is_convert(node, torch.float32) and value_of(node.args[0]).dtype in _HALVES:
         return node.args[0] if value_of(node.args[0]).dtype is dtype else None
-    return node  # type: ignore[no-any-return]
+    return node if or_not_rounded else None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import inductor_ext
+from inductor_ext import torch_compat
 from tests.support.nearly import check
 
 aten = torch.ops.aten
@@ -22,8 +23,9 @@ def one_value_a_row(q: torch.Tensor) -> torch.Tensor:
     return torch.where((at[:, None] >= 0).expand(q.shape[0], 1, q.shape[2], q.shape[2]), shown, hidden)
 
 
-def test_a_rounding_that_inductor_left_out_is_made_again() -> None:
+def test_a_rounding_that_inductor_left_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before torch 2.12 Inductor makes a rotation in fp32, its rounding to bf16 and the cast back one fp32 value."""
+    monkeypatch.setattr(torch_compat, "LEAVES_ROUNDINGS_OUT", True)
 
     def in_steps(round_: bool) -> Any:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,31 @@ def test_a_rounding_that_inductor_left_out_is_made_again() -> None:
     assert "prims.convert_element_type.default(sin, torch.bfloat16)" in found.graphs[0].after
     compiled = torch.compile(in_steps(False), backend="inductor_ext")(*given)
     torch.testing.assert_close(compiled, in_steps(True)(*given), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("which", ["v", "all"])
+@pytest.mark.parametrize("left_out", [True, False])
+def test_attention_in_fp32_is_left_alone(monkeypatch: pytest.MonkeyPatch, left_out: bool, which: str) -> None:
+    """Whatever becomes of its result: v, or where roundings are kept any of them, says that it was asked for in fp32."""
+    monkeypatch.setattr(torch_compat, "LEAVES_ROUNDINGS_OUT", left_out)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k = (torch.sin(each.float()) if which == "all" else each.float() for each in (q, k))
+        return aten._scaled_dot_product_attention_math(q, k, torch.cos(v.float()), one_value_a_row(q))[0].to(BF16)
+
+    found = inductor_ext.explain(run, *(torch.randn(shape).to(BF16) for shape in QKV))
+    assert found.counts() == {} and not found.refusals
+
+
+def test_q_that_is_not_rounded_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compat, "LEAVES_ROUNDINGS_OUT", False)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = torch.sin(q.float()), k.float(), v.float()
+        return aten._scaled_dot_product_attention_math(*heads, one_value_a_row(q))[0].to(BF16)
+
+    found = inductor_ext.explain(run, *(torch.randn(shape).to(BF16) for shape in QKV))
+    assert found.counts() == {} and not found.refusals
 
 
 def test_attention_of_two_dtypes_is_left_alone() -> None:
@@ -168,8 +195,9 @@ def test_a_largest_value_that_is_given_and_a_total_of_several() -> None:
 
 
 @pytest.mark.parametrize("times", ["fp32", "fp64"])
-def test_what_is_rounded_is_the_fp32_value_itself(times: str) -> None:
+def test_what_is_rounded_is_the_fp32_value_itself(monkeypatch: pytest.MonkeyPatch, times: str) -> None:
     """A product of bf16 and fp32 takes both as they are, and so stands in place of a convert; so does a convert of fp64."""
+    monkeypatch.setattr(torch_compat, "LEAVES_ROUNDINGS_OUT", True)
     cos = torch.linspace(-1, 1, N).expand(B, H, N, N).clone()
 
     def run(q: Any, k: Any, v: Any, cos: Any) -> Any:
