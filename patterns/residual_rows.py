@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from inductor_ext import memory
 from inductor_ext.calls import arguments, aten, calling, calls, is_call
-from inductor_ext.graph import call, describe, erase_dead, known_equal, value_of
+from inductor_ext.graph import call, describe, erase_dead, known_equal, same_sizes, value_of
 from inductor_ext.miss import Miss
 from inductor_ext.patterns.support.strides import drop_idle_copies
 from inductor_ext.rule import Context, Example, Match, Rule
@@ -57,7 +57,7 @@ def guard(node: Node, context: Context) -> Match | None:
     if not isinstance(stream, Node) or not _computed(stream) or value_of(stream).dim() < 2:
         return None
     value = value_of(stream)
-    if not value.dtype.is_floating_point or known_equal(value.stride(-1), 1) or value.is_contiguous():
+    if not value.dtype.is_floating_point or known_equal(value.stride(-1), 1):
         return None
     others = [user for user in stream.users if user is not node]
     if not others:
@@ -93,7 +93,7 @@ def _with_other_strides(stream: Node, copy: Node) -> dict[Node, torch.Tensor]:
             raise Miss(SEEN, seen, wanted, "the caller" if node.op == "output" else describe(node))
         value = _again(node, made)
         old = value_of(node)
-        if isinstance(old, torch.Tensor) and isinstance(value, torch.Tensor) and value.stride() != old.stride():
+        if isinstance(old, torch.Tensor) and isinstance(value, torch.Tensor) and not same_sizes(value.stride(), old.stride()):
             made[node] = value
     del made[stream]
     return made

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from inductor_ext.calls import arguments, aten, calling, is_call
-from inductor_ext.graph import known_equal, value_of
+from inductor_ext.graph import known_equal, same_sizes, value_of
 
 #: Node → what people call the kernel.
 KERNELS = {
@@ -74,7 +74,7 @@ def parse(node: Node) -> Attention:
 def before_copy(node: Node) -> Node:
     """What ``node`` copies, where that is rows too: heads [B, H, S, D] whose columns lie side by side need not lie in order."""
     source = node.args[0] if is_call(node, aten.clone.default) else None
-    if not isinstance(source, Node) or value_of(node).dim() != 4 or value_of(source).stride(-1) != 1:
+    if not isinstance(source, Node) or value_of(node).dim() != 4 or not known_equal(value_of(source).stride(-1), 1):
         return node
     return source
 
@@ -90,7 +90,7 @@ def before_scaling(found: Attention) -> Attention:
     x, factor = node.args
     if not isinstance(x, Node) or not isinstance(factor, (int, float)) or not _is_power_of_two(factor):
         return found
-    same = value_of(x).dtype is value_of(node).dtype and value_of(x).stride() == value_of(node).stride()
+    same = value_of(x).dtype is value_of(node).dtype and same_sizes(value_of(x).stride(), value_of(node).stride())
     if not same or len(node.users) > 1:
         return found
     return dataclasses.replace(found, q=x, scale=found.scale * factor, unscaled=(node, *reversed(views)))

@@ -495,7 +495,7 @@ def _table_of(terms: list[_Term], rotary: int, joined: bool = False) -> tuple[No
     at: Node | None = terms[0].table
     while at is not None:
         shape = value_of(at).shape
-        fits = list(shape[-2:]) == [rotary // 2, 2] if joined else _columns(at) in (rotary, rotary // 2)
+        fits = same_sizes(shape[-2:], (rotary // 2, 2)) if joined else _columns(at) in (rotary, rotary // 2)
         if fits and not is_call(at, aten.neg.default):
             seen = {table: cells.trace(table, (at,), wide=False) for table in {term.table for term in terms}}
             of_it = all(each is not None and all(cell.node is at for cell in each[0]) for each in seen.values())

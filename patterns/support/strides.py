@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from inductor_ext import memory
 from inductor_ext.calls import aten, is_call
-from inductor_ext.graph import erase_dead, value_of
+from inductor_ext.graph import erase_dead, same_sizes, value_of
 from inductor_ext.memory import is_view
 
 
@@ -30,7 +30,7 @@ def refresh(node: Node, fake_mode: Any = None) -> None:
 def drop_idle_copies(node: Node) -> None:
     """Let readers of a copy of ``node``, or of a view of it, that lies as what it copies read that."""
     for value, user in list(memory.readers(node)):
-        alike = is_call(user, aten.clone.default) and value_of(user).stride() == value_of(value).stride()
+        alike = is_call(user, aten.clone.default) and same_sizes(value_of(user).stride(), value_of(value).stride())
         if alike and memory.may_be_one(user, value):
             user.replace_all_uses_with(value)
             refresh(value)

@@ -168,7 +168,7 @@ def test_fp8_quantize_errors(arguments: Any, error: type[Exception], message: st
         ({"v_cache": CACHE.view(E5)}, TypeError, "v_cache: wanted torch.float8_e4m3fn or uint8, found torch.float8_e5m2"),
         ({"k_cache": CACHE[:, :1]}, ValueError, r"k_cache: wanted \[S, …\] with k's trailing sizes \(2, 8\), found shape"),
         ({"v": K[:3]}, ValueError, "v: wanted k's 4 rows, found 3"),
-        ({"k_scale": torch.ones(2)}, ValueError, r"k_scale: wanted one element, found shape \(2,\)"),
+        ({"k_scale": torch.ones(3)}, ValueError, r"k_scale: wanted one element, or shape \(2,\): one for each head, found"),
         ({"loc": LOC.float()}, ValueError, "loc: wanted a 1-d int32 or int64 tensor, found torch.float32"),
         ({"loc": LOC[None]}, ValueError, "loc: wanted a 1-d int32 or int64 tensor"),
         ({"loc": LOC[:3]}, ValueError, "loc: wanted one index for each of k's 4 rows, found 3"),

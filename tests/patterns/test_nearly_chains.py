@@ -91,12 +91,18 @@ def test_a_tensor_that_bounds_the_scale(name: str) -> None:
         check("fp8_quantize", bounded, square() * 9, torch.full((1,), size), count=1)
 
 
-def test_a_bound_that_is_computed_behind_what_is_written() -> None:
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_bound_that_is_computed_behind_what_is_written(moved: bool) -> None:
+    """What makes a scale is moved before the kernel; anything else, as a sum, is not."""
+
     def late(x: Any, b: Any) -> Any:
         amax = x.abs().amax(-1, keepdim=True).float()
-        return *scaled(x, torch.minimum(amax, (b * 3).sum())), amax  # type: ignore[misc]
+        return *scaled(x, torch.minimum(amax, (b * 3).amax() if moved else (b * 3).sum())), amax  # type: ignore[misc]
 
-    check("fp8_quantize", late, square() * 9, torch.ones(5), count=1)
+    if moved:
+        check("fp8_quantize", late, square() * 9, torch.ones(5), count=1)
+    else:
+        refused("fp8_quantize", late, square() * 9, torch.ones(5), reason="the scale is computed too late")
 
 
 def test_a_bound_that_is_made_of_what_is_written() -> None:
