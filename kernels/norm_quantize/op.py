@@ -15,6 +15,7 @@ eager's. A row with a NaN or an infinity becomes NaN as in eager. No columns: Va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,12 +102,15 @@ def _check_samples(x: torch.Tensor, factor: torch.Tensor | None, shift: torch.Te
     for name, tensor in (("factor", factor), ("shift", shift)):
         if tensor is None:
             continue
-        rows, samples = x.shape[:-1].numel(), tensor.shape[:-1].numel()
+        rows, samples = math.prod(x.shape[:-1]), math.prod(tensor.shape[:-1])  # torch.Size.numel() makes numbers of symbols
         both = isinstance(rows, int) and isinstance(samples, int)
         if both and (samples == 0 or rows % samples):
             wanted = f"a row for as many of the {rows} rows of x each"
             raise ValueError(f"norm_quantize: {name}: wanted {wanted}, found shape {tuple(tensor.shape)}")
-    if factor is not None and shift is not None and factor.shape[:-1].numel() != shift.shape[:-1].numel():
+    if factor is None or shift is None:
+        return
+    rows, samples = math.prod(factor.shape[:-1]), math.prod(shift.shape[:-1])
+    if isinstance(rows, int) and isinstance(samples, int) and rows != samples:
         wanted = f"as many rows as factor, {tuple(factor.shape)}"
         raise ValueError(f"norm_quantize: shift: wanted {wanted}, found shape {tuple(shift.shape)}")
 
