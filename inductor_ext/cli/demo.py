@@ -64,16 +64,7 @@ def demo(
     console.print(f"Linear layers: {result.quantisation}\n", soft_wrap=True)
     console.print(result.explanation)
     console.print(result.verification)
-    for columns, rows in (output_rows(result), time_rows(result)):
-        shown = table(*columns)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
-    if device == "cpu":
-        console.print(CPU_NOTE, style="yellow")
-    if json_path:
-        json_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    console.print(Text.assemble("Report: ", (line(path), "bold")), soft_wrap=True)
+    _end(console, result, (output_rows(result), time_rows(result)), device, path, json_path)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -91,10 +82,16 @@ def _trained(name: str, device: str, layers: int | None, html: Path, json_path: 
             path = report_html.write(result.explanation, html, [section])
     console.print(f"Linear layers: {result.quantisation}", soft_wrap=True)
     console.print("\n".join(graph.summary() for graph in result.explanation.graphs), soft_wrap=True)
-    shown = table(*columns)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    _end(console, result, ((columns, rows),), device, path, json_path)
+
+
+def _end(console: Console, result: Any, tables: Sequence[TableData], device: str, path: Path, json_path: Path | None) -> None:
+    """What every demo ends with: its tables, what a CPU's times mean, and where the results are."""
+    for columns, rows in tables:
+        shown = table(*columns)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
     if device == "cpu":
         console.print(CPU_NOTE, style="yellow")
     if json_path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from inductor_ext.kernels.act_cat_quantize.op import OP
 from inductor_ext.kernels.act_quantize.op import FORMS
 from inductor_ext.kernels.quantized import TORCHAO_PROGRAM, TORCHAO_SCALE
 from tests.support import cuda_on_cpu
+from tests.support.activations import Kind, in_fp32, plus_abs
 from tests.support.equal import assert_same_bytes
 
 E4, U8 = torch.float8_e4m3fn, torch.uint8
@@ -96,33 +96,15 @@ def test_fakes_agree(shape: Any, heads: bool, form: str, pairs: bool, granularit
 # ---- the kernel's source on the CPU ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A function of tests/support/cuda_on_cpu/act_cat_quantize.cpp: what it computes, and whether to the last byte."""
-
-    fn: Callable[..., torch.Tensor]
-    inputs: int
-    dtype: torch.dtype = BF16
-    pairs: bool = False
-    exact: bool = True
-
-
-def _plus_abs(x: torch.Tensor) -> torch.Tensor:
-    return x + x.abs()
-
-
-def _in_fp32(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return (_plus_abs(gate.float()) * up.float()).to(gate.dtype)
-
-
+#: Functions of tests/support/cuda_on_cpu/act_cat_quantize.cpp.
 KINDS = {
-    "alone_bf16": Kind(_plus_abs, 1),
-    "alone_fp32": Kind(_plus_abs, 1, FP32),
+    "alone_bf16": Kind(plus_abs, 1),
+    "alone_fp32": Kind(plus_abs, 1, FP32),
     "relu_squared": Kind(FORMS["relu_squared"].fn, 1, FP16),
     "gelu_tanh": Kind(FORMS["gelu_tanh"].fn, 1, exact=False),
     "gelu_mul": Kind(FORMS["gelu mul"].fn, 2, exact=False),
-    "fp32_mul": Kind(_in_fp32, 2),
-    "fp32_mul_pairs": Kind(_in_fp32, 2, pairs=True),
+    "fp32_mul": Kind(in_fp32, 2),
+    "fp32_mul_pairs": Kind(in_fp32, 2, pairs=True),
 }
 #: Rows, columns of x, columns of the activation.
 SIZES = (
@@ -206,7 +188,7 @@ def test_a_bound_of_the_scale_on_the_cpu(library: ctypes.CDLL) -> None:
 
     assert bounded(None) == 1 and "bound: wanted a tensor, which the programs name" in error.value.decode()
     assert bounded(ctypes.byref(cuda_on_cpu.Given.of(bound))) == 0, error.value.decode()
-    y = torch.cat((x, _plus_abs(gate)), -1).float()
+    y = torch.cat((x, plus_abs(gate)), -1).float()
     want = y.abs().amax(-1, keepdim=True).clamp(max=7.0) / 448.0
     assert bool((y.abs().amax(-1) > 7.0).any())
     assert_same_bytes(scale, want.view(-1))

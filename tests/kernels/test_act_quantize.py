@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from inductor_ext import jit
 from inductor_ext.kernels.act_quantize.op import FORMS, OP
 from inductor_ext.kernels.quantized import TORCHAO_PROGRAM, TORCHAO_SCALE, WORKSPACE_FLOATS
 from tests.support import cuda_on_cpu
+from tests.support.activations import Kind, in_fp32, plus_abs
 from tests.support.equal import assert_same_bytes
 
 E4, U8 = torch.float8_e4m3fn, torch.uint8
@@ -109,28 +108,10 @@ def test_fakes_agree(shape: Any, form: str, pairs: bool, granularity: str) -> No
 # ---- the kernel's source on the CPU ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A function of tests/support/cuda_on_cpu/act_quantize.cpp: what it computes, and whether to the last byte."""
-
-    fn: Callable[..., torch.Tensor]
-    inputs: int
-    dtype: torch.dtype = BF16
-    pairs: bool = False
-    exact: bool = True
-
-
-def _plus_abs(x: torch.Tensor) -> torch.Tensor:
-    return x + x.abs()
-
-
-def _in_fp32(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return (_plus_abs(gate.float()) * up.float()).to(gate.dtype)
-
-
+#: Functions of tests/support/cuda_on_cpu/act_quantize.cpp.
 KINDS = {
-    "alone_bf16": Kind(_plus_abs, 1),
-    "alone_fp32": Kind(_plus_abs, 1, FP32),
+    "alone_bf16": Kind(plus_abs, 1),
+    "alone_fp32": Kind(plus_abs, 1, FP32),
     "gelu": Kind(FORMS["gelu"].fn, 1, exact=False),
     "gelu_tanh": Kind(FORMS["gelu_tanh"].fn, 1, FP16, exact=False),
     "gelu_mul": Kind(FORMS["gelu mul"].fn, 2, exact=False),
@@ -138,10 +119,10 @@ KINDS = {
     "quick_gelu_fp16": Kind(FORMS["quick_gelu"].fn, 1, FP16, exact=False),
     "relu_squared": Kind(FORMS["relu_squared"].fn, 1),
     "relu_squared_mul": Kind(FORMS["relu_squared mul"].fn, 2, FP16),
-    "fp32_mul": Kind(_in_fp32, 2),
+    "fp32_mul": Kind(in_fp32, 2),
     "fp32_silu_mul": Kind(FORMS["fp32 silu mul"].fn, 2, exact=False),
-    "fp32_mul_pairs": Kind(_in_fp32, 2, pairs=True),
-    "pairs_fp32": Kind(lambda gate, up: _plus_abs(gate) * up, 2, FP32, pairs=True),
+    "fp32_mul_pairs": Kind(in_fp32, 2, pairs=True),
+    "pairs_fp32": Kind(lambda gate, up: plus_abs(gate) * up, 2, FP32, pairs=True),
     "clamped": Kind(FORMS["clamped_swiglu"].fn, 2, exact=False),
     "clamped_pairs": Kind(FORMS["clamped_swiglu"].fn, 2, pairs=True, exact=False),
     "clamped_fp16": Kind(FORMS["clamped_swiglu"].fn, 2, FP16, exact=False),
