@@ -16,7 +16,6 @@ import datetime
 import itertools
 import math
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -146,7 +145,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *_program(), *map(str, sys.argv[1:])]),
+        "command": summary.command_line(["python", *_program(), *map(str, sys.argv[1:])]),
         "gpu": torch.cuda.get_device_name(),
         "driver": _nvidia_smi("driver_version"),
         "python": platform.python_version(),

@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import math
 import os
-import shlex
 import socket
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import torch
 
 import inductor_ext
 from inductor_ext import demo
-from inductor_ext.bench import breakdown, floor
+from inductor_ext.bench import breakdown, floor, summary
 from inductor_ext.bench.channel import Channel
 from inductor_ext.bench.families import ModelShape
 from inductor_ext.bench.library import BenchError, import_transformers
@@ -292,7 +291,7 @@ def environment(device: str) -> dict[str, str]:
     transformers = import_transformers()
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["inductor-ext", *sys.argv[1:]]),
+        "command": summary.command_line(["inductor-ext", *sys.argv[1:]]),
         **versions(),
         "transformers": transformers.__version__,
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,11 @@ ROUNDS = ("rounds_ms", "step_us")
 #: What else a summary leaves out: each kernel of a step, each configuration beside the fastest, what was refused and why, and
 #: the modes of all rules, which the command and a side's name say.
 SAMPLES = (*ROUNDS, "kernels", "all_us", "refusals", "rules")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as anyone may repeat it: of a file in some folder of this machine its name is said."""
+    return shlex.join(Path(each).name if Path(each).is_absolute() else each for each in words)
 
 
 def spread(samples: Sequence[float]) -> float:

@@ -80,3 +80,10 @@ RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_committed_result_is_a_summary_as_it_is_written_now(path: Path) -> None:
     assert summary.text(summary.summary(summary.read(path))) == path.read_text()
+
+
+def test_a_command_names_no_folder_of_this_machine() -> None:
+    assert summary.command_line(["inductor-ext", "bench", "--json", "/a/b/suite.json", "--rules", "a=off,b/c=on"]) == (
+        "inductor-ext bench --json suite.json --rules a=off,b/c=on"
+    )
+    assert summary.command_line(["python", "-m", "x", "out/y.json"]) == "python -m x out/y.json"
